@@ -1,0 +1,151 @@
+"""Every error magi-ray raises, in one tree. A kind exists only where a caller would act differently.
+
+MagiRayError
+├── InputError                what the user gave cannot work; fix it and submit again   (class "input", exit code 2)
+│   ├── ManifestError         some rows are invalid; carries every problem              (exit code 3)
+│   ├── SettingsError         a config, preset or job file is wrong
+│   ├── WeightsError          files of the network are missing, damaged or do not fit the config
+│   ├── MediaError            an image or video cannot be read, or ffmpeg is missing
+│   └── RunNotFound           no such run in this store
+├── StoreError                the store failed; trying again may help                   (class "store")
+│   ├── ObjectMissing         there is no object under that key
+│   └── ObjectDamaged         the bytes do not match the digest recorded for them
+├── NumericError              the model gave NaN or infinity                            (class "numeric")
+├── OutputError               a finished video is not what was planned                  (class "code")
+├── DeviceOutOfMemory         the accelerator has too little memory                     (class "out_of_memory")
+└── WorkerLost                a worker died or stopped answering                        (class "infrastructure")
+
+Every error says what is wrong (``message``), how to mend it (``remedy``) and what to type next (``next_command``).
+All survive pickling, because Ray will try.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+
+class FailureClass(StrEnum):
+    """Why a task failed, in the words the scheduler and ``errors.parquet`` use."""
+
+    PREEMPTED = "preempted"
+    INFRASTRUCTURE = "infrastructure"
+    STORE = "store"
+    OUT_OF_MEMORY = "out_of_memory"
+    INPUT = "input"
+    CODE = "code"
+    NUMERIC = "numeric"
+
+
+class MagiRayError(Exception):
+    """The root. ``exit_code`` is what the command line ends with."""
+
+    exit_code = 1
+    failure_class = FailureClass.CODE
+
+    def __init__(self, message: str, *, remedy: str = "", next_command: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+        self.next_command = next_command
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own __reduce__ drops keyword arguments.
+        return _rebuild, (type(self), dict(self.__dict__))
+
+    def __str__(self) -> str:
+        lines = [self.message]
+        if self.remedy:
+            lines.append(self.remedy)
+        if self.next_command:
+            lines.append(f"next: {self.next_command}")
+        return "\n".join(lines)
+
+
+def _rebuild(kind: type[MagiRayError], fields: dict[str, Any]) -> MagiRayError:
+    error = kind.__new__(kind)
+    Exception.__init__(error, fields.get("message", ""))
+    error.__dict__.update(fields)
+    return error
+
+
+class InputError(MagiRayError):
+    exit_code = 2
+    failure_class = FailureClass.INPUT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One broken rule in a manifest. ``row`` counts from 1; 0 means the file as a whole."""
+
+    row: int
+    job_id: str
+    column: str
+    value: str
+    rule: str
+    remedy: str
+
+
+class ManifestError(InputError):
+    """Some rows are invalid. ``problems`` holds every one of them, in row order."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, problems: Sequence[Problem], *, remedy: str = "", next_command: str = "") -> None:
+        super().__init__(message, remedy=remedy, next_command=next_command)
+        self.problems = tuple(problems)
+
+
+class SettingsError(InputError):
+    pass
+
+
+class WeightsError(InputError):
+    pass
+
+
+class MediaError(InputError):
+    pass
+
+
+class RunNotFound(InputError):
+    pass
+
+
+class StoreError(MagiRayError):
+    failure_class = FailureClass.STORE
+
+
+class ObjectMissing(StoreError):
+    pass
+
+
+class ObjectDamaged(StoreError):
+    pass
+
+
+class NumericError(MagiRayError):
+    failure_class = FailureClass.NUMERIC
+
+
+class OutputError(MagiRayError):
+    pass
+
+
+class DeviceOutOfMemory(MagiRayError):
+    failure_class = FailureClass.OUT_OF_MEMORY
+
+
+class WorkerLost(MagiRayError):
+    failure_class = FailureClass.INFRASTRUCTURE
+
+
+def failure_class(error: BaseException) -> FailureClass:
+    """The class the scheduler budgets ``error`` under. Errors that are not ours are bugs: ``code``."""
+    if isinstance(error, MagiRayError):
+        return error.failure_class
+    if isinstance(error, MemoryError):
+        return FailureClass.INFRASTRUCTURE
+    return FailureClass.CODE

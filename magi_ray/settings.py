@@ -1,0 +1,371 @@
+"""Settings: what a run is made of, read once at the door and passed down as frozen values.
+
+Three sources, later ones win: a preset or a published MAGI-1 config (JSON, unchanged), a job file (``jobs/*.toml``),
+options of the command line. Environment variables are read here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from magi_ray.errors import SettingsError
+from magi_ray.timeline import SIZE_MULTIPLE
+
+PRESETS = ("magi-tiny", "magi-tiny-4.5b")
+
+
+class Frozen(BaseModel):
+    """A value: cannot be changed, refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(Frozen):
+    """``model_config`` of a published file (spec §1). Field names are the published ones."""
+
+    model_name: str = "videodit_ardf"
+    num_layers: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    ffn_hidden_size: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_query_groups: int = Field(ge=1)
+    kv_channels: int = Field(ge=1)
+    layernorm_epsilon: float = 1e-6
+    apply_layernorm_1p: bool = True
+    x_rescale_factor: float = 1.0
+    half_channel_vae: bool = False
+    params_dtype: Literal["torch.float32", "torch.bfloat16", "torch.float16"] = "torch.bfloat16"
+    patch_size: int = 2
+    t_patch_size: int = 1
+    in_channels: int = 16
+    out_channels: int = 16
+    cond_hidden_ratio: float = 0.25
+    caption_channels: int = 4096
+    caption_max_length: int = 800
+    xattn_cond_hidden_ratio: float = 1.0
+    cond_gating_ratio: float = 1.0
+    gated_linear_unit: bool = False
+
+
+class RuntimeConfig(Frozen):
+    """``runtime_config`` of a published file (spec §1)."""
+
+    cfg_number: int = 3
+    cfg_t_range: tuple[float, ...] = (0.0, 0.0217, 0.1, 0.3, 0.999)
+    prev_chunk_scales: tuple[float, ...] = (1.5, 1.5, 1.5, 1.0, 1.0)
+    text_scales: tuple[float, ...] = (7.5, 7.5, 7.5, 0.0, 0.0)
+    noise2clean_kvrange: tuple[int, ...] = (5, 4, 3, 2)
+    clean_chunk_kvrange: int = 1
+    clean_t: float = 0.9999
+    seed: int = 1234
+    num_frames: int = Field(default=96, ge=1)
+    video_size_h: int = 720
+    video_size_w: int = 720
+    num_steps: int = Field(default=64, ge=1)
+    window_size: int = Field(default=4, ge=1)
+    fps: int = Field(default=24, ge=1)
+    chunk_width: int = 6
+    load: str = ""
+    t5_pretrained: str = ""
+    t5_device: str = "cpu"
+    vae_pretrained: str = ""
+    scale_factor: float = 0.18215
+    temporal_downsample_factor: int = 4
+
+
+class EngineConfig(Frozen):
+    """``engine_config`` of a published file (spec §1, §7)."""
+
+    distributed_backend: str = "nccl"
+    distributed_timeout_minutes: float = 10
+    pp_size: int = Field(default=1, ge=1)
+    cp_size: int = Field(default=1, ge=1)
+    cp_strategy: str = "none"
+    ulysses_overlap_degree: int = 1
+    fp8_quant: bool = False
+    distill_nearly_clean_chunk_threshold: float = 0.3
+    shortcut_mode: Literal["8,16,16", "16,16,8"] = "8,16,16"
+    distill: bool = False
+    kv_offload: bool = False
+    enable_cuda_graph: bool = False
+
+
+class SpecialTokens(Frozen):
+    """Which learned tokens stand before every caption (spec §4). The published scripts switch HQ and DURATION on."""
+
+    hq: bool = True
+    duration: bool = True
+    static_first_frames: bool = False
+    dynamic_first_frames: bool = False
+    borderness: bool = False
+    three_d_model: bool = False
+    two_d_anime: bool = False
+
+
+class PrefixSettings(Frozen):
+    """How a row's image or video becomes the clean start of its video."""
+
+    max_frames: int = Field(default=32, ge=1, description="frames of a video prefix, after resampling to fps")
+    take: Literal["start", "end"] = Field(default="start", description="which end of the clip they come from")
+    fit: Literal["crop", "pad", "fit"] = Field(default="crop", description="how another aspect ratio is made to fit")
+
+
+class EncoderSettings(Frozen):
+    """H.264 settings. ``threads`` is pinned: x264 gives other bytes with another thread count."""
+
+    crf: int = Field(default=18, ge=0, le=51)
+    preset: Literal["ultrafast", "veryfast", "faster", "fast", "medium", "slow"] = "medium"
+    threads: int = Field(default=1, ge=1)
+
+
+class NumericProfile(Frozen):
+    """Where and how numbers are computed; part of every identity, since each field can change bits."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    attention: Literal["plain", "sdpa"] = "sdpa"
+    cpu_threads: int = Field(default=1, ge=1, description="threads of one worker; sums are split by it")
+
+
+class WeightPaths(Frozen):
+    """Folders and files of the four networks, in the published layout (spec §2)."""
+
+    dit: Path
+    vae: Path
+    t5: Path
+    special_tokens: Path
+
+    @classmethod
+    def under(cls, root: Path) -> Self:
+        """The layout ``magi_ray.models.tiny`` writes: everything below one folder."""
+        return cls(dit=root / "magi", vae=root / "vae", t5=root / "t5", special_tokens=root / "special_tokens.npz")
+
+
+class Settings(Frozen):
+    """One complete run: the network, how it samples, where it computes, how the result is encoded."""
+
+    name: str
+    model: ModelConfig
+    runtime: RuntimeConfig
+    engine: EngineConfig = EngineConfig()
+    weights: WeightPaths
+    special_tokens: SpecialTokens = SpecialTokens()
+    negative_prompt: bool = False
+    prefix: PrefixSettings = PrefixSettings()
+    encoder: EncoderSettings = EncoderSettings()
+    numeric: NumericProfile = NumericProfile()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        runtime, engine = self.runtime, self.engine
+        expected_cfg = 1 if engine.distill or engine.fp8_quant else 3
+        if runtime.cfg_number != expected_cfg:
+            kind = "distilled or fp8" if expected_cfg == 1 else "base"
+            raise ValueError(
+                f"cfg_number is {runtime.cfg_number}, but a {kind} model needs {expected_cfg}; set cfg_number = {expected_cfg}"
+            )
+        lengths = {len(runtime.cfg_t_range), len(runtime.prev_chunk_scales), len(runtime.text_scales)}
+        if len(lengths) != 1:
+            raise ValueError(
+                "cfg_t_range, prev_chunk_scales and text_scales need one length, but have "
+                f"{len(runtime.cfg_t_range)}, {len(runtime.prev_chunk_scales)} and {len(runtime.text_scales)}"
+            )
+        for problem in step_problems(runtime.num_steps, runtime):
+            raise ValueError(problem)
+        for axis, size in (("video_size_h", runtime.video_size_h), ("video_size_w", runtime.video_size_w)):
+            if size % SIZE_MULTIPLE:
+                raise ValueError(f"{axis} is {size}, but must be a multiple of {SIZE_MULTIPLE}; {nearest(size)}")
+        for group, whole, part in (
+            ("num_attention_heads / num_query_groups", self.model.num_attention_heads, self.model.num_query_groups),
+        ):
+            if whole % part:
+                raise ValueError(f"{group}: {whole} is not divisible by {part}")
+        fixed = {"chunk_width": (runtime.chunk_width, 6), "temporal_downsample_factor": (runtime.temporal_downsample_factor, 4)}
+        for field, (found, only) in fixed.items():
+            if found != only:
+                raise ValueError(f"{field} is {found}, but the published networks only work with {only}")
+        return self
+
+
+def nearest(size: int) -> str:
+    """Advice for a size that is not a multiple of 16."""
+    low, high = size // SIZE_MULTIPLE * SIZE_MULTIPLE, (size // SIZE_MULTIPLE + 1) * SIZE_MULTIPLE
+    return f"use {low} or {high}" if low else f"use {high}"
+
+
+def step_problems(num_steps: int, runtime: RuntimeConfig) -> Iterable[str]:
+    """Why ``num_steps`` cannot be used with this window and these KV ranges, one sentence a reason."""
+    if num_steps % runtime.window_size:
+        yield (
+            f"num_steps is {num_steps}, but must be divisible by window_size {runtime.window_size}; "
+            f"use {_round_up(num_steps, runtime.window_size)}"
+        )
+    ranges = len(runtime.noise2clean_kvrange)
+    if ranges and num_steps % ranges:
+        yield (
+            f"num_steps is {num_steps}, but must be divisible by the {ranges} values of noise2clean_kvrange; "
+            f"use {_round_up(num_steps, ranges)}"
+        )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sources
+
+
+def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where made weights and file digests are kept: $MAGI_RAY_CACHE, $XDG_CACHE_HOME/magi-ray or ~/.cache/magi-ray."""
+    if environ.get("MAGI_RAY_CACHE"):
+        return Path(environ["MAGI_RAY_CACHE"])
+    base = environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "magi-ray"
+
+
+def preset(name: str, *, weights: Path | None = None) -> Settings:
+    """The settings of a named preset. ``weights``: the folder that holds its networks; default: below the cache.
+
+    Raises SettingsError for a name that does not exist.
+    """
+    if name not in PRESETS:
+        raise SettingsError(
+            f"There is no preset {name!r}.",
+            remedy=f"Known presets: {', '.join(PRESETS)}.{_suggest(name, PRESETS)}",
+            next_command="magi-ray submit --help",
+        )
+    like_24b = name == "magi-tiny"
+    return _build(
+        {
+            "name": name,
+            "model": {
+                "num_layers": 4,
+                "hidden_size": 128,
+                "ffn_hidden_size": 256 if like_24b else 384,
+                "num_attention_heads": 8,
+                "num_query_groups": 4,
+                "kv_channels": 16,
+                "caption_channels": 64,
+                "params_dtype": "torch.float32",
+                "x_rescale_factor": 0.1 if like_24b else 1.0,
+                "half_channel_vae": like_24b,
+                "in_channels": 32 if like_24b else 16,
+                "out_channels": 32 if like_24b else 16,
+                "gated_linear_unit": like_24b,
+            },
+            "runtime": {"num_steps": 16, "video_size_h": 64, "video_size_w": 64},
+            "engine": {"distributed_backend": "gloo"},
+            "weights": WeightPaths.under(weights or cache_folder() / name).model_dump(),
+        },
+        source=f"preset {name}",
+    )
+
+
+def published(path: Path, *, special_tokens: Path | None = None) -> Settings:
+    """Settings from a published config file, unchanged. Its ``load``, ``t5_pretrained`` and ``vae_pretrained`` are
+    taken relative to the working directory, as the reference does; the special tokens lie beside the T5 folder
+    unless given.
+
+    Raises SettingsError: unreadable, not the three published objects, an unknown field, a value that cannot work.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as exc:
+        raise SettingsError(f"There is no config file {path}.", remedy="Give the path of a published JSON config.") from exc
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as exc:
+        raise SettingsError(f"{path} is not readable as JSON: {exc}", remedy="Give a published MAGI-1 config.") from exc
+    sections = {"model_config": "model", "runtime_config": "runtime", "engine_config": "engine"}
+    if not isinstance(content, dict) or set(content) != set(sections):
+        found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
+        raise SettingsError(
+            f"{path} holds {found or 'nothing'}, but a published config holds {', '.join(sections)}.",
+            remedy="Use a config in the published form.",
+        )
+    runtime = content["runtime_config"]
+    t5 = Path(runtime.get("t5_pretrained", ""))
+    values = {ours: content[theirs] for theirs, ours in sections.items()}
+    values |= {
+        "name": path.stem,
+        "weights": {
+            "dit": Path(runtime.get("load", "")),
+            "vae": Path(runtime.get("vae_pretrained", "")),
+            "t5": t5,
+            "special_tokens": special_tokens or t5.parent / "special_tokens.npz",
+        },
+    }
+    return _build(values, source=str(path))
+
+
+def job(path: Path) -> Settings:
+    """Settings from a job file: TOML that names a ``preset`` or a ``config`` (relative to the file) and overrides it
+    in the tables model, runtime, engine, weights, special_tokens, prefix, encoder and numeric.
+
+    Raises SettingsError.
+    """
+    try:
+        content = tomllib.loads(path.read_text())
+    except FileNotFoundError as exc:
+        raise SettingsError(f"There is no job file {path}.", remedy="The ones that ship are in jobs/.") from exc
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+        raise SettingsError(f"{path} is not readable as TOML: {exc}", remedy="Copy one of jobs/*.toml.") from exc
+    chosen = [key for key in ("preset", "config") if key in content]
+    if len(chosen) != 1:
+        raise SettingsError(
+            f"{path} names {' and '.join(chosen) or 'neither preset nor config'}, but needs exactly one of them.",
+            remedy='Begin the file with preset = "magi-tiny" or config = "24B_base_config.json".',
+        )
+    if "preset" in content:
+        base = preset(content.pop("preset"))
+    else:
+        base = published(path.parent / content.pop("config"))
+    return override(base, {"name": path.stem} | content, source=str(path))
+
+
+def override(base: Settings, changes: Mapping[str, Any], *, source: str = "options") -> Settings:
+    """``base`` with ``changes`` (nested as Settings is) laid over it and checked again. Raises SettingsError."""
+    return _build(_merge(base.model_dump(), changes), source=source)
+
+
+def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _build(values: Mapping[str, Any], *, source: str) -> Settings:
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as exc:
+        lines = [_explain(error) for error in exc.errors()]
+        raise SettingsError(
+            f"{source} cannot be used: " + "; ".join(lines), remedy="Correct it and run the same command again."
+        ) from exc
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        kinds = {"model": ModelConfig, "runtime": RuntimeConfig, "engine": EngineConfig, "weights": WeightPaths,
+                 "special_tokens": SpecialTokens, "prefix": PrefixSettings, "encoder": EncoderSettings,
+                 "numeric": NumericProfile}  # fmt: skip
+        owner: type[BaseModel] = kinds.get(str(error["loc"][0]), Settings) if len(error["loc"]) > 1 else Settings
+        return f"unknown field {where}.{_suggest(str(error['loc'][-1]), owner.model_fields)}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{where}: {message} (found {error['input']!r})" if where else message
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]}?" if close else ""

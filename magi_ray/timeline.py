@@ -1,0 +1,87 @@
+"""Arithmetic of frames, latent frames, chunks, windows and stages. No tensors.
+
+A chunk is 6 latent frames, a latent frame is 4 video frames (spec §1: chunk_width 6, temporal_downsample_factor 4).
+Chunks are numbered from 0 among the *denoised* ones; the whole clean chunks of a video prefix come before them
+(``offset`` of them). With window W, chunk i enters at stage i and is clean at the end of stage i + W − 1 (spec §5).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+FRAMES_PER_LATENT = 4
+LATENTS_PER_CHUNK = 6
+FRAMES_PER_CHUNK = FRAMES_PER_LATENT * LATENTS_PER_CHUNK
+SPATIAL_FACTOR = 8
+SIZE_MULTIPLE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """Which chunks a video has and which stages make them.
+
+    num_chunks: denoised chunks, ≥ 1.  window_size: chunks in flight, ≥ 1.
+    prefix_latents: latent frames of the prefix: 0 for text, 1 for an image, frames // 4 for a video.
+    """
+
+    num_chunks: int
+    window_size: int
+    prefix_latents: int = 0
+
+    @property
+    def offset(self) -> int:
+        """Whole clean chunks in front of the first denoised one."""
+        return self.prefix_latents // LATENTS_PER_CHUNK
+
+    @property
+    def num_stages(self) -> int:
+        return self.num_chunks + self.window_size - 1
+
+    @property
+    def prefix_latents_in_first_chunk(self) -> int:
+        """Latent frames of the prefix that overwrite the start of chunk 0."""
+        return self.prefix_latents % LATENTS_PER_CHUNK
+
+    @property
+    def dropped_frames(self) -> int:
+        """Frames of chunk 0 that belong to a video prefix and are not emitted; an image prefix keeps its chunk whole."""
+        return 0 if self.prefix_latents == 1 else self.prefix_latents_in_first_chunk * FRAMES_PER_LATENT
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of the finished video (the prefix left out)."""
+        return self.num_chunks * FRAMES_PER_CHUNK - self.dropped_frames
+
+    def chunk_frames(self, chunk: int) -> int:
+        """Frames that chunk ``chunk`` contributes to the finished video."""
+        return FRAMES_PER_CHUNK - (self.dropped_frames if chunk == 0 else 0)
+
+    def window(self, stage: int) -> range:
+        """Chunks in flight during ``stage``, oldest first."""
+        return range(max(0, stage - self.window_size + 1), min(self.num_chunks, stage + 1))
+
+    def entering(self, stage: int) -> int | None:
+        """The chunk that starts from noise in ``stage``, if any."""
+        return stage if stage < self.num_chunks else None
+
+    def finished(self, stage: int) -> int | None:
+        """The chunk that is clean at the end of ``stage``, if any."""
+        chunk = stage - self.window_size + 1
+        return chunk if chunk >= 0 else None
+
+    def finishing_stage(self, chunk: int) -> int:
+        """The stage at whose end ``chunk`` is clean."""
+        return chunk + self.window_size - 1
+
+    def duration_index(self, chunk: int) -> int:
+        """1…8: the DURATION token of ``chunk``: chunks that remain after it, at most 7, plus one (spec §4)."""
+        return min(self.num_chunks - chunk - 1, 7) + 1
+
+
+def chunks_for_seconds(seconds: float, fps: float, prefix_latents: int = 0) -> int:
+    """Fewest denoised chunks whose frames last at least ``seconds`` at ``fps`` (prefix frames not counted)."""
+    # Rounded to a whole frame first: 0.1 + 0.2 s must not cost one more chunk.
+    frames = max(1, ceil(round(seconds * fps, 6)))
+    dropped = Timeline(num_chunks=1, window_size=1, prefix_latents=prefix_latents).dropped_frames
+    return max(1, ceil((frames + dropped) / FRAMES_PER_CHUNK))
