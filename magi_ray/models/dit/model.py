@@ -1,0 +1,151 @@
+"""The DiT: noisy latents of some chunks, and what they may see → their velocity (spec §3).
+
+R ranges: the chunks of one forward; S = T · H · W tokens of a chunk; D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from magi_ray.models.dit.attention import KERNELS
+from magi_ray.models.dit.block import Block, Context, LayerNorm
+from magi_ray.models.dit.embeddings import CaptionEmbedder, TimestepEmbedder
+from magi_ray.models.dit.kv_cache import KVCache
+from magi_ray.models.dit.rope import Rope
+from magi_ray.models.files import weight_files
+from magi_ray.models.weights import load_into
+from magi_ray.settings import ModelConfig
+from magi_ray.timeline import LATENTS_PER_CHUNK
+
+# Positions of the null caption that cross-attention reads.
+NULL_CAPTION_LENGTH = 50
+
+
+class DiT(nn.Module):
+    """``config``: the published model_config; parameter names are the published ones (spec §2).
+
+    attention: a name in ``attention.KERNELS``. Embedders, RoPE, norms after a branch and the final layers are
+    float32, everything else ``config.params_dtype``.
+    """
+
+    def __init__(self, config: ModelConfig, *, attention: str = "plain") -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype = getattr(torch, config.params_dtype.removeprefix("torch."))
+        self.attend = KERNELS[attention]
+        width, condition = config.hidden_size, int(config.hidden_size * config.cond_hidden_ratio)
+        patch = (config.t_patch_size, config.patch_size, config.patch_size)
+        self.x_embedder = nn.Conv3d(config.in_channels, width, patch, stride=patch, bias=False)
+        self.rope = Rope(width // config.num_attention_heads // 8)
+        self.t_embedder = TimestepEmbedder(condition, rounded_to=dtype)
+        self.y_embedder = CaptionEmbedder(
+            caption_channels=config.caption_channels,
+            max_length=config.caption_max_length,
+            xattn_width=int(width * config.xattn_cond_hidden_ratio),
+            adaln_width=condition,
+        )
+        self.videodit_blocks = nn.Module()
+        self.videodit_blocks.layers = nn.ModuleList(Block(config, dtype, layer=i) for i in range(config.num_layers))
+        self.videodit_blocks.final_layernorm = LayerNorm(width, config, one_plus=True, dtype=torch.float32)
+        self.final_linear = nn.Module()
+        self.final_linear.linear = nn.Linear(
+            width, config.patch_size**2 * config.t_patch_size * config.out_channels, bias=False
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.rope.bands.device
+
+    @property
+    def null_caption(self) -> Tensor:
+        """[50, caption_channels]: what an unconditional chunk reads (a negative prompt is put in front by the caller)."""
+        return self.y_embedder.null_caption_embedding[:NULL_CAPTION_LENGTH]
+
+    def tokens_per_chunk(self, height: int, width: int) -> int:
+        """S for latents of ``height`` × ``width``."""
+        c = self.config
+        return LATENTS_PER_CHUNK // c.t_patch_size * (height // c.patch_size) * (width // c.patch_size)
+
+    def new_cache(self, *, depth: int, height: int, width: int) -> KVCache:
+        """An empty ring for ``depth`` chunks of latents ``height`` × ``width``."""
+        return KVCache(
+            depth=depth,
+            layers=self.config.num_layers,
+            tokens=self.tokens_per_chunk(height, width),
+            groups=self.config.num_query_groups,
+            head_dim=self.config.kv_channels,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    @torch.no_grad()
+    def forward(
+        self,
+        latents: Tensor,
+        *,
+        t: Tensor,
+        captions: Sequence[Tensor],
+        dropped: bool,
+        chunks: Sequence[int],
+        positions: Sequence[int],
+        kv_ranges: Sequence[tuple[int, int]],
+        cache: KVCache | None,
+        store: bool = False,
+        dt: float | None = None,
+    ) -> Tensor:
+        """Velocity [R, 16, 6, h, w] float32 of ``latents``, same shape, one chunk a range.
+
+        t: [R] in 0 (noise) … 1 (clean).  dt: the step a distilled model is told, None for others.
+        captions: per range [n ≥ 1, caption_channels].  dropped: the AdaLN path is told there is no caption.
+        chunks: absolute number of each range; positions: where RoPE puts it, in chunks.
+        kv_ranges: per range the absolute chunks [first, end) it sees: those of this forward, the rest from ``cache``.
+        store: keep this forward's keys and values in ``cache``.
+        """
+        config = self.config
+        x = latents.float() * config.x_rescale_factor
+        if config.half_channel_vae:
+            x = torch.cat([x, x], dim=1)
+        x = self.x_embedder(x)  # [R, D, T, H, W]
+        frames, height, width = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2).to(self.dtype)  # [R, S, D]
+
+        condition = self.t_embedder(t.float()) + self.y_embedder.adaln(dropped=dropped)
+        if dt is not None:
+            condition = condition + self.t_embedder(t.new_full((1,), dt))
+        caption = self.y_embedder.xattn(torch.cat([caption.float() for caption in captions]))
+        sin, cos = self.rope(positions, frames=frames, height=height, width=width)
+        context = Context(
+            condition_Rc=condition,
+            caption_ND=caption.to(self.dtype),
+            caption_lengths=[len(caption) for caption in captions],
+            sin=sin,
+            cos=cos,
+            chunks=chunks,
+            kv_ranges=kv_ranges,
+            cache=cache,
+            store=store,
+            attend=self.attend,
+        )
+        for block in self.videodit_blocks.layers:
+            x = block(x, context)
+        x = self.final_linear.linear(self.videodit_blocks.final_layernorm(x))
+        return self._unpatchify(x, frames, height, width) / config.x_rescale_factor
+
+    def _unpatchify(self, x_RSP: Tensor, frames: int, height: int, width: int) -> Tensor:
+        pt, p, channels = self.config.t_patch_size, self.config.patch_size, self.config.out_channels
+        x = x_RSP.unflatten(-1, (pt, p, p, channels)).unflatten(1, (frames, height, width))
+        x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [R, C, T, pT, H, pH, W, pW]
+        x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return x[:, : channels // 2] if self.config.half_channel_vae else x
+
+
+def load_dit(config: ModelConfig, folder: Path, *, device: torch.device | str = "cpu", attention: str) -> DiT:
+    """The DiT with the weights of ``folder`` (spec §2). Raises WeightsError."""
+    with torch.device("meta"):
+        model = DiT(config, attention=attention)
+    load_into(model, weight_files(folder), device=device)
+    return model

@@ -1,0 +1,98 @@
+"""Files of a network: where the published layout keeps them, and the digest of what they hold. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from magi_ray.errors import WeightsError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+
+
+def published_folder(load: Path, *, fp8: bool, distill: bool) -> Path:
+    """The DiT folder below ``load``: ``inference_weight[.fp8][.distill]`` (spec §2)."""
+    return load / ("inference_weight" + ".fp8" * fp8 + ".distill" * distill)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of ``folder`` in name order: the shards its index names, or its single file.
+
+    Raises WeightsError: no such folder, no weights in it, a broken index, or shards that are not there.
+    """
+    if not folder.is_dir():
+        raise WeightsError(f"There is no weights folder {folder}.", remedy="Check `load` in the config.")
+    index = folder / INDEX
+    if index.is_file():
+        return _indexed(index)
+    for name in SINGLE:
+        if (folder / name).is_file():
+            return [folder / name]
+    raise WeightsError(
+        f"{folder} holds none of {', '.join((INDEX, *SINGLE))}.", remedy="Download the checkpoint into it."
+    )
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as exc:
+        raise WeightsError(f"{index} is not a safetensors index: {exc!r}", remedy="Download it again.") from exc
+    files = [index.parent / name for name in names]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        raise WeightsError(
+            f"{index} names {len(files)} shards, of which {len(missing)} are missing: {', '.join(missing)}.",
+            remedy="Download the missing shards.",
+        )
+    return files
+
+
+def digest_files(files: Sequence[Path], *, cache: Path | None) -> str:
+    """sha256 (hex) over the names and contents of ``files``; their order and folder do not matter.
+
+    cache: a JSON file that remembers the digest of each file by (resolved path, size, mtime, inode), so that
+    48 GB are read once; None reads everything. A cache that cannot be read or written is only slower.
+    Raises WeightsError for a file that cannot be read.
+    """
+    known = _read_cache(cache)
+    digests, changed = {}, False
+    for file in files:
+        try:
+            stat = file.stat()
+            key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+            if key not in known:
+                with file.open("rb") as stream:
+                    known[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+                changed = True
+        except OSError as exc:
+            raise WeightsError(f"{file} cannot be read: {exc}", remedy="Check the path and its permissions.") from exc
+        digests[file.name] = known[key]
+    if cache is not None and changed:
+        _write_cache(cache, known)
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def _read_cache(cache: Path | None) -> dict[str, str]:
+    if cache is None:
+        return {}
+    try:
+        content = json.loads(cache.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_cache(cache: Path, known: dict[str, str]) -> None:
+    # Renamed into place: workers on one machine share this file.
+    partial = cache.with_name(f"{cache.name}.{os.getpid()}")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(known, indent=1, sort_keys=True))
+        partial.replace(cache)
+    except OSError:
+        partial.unlink(missing_ok=True)
