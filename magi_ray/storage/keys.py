@@ -1,0 +1,113 @@
+"""Every key of the store. What an operator sees in the folder or bucket:
+
+<root>/
+├── stages/<kk>/<key>/                 one denoising stage; <key> is the stage's identity, <kk> its first two digits
+│   ├── commit.json                    create-only, written last; without it (or with a damaged payload) nothing counts
+│   ├── state-<write>.safetensors      the window: latents in flight and their step counts
+│   └── chunk-<write>.safetensors      the clean latent this stage completed, if any
+├── segments/<kk>/<key>/
+│   ├── commit.json
+│   └── segment-<write>.mp4            the encoded video of one chunk
+├── texts/<kk>/<key>/
+│   ├── commit.json
+│   └── text-<write>.safetensors       the embedding of one caption
+├── prefixes/<kk>/<key>/
+│   ├── commit.json
+│   └── prefix-<write>.safetensors     the latents of one row's image or video
+├── probes/                            what ``check_store`` wrote; empty
+└── runs/<run>/
+    ├── run.json                       create-only: what was submitted
+    ├── manifest.parquet               the manifest as submitted
+    ├── progress.json                  overwritten as the run goes on; may be lost
+    ├── results.parquet                one row per video
+    ├── errors.parquet                 one row per failure
+    └── videos/<job_id>.mp4  <job_id>.json     the video and what made it
+
+<write> is the id of one attempt to write, so no two attempts share a payload's name.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+Kind = Literal["stage", "segment", "text", "prefix"]
+
+_FOLDERS: dict[Kind, str] = {"stage": "stages", "segment": "segments", "text": "texts", "prefix": "prefixes"}
+_SUFFIXES: dict[Kind, str] = {"stage": "safetensors", "segment": "mp4", "text": "safetensors", "prefix": "safetensors"}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+_PART = re.compile(r"[A-Za-z0-9._=-]{1,255}")
+
+RUNS = "runs/"
+
+
+def check_key(key: str) -> str:
+    """``key``, if a store may use it: parts of letters, digits and ``. _ - =`` joined by '/', none of them '.' or '..'.
+
+    Raises ValueError otherwise. A leading dot is kept for the stores themselves, and a key is never also the folder
+    of another one.
+    """
+    parts = key.split("/")
+    if not all(_PART.fullmatch(part) for part in parts) or {".", ".."} & set(parts) or key.startswith("."):
+        raise ValueError(f"{key!r} is not a key: relative parts of letters, digits and . _ - = joined by '/'")
+    return key
+
+
+def commits(kind: Kind) -> str:
+    """Prefix of everything of one kind."""
+    return f"{_FOLDERS[kind]}/"
+
+
+def commit_folder(kind: Kind, key: str) -> str:
+    """Where one commit and its payloads lie. ``key``: 64 hex digits of a sha256, else ValueError."""
+    if not _SHA256.fullmatch(key):
+        raise ValueError(f"{key!r} is not the 64 hex digits of a sha256")
+    return f"{commits(kind)}{key[:2]}/{key}/"
+
+
+def commit(kind: Kind, key: str) -> str:
+    return f"{commit_folder(kind, key)}commit.json"
+
+
+def payload_name(kind: Kind, payload: str, write_id: str) -> str:
+    """The name of one payload beside its commit; ``payload``: 'state', 'chunk', 'segment', …"""
+    return f"{payload}-{write_id}.{_SUFFIXES[kind]}"
+
+
+def run(run_id: str) -> str:
+    """Prefix of everything of one run."""
+    return f"{RUNS}{run_id}/"
+
+
+def run_record(run_id: str) -> str:
+    return f"{run(run_id)}run.json"
+
+
+def run_manifest(run_id: str) -> str:
+    return f"{run(run_id)}manifest.parquet"
+
+
+def run_progress(run_id: str) -> str:
+    return f"{run(run_id)}progress.json"
+
+
+def run_results(run_id: str) -> str:
+    return f"{run(run_id)}results.parquet"
+
+
+def run_errors(run_id: str) -> str:
+    return f"{run(run_id)}errors.parquet"
+
+
+def videos(run_id: str) -> str:
+    """Prefix of a run's finished videos."""
+    return f"{run(run_id)}videos/"
+
+
+def video(run_id: str, job_id: str) -> str:
+    return f"{videos(run_id)}{job_id}.mp4"
+
+
+def video_record(run_id: str, job_id: str) -> str:
+    return f"{videos(run_id)}{job_id}.json"

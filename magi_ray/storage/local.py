@@ -1,0 +1,154 @@
+"""A store in a folder, on a local disk or one that all machines mount.
+
+An object is first written whole under ``<root>/.tmp/``, flushed to the disk, and then given its name in one step:
+``rename`` to overwrite, ``link`` to create only, which fails if the name is taken. A crash leaves at most a nameless
+file in ``.tmp``, which no key can reach and anybody may delete while nothing runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+from magi_ray.errors import ObjectMissing, StoreError
+from magi_ray.storage.keys import check_key
+
+_REMEDIES = {
+    errno.ENOSPC: "The disk is full: free some space, then resume; nothing that was committed is lost.",
+    errno.EDQUOT: "Your disk quota is used up: free some space, then resume; nothing that was committed is lost.",
+    errno.EACCES: "Allow this user to read and write the folder, or choose another with --store.",
+    errno.EPERM: "The file system must allow hard links, and this user must own the folder; or choose another.",
+    errno.EOPNOTSUPP: "This file system has no hard links; choose a folder on another one with --store.",
+    errno.EROFS: "The file system is mounted read-only; choose another folder with --store.",
+}
+
+
+@dataclass(frozen=True)
+class LocalStore:
+    """``root``: an absolute path, made with the first write. Pickles as that path."""
+
+    root: Path
+
+    @property
+    def uri(self) -> str:
+        return str(self.root)
+
+    def put(self, key: str, data: bytes) -> None:
+        self._write(key, BytesIO(data), overwrite=True)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        # A look first spares the disk the usual loser's copy; the link below decides.
+        return not self.exists(key) and self._write(key, BytesIO(data), overwrite=False)
+
+    def put_file(self, key: str, path: Path) -> None:
+        with path.open("rb") as source:
+            self._write(key, source, overwrite=True)
+
+    def get(self, key: str) -> bytes:
+        with self._reading(key) as source:
+            return source.read()
+
+    def get_to_file(self, key: str, path: Path) -> None:
+        with self._reading(key) as source, path.open("wb") as target:
+            shutil.copyfileobj(source, target)
+
+    def exists(self, key: str) -> bool:
+        with self._translated(key):
+            return self._path(key).is_file()
+
+    def list(self, prefix: str) -> Iterator[str]:
+        folder = prefix.rpartition("/")[0]
+        if folder:
+            check_key(folder)
+        return (key for key in self._walk(folder) if key.startswith(prefix))
+
+    def delete(self, key: str) -> None:
+        # Emptied folders stay: removing one could race with a writer that is about to use it.
+        with self._translated(key), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            self._path(key).unlink()
+
+    def _path(self, key: str) -> Path:
+        return self.root / check_key(key)
+
+    def _write(self, key: str, source: BinaryIO, *, overwrite: bool) -> bool:
+        """True when the object was written, False when ``overwrite`` is off and the name is taken."""
+        path, temporary = self._path(key), self.root / ".tmp" / uuid.uuid4().hex
+        with self._translated(key):
+            _make_folder(temporary.parent)
+            _make_folder(path.parent)
+            try:
+                with temporary.open("xb") as target:
+                    shutil.copyfileobj(source, target)
+                    target.flush()
+                    os.fsync(target.fileno())
+                if overwrite:
+                    temporary.replace(path)
+                else:
+                    os.link(temporary, path)
+            except FileExistsError:
+                return False
+            finally:
+                temporary.unlink(missing_ok=True)
+            _flush_folder(path.parent)
+            return True
+
+    @contextlib.contextmanager
+    def _reading(self, key: str) -> Iterator[BinaryIO]:
+        with self._translated(key):
+            try:
+                source = self._path(key).open("rb")
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as exc:
+                raise ObjectMissing(f"There is no object {key} in {self.uri}") from exc
+            with source:
+                yield source
+
+    def _walk(self, folder: str) -> Iterator[str]:
+        with self._translated(folder):
+            try:
+                entries = list(os.scandir(self.root / folder))
+            except (FileNotFoundError, NotADirectoryError):
+                return
+            # A folder is sorted as its keys are, with the '/': "a-b" comes before "a/b".
+            names = sorted(entry.name + "/" * entry.is_dir() for entry in entries)
+        for name in names:
+            key = f"{folder}/{name}" if folder else name
+            if name.endswith("/"):
+                if key != ".tmp/":
+                    yield from self._walk(key[:-1])
+            else:
+                yield key
+
+    @contextlib.contextmanager
+    def _translated(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as exc:
+            raise StoreError(
+                f"The store at {self.uri} failed on {key or 'its root'}: {exc.strerror or exc}",
+                remedy=_REMEDIES.get(exc.errno or 0, "Check the disk or the mount, then resume."),
+            ) from exc
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes ``folder`` and its parents, each flushed into the one above, or a power cut could lose the whole branch."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _flush_folder(folder.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

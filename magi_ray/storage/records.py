@@ -1,0 +1,209 @@
+"""Commits: how a result becomes durable. Payload first, commit last; a commit without a whole payload does not count.
+
+A commit is one small JSON that names its payloads with size and sha256, says what the result is (``pre_image``, whose
+digest is usually the key) and what made it (``provenance``). It is created only if absent, so a late worker cannot
+replace a result, and its payloads have names of their own attempt, so it cannot overwrite them either.
+
+Repair. A commit that is unreadable, or whose payload is gone or altered, is replaced with one atomic ``put`` by the
+next attempt that made the result again. (Deleting it first was rejected: a slow second repairer would delete the first
+one's good commit.) That is safe: it happens only after the commit there was read and found damaged; the new payloads
+are whole before it; at no moment is there no commit; and should two workers repair at once, either's commit is whole,
+names payloads nobody deletes, and holds the result of the same key, that is the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from magi_ray.errors import InputError, ObjectDamaged, ObjectMissing
+from magi_ray.settings import Frozen
+from magi_ray.storage import keys
+from magi_ray.storage.keys import Kind
+from magi_ray.storage.store import Store
+
+FORMAT_VERSION = 1
+
+
+class Payload(Frozen):
+    """``name``: the object's name beside the commit. ``size`` in bytes, ``sha256`` in hex."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+class Commit(Frozen):
+    """One durable result. ``payloads`` by role: 'state', 'chunk', 'segment', 'text', 'prefix'."""
+
+    version: int = FORMAT_VERSION
+    kind: Kind
+    key: str
+    payloads: dict[str, Payload]
+    pre_image: dict[str, Any]
+    provenance: dict[str, Any]
+    write_id: str
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one spelling of ``value``: keys sorted, no spaces, UTF-8. Raises ValueError for NaN and infinity."""
+    # Once there and back first, so that tuples and numbers as keys are what a reader will find: lists and strings.
+    plain = json.loads(json.dumps(value, allow_nan=False))
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def digest(value: Any) -> str:
+    """sha256 of the canonical JSON of ``value``, in hex."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def new_write_id() -> str:
+    """An id no other attempt to write has."""
+    return uuid.uuid4().hex
+
+
+def write_commit(
+    store: Store,
+    *,
+    kind: Kind,
+    key: str,
+    payloads: Mapping[str, bytes | Path],
+    pre_image: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    write_id: str,
+) -> Commit:
+    """Makes a result durable and returns the commit that counts: ours, or the whole one that was there before.
+
+    payloads: bytes, or the path of a file, by role.  pre_image, provenance: what JSON can hold.
+    write_id: of this attempt alone (``new_write_id``).  Raises StoreError.
+    """
+    if earlier := verified_commit(store, kind, key):
+        return earlier
+    described = {}
+    for role, content in payloads.items():
+        name = keys.payload_name(kind, role, write_id)
+        described[role] = _describe(name, content)
+        if isinstance(content, Path):
+            store.put_file(keys.commit_folder(kind, key) + name, content)
+        else:
+            store.put(keys.commit_folder(kind, key) + name, content)
+    commit = Commit(
+        kind=kind,
+        key=key,
+        payloads=described,
+        pre_image=json.loads(canonical_json(pre_image)),
+        provenance=json.loads(canonical_json(provenance)),
+        write_id=write_id,
+    )
+    if store.put_if_absent(keys.commit(kind, key), _serialise(commit)):
+        return commit
+    winner = verified_commit(store, kind, key)
+    if winner is None:
+        store.put(keys.commit(kind, key), _serialise(commit))
+        return commit
+    if winner.write_id != write_id:
+        # Nobody else knows these names: the commit that would have told was never created.
+        for payload in described.values():
+            store.delete(keys.commit_folder(kind, key) + payload.name)
+    return winner
+
+
+def read_commit(store: Store, kind: Kind, key: str) -> Commit | None:
+    """The commit, or None when there is none or its own bytes are damaged. Payloads are not looked at.
+
+    Raises InputError when a newer magi-ray wrote it.
+    """
+    try:
+        data = store.get(keys.commit(kind, key))
+    except ObjectMissing:
+        return None
+    commit = _parse(data)
+    return commit if commit is not None and (commit.kind, commit.key) == (kind, key) else None
+
+
+def verified_commit(store: Store, kind: Kind, key: str) -> Commit | None:
+    """``read_commit``, and None also when a payload is missing or altered: reads and hashes all of them."""
+    commit = read_commit(store, kind, key)
+    if commit is None:
+        return None
+    try:
+        for role in commit.payloads:
+            read_payload(store, commit, role)
+    except ObjectDamaged:
+        return None
+    return commit
+
+
+def read_payload(store: Store, commit: Commit, role: str) -> bytes:
+    """The bytes of one payload [size]. Raises ObjectDamaged if they are missing or not those that were committed."""
+    payload = commit.payloads[role]
+    try:
+        data = store.get(keys.commit_folder(commit.kind, commit.key) + payload.name)
+    except ObjectMissing as exc:
+        raise _damaged(store, commit, payload, "is missing") from exc
+    _check(store, commit, payload, _describe(payload.name, data))
+    return data
+
+
+def payload_to_file(store: Store, commit: Commit, role: str, path: Path) -> None:
+    """One payload into a file, in constant memory. Raises ObjectDamaged, and then leaves no file."""
+    payload = commit.payloads[role]
+    try:
+        store.get_to_file(keys.commit_folder(commit.kind, commit.key) + payload.name, path)
+        _check(store, commit, payload, _describe(payload.name, path))
+    except ObjectMissing as exc:
+        raise _damaged(store, commit, payload, "is missing") from exc
+    except ObjectDamaged:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _describe(name: str, content: bytes | Path) -> Payload:
+    if isinstance(content, bytes):
+        return Payload(name=name, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    with content.open("rb") as source:
+        sha256 = hashlib.file_digest(source, "sha256").hexdigest()
+        return Payload(name=name, size=source.tell(), sha256=sha256)
+
+
+def _check(store: Store, commit: Commit, expected: Payload, found: Payload) -> None:
+    if found.size != expected.size:
+        raise _damaged(store, commit, expected, f"has {found.size} bytes, but {expected.size} were committed")
+    if found.sha256 != expected.sha256:
+        raise _damaged(store, commit, expected, f"has sha256 {found.sha256}, but {expected.sha256} was committed")
+
+
+def _damaged(store: Store, commit: Commit, payload: Payload, what: str) -> ObjectDamaged:
+    return ObjectDamaged(
+        f"{keys.commit_folder(commit.kind, commit.key)}{payload.name} in {store.uri} {what}.",
+        remedy="It is made again by the next resume; check the disk if this happens often.",
+    )
+
+
+def _serialise(commit: Commit) -> bytes:
+    """The commit with its own digest, so that no altered byte of it goes unseen."""
+    body = commit.model_dump()
+    return canonical_json(body | {"sha256": digest(body)})
+
+
+def _parse(data: bytes) -> Commit | None:
+    """None for bytes that ``_serialise`` did not write."""
+    try:
+        body = json.loads(data)
+        recorded = body.pop("sha256")
+        if recorded != digest(body) or canonical_json(body | {"sha256": recorded}) != data:
+            return None
+        if body["version"] > FORMAT_VERSION:
+            raise InputError(
+                f"The store holds records of format {body['version']}, but this magi-ray reads up to {FORMAT_VERSION}.",
+                remedy="Install the magi-ray that wrote them, or a newer one.",
+            )
+        return Commit.model_validate(body)
+    except (ValueError, KeyError, TypeError, AttributeError, ValidationError):
+        return None

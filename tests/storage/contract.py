@@ -1,0 +1,112 @@
+"""What every store must do. A store's own test file inherits ``StoreContract`` and gives the ``store`` fixture."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from magi_ray.errors import ObjectMissing
+from magi_ray.storage.store import Store, check_store
+
+BAD_KEYS = ["", "/a", "a/", "a//b", "..", "a/../b", "a/./b", ".tmp/x", "a b", "a\\b", "a\nb", "ä", "a/" + "x" * 256]
+
+
+class StoreContract:
+    def test_what_was_put_is_got(self, store: Store) -> None:
+        for data in (b"", b"\x00\xff" * 100_000):
+            store.put("a/b/c.bin", data)
+            assert store.get("a/b/c.bin") == data
+
+    def test_put_overwrites(self, store: Store) -> None:
+        store.put("a", b"long before")
+        store.put("a", b"after")
+        assert store.get("a") == b"after"
+
+    def test_put_if_absent_creates_once_and_keeps_the_first(self, store: Store) -> None:
+        assert store.put_if_absent("a/b", b"first")
+        assert not store.put_if_absent("a/b", b"second")
+        assert store.get("a/b") == b"first"
+
+    def test_a_deleted_key_can_be_created_again(self, store: Store) -> None:
+        store.put("a/b", b"1")
+        store.delete("a/b")
+        assert store.put_if_absent("a/b", b"2")
+
+    def test_of_racing_creators_exactly_one_wins_and_its_bytes_stay(self, store: Store) -> None:
+        racers = 8
+        for round_ in range(5):
+            barrier = threading.Barrier(racers)
+
+            def create(racer: int, key: str = f"race/{round_}", barrier: threading.Barrier = barrier) -> bool:
+                barrier.wait()
+                return store.put_if_absent(key, b"%d" % racer * 50_000)
+
+            with ThreadPoolExecutor(racers) as pool:
+                won = list(pool.map(create, range(racers)))
+            assert won.count(True) == 1
+            assert store.get(f"race/{round_}") == b"%d" % won.index(True) * 50_000
+
+    def test_a_missing_object_is_an_error_that_names_it(self, store: Store, tmp_path: Path) -> None:
+        store.put("a/b", b"x")
+        for key in ("nothing", "a", "a/b/c", "a/c"):
+            with pytest.raises(ObjectMissing, match=key):
+                store.get(key)
+            with pytest.raises(ObjectMissing, match=key):
+                store.get_to_file(key, tmp_path / "out")
+
+    def test_exists_is_true_for_objects_only(self, store: Store) -> None:
+        store.put("a/b", b"x")
+        assert store.exists("a/b")
+        assert not store.exists("a")
+        assert not store.exists("a/b/c")
+        assert not store.exists("b")
+
+    def test_list_gives_every_key_under_a_prefix_in_string_order(self, store: Store) -> None:
+        keys = ["a/b/1", "a/b-c/1", "a/b.json", "a/bc", "b", "a/a"]
+        for key in keys:
+            store.put(key, b"")
+        assert list(store.list("")) == sorted(keys)
+        assert list(store.list("a/b")) == ["a/b-c/1", "a/b.json", "a/b/1", "a/bc"]
+        assert list(store.list("a/b/")) == ["a/b/1"]
+        assert list(store.list("a/b/1")) == ["a/b/1"]
+        assert list(store.list("nothing/")) == []
+        assert list(store.list("b/")) == []
+
+    def test_deleting_twice_is_fine(self, store: Store) -> None:
+        store.put("a/b", b"x")
+        store.delete("a/b")
+        store.delete("a/b")
+        store.delete("never/was")
+        assert not store.exists("a/b")
+        assert list(store.list("")) == []
+
+    def test_files_go_in_and_come_out_unchanged(self, store: Store, tmp_path: Path) -> None:
+        source, target = tmp_path / "source", tmp_path / "target"
+        source.write_bytes(bytes(range(256)) * 10_000)
+        target.write_bytes(b"something longer before" * 200_000)
+        store.put("a/file", b"before")
+        store.put_file("a/file", source)
+        store.get_to_file("a/file", target)
+        assert target.read_bytes() == source.read_bytes() == store.get("a/file")
+
+    @pytest.mark.parametrize("key", BAD_KEYS)
+    def test_a_key_that_could_leave_the_store_is_refused(self, store: Store, key: str, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(b"")
+        for act in (
+            lambda: store.put(key, b""),
+            lambda: store.put_if_absent(key, b""),
+            lambda: store.put_file(key, tmp_path / "file"),
+            lambda: store.get(key),
+            lambda: store.get_to_file(key, tmp_path / "out"),
+            lambda: store.exists(key),
+            lambda: store.delete(key),
+        ):
+            with pytest.raises(ValueError, match="is not a key"):
+                act()
+
+    def test_the_check_before_a_run_passes_and_leaves_nothing(self, store: Store) -> None:
+        check_store(store)
+        assert list(store.list("")) == []
