@@ -14,6 +14,7 @@
 ├── prefixes/<kk>/<key>/
 │   ├── commit.json
 │   └── prefix-<write>.safetensors     the latents of one row's image or video
+├── media/<kk>/<sha256>                a row's image or video as submitted, under the digest of its bytes
 ├── probes/                            what ``check_store`` wrote; empty
 └── runs/<run>/
     ├── run.json                       create-only: what was submitted
@@ -61,9 +62,7 @@ def commits(kind: Kind) -> str:
 
 def commit_folder(kind: Kind, key: str) -> str:
     """Where one commit and its payloads lie. ``key``: 64 hex digits of a sha256, else ValueError."""
-    if not _SHA256.fullmatch(key):
-        raise ValueError(f"{key!r} is not the 64 hex digits of a sha256")
-    return f"{commits(kind)}{key[:2]}/{key}/"
+    return f"{commits(kind)}{_spread(key)}/"
 
 
 def commit(kind: Kind, key: str) -> str:
@@ -73,6 +72,11 @@ def commit(kind: Kind, key: str) -> str:
 def payload_name(kind: Kind, payload: str, write_id: str) -> str:
     """The name of one payload beside its commit; ``payload``: 'state', 'chunk', 'segment', …"""
     return f"{payload}-{write_id}.{_SUFFIXES[kind]}"
+
+
+def media(sha256: str) -> str:
+    """An image or video that a row begins with. Raises ValueError for what is not a sha256."""
+    return f"media/{_spread(sha256)}"
 
 
 def run(run_id: str) -> str:
@@ -111,3 +115,10 @@ def video(run_id: str, job_id: str) -> str:
 
 def video_record(run_id: str, job_id: str) -> str:
     return f"{videos(run_id)}{job_id}.json"
+
+
+def _spread(sha256: str) -> str:
+    """Over 256 folders, since folders of a million entries are slow to list."""
+    if not _SHA256.fullmatch(sha256):
+        raise ValueError(f"{sha256!r} is not the 64 hex digits of a sha256")
+    return f"{sha256[:2]}/{sha256}"

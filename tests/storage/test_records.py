@@ -254,6 +254,7 @@ def test_every_key_is_one_that_stores_accept_and_stands_in_the_drawing() -> None
     for job_id in ("boat", ".", "..", ".hidden", "x" * 128):
         assert keys.check_key(keys.video("run", job_id)) == f"runs/run/videos/{job_id}.mp4"
         assert keys.check_key(keys.video_record("run", job_id)) == f"runs/run/videos/{job_id}.json"
+    assert keys.check_key(keys.media(KEY)) == f"media/{KEY[:2]}/{KEY}"
     for kind in ("stage", "segment", "text", "prefix"):
         keys.check_key(keys.commit(kind, KEY))
         assert keys.commits(kind) in keys.__doc__
