@@ -24,13 +24,13 @@ HEAD_BLOCKS = 8
 class Context:
     """What all layers of one forward share.
 
-    condition_Rc: float32 (time, dropped or not).  caption: [sum of lengths, xattn width], the ranges' one after another.
+    condition: [R, c] float32 (time, dropped or not).  caption: [sum of lengths, xattn width], range after range.
     sin, cos: [R, S, 3 · bands].  chunks: absolute number of each range.  kv_ranges: [first, end) in absolute chunks,
     a chunk of this forward or of the cache.  store: write this forward's keys and values to the cache.
     """
 
-    condition_Rc: Tensor
-    caption_ND: Tensor
+    condition: Tensor
+    caption: Tensor
     caption_lengths: Sequence[int]
     sin: Tensor
     cos: Tensor
@@ -114,7 +114,7 @@ class Attention(nn.Module):
         return torch.stack(outs)
 
     def _cross_attention(self, q_RSHK: Tensor, context: Context) -> Tensor:
-        kv_N_G_2K = self.linear_kv_xattn(context.caption_ND).unflatten(-1, (-1, 2 * self.head_dim))
+        kv_N_G_2K = self.linear_kv_xattn(context.caption).unflatten(-1, (-1, 2 * self.head_dim))
         k_NGK, v_NGK = kv_N_G_2K.chunk(2, dim=-1)
         lengths = list(context.caption_lengths)
         keys, values = self.k_layernorm_xattn(k_NGK).split(lengths), v_NGK.split(lengths)
@@ -145,8 +145,7 @@ class AdaModulate(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         condition = int(config.hidden_size * config.cond_hidden_ratio)
-        gates = 2 * int(config.hidden_size * config.cond_gating_ratio)
-        self.proj = nn.Sequential(nn.Linear(condition, gates, dtype=dtype))
+        self.proj = nn.Sequential(nn.Linear(condition, 2 * config.hidden_size, dtype=dtype))
 
     def forward(self, condition_Rc: Tensor) -> tuple[Tensor, Tensor]:
         """Two of [R, 1, D] in float32."""
@@ -169,7 +168,7 @@ class Block(nn.Module):
 
     def forward(self, x_RSD: Tensor, context: Context) -> Tensor:
         dtype = x_RSD.dtype
-        attention_gate, mlp_gate = self.ada_modulate_layer(context.condition_Rc)
+        attention_gate, mlp_gate = self.ada_modulate_layer(context.condition)
         out = self.self_attention(x_RSD, context)
         x_RSD = (x_RSD.float() + self.self_attn_post_norm(out * attention_gate)).to(dtype)
         out = self.mlp(x_RSD).float()

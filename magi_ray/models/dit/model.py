@@ -62,7 +62,7 @@ class DiT(nn.Module):
 
     @property
     def null_caption(self) -> Tensor:
-        """[50, caption_channels]: what an unconditional chunk reads (a negative prompt is put in front by the caller)."""
+        """[50, caption_channels]: what a chunk without caption reads (a negative prompt goes in front of it)."""
         return self.y_embedder.null_caption_embedding[:NULL_CAPTION_LENGTH]
 
     def tokens_per_chunk(self, height: int, width: int) -> int:
@@ -119,8 +119,8 @@ class DiT(nn.Module):
         caption = self.y_embedder.xattn(torch.cat([caption.float() for caption in captions]))
         sin, cos = self.rope(positions, frames=frames, height=height, width=width)
         context = Context(
-            condition_Rc=condition,
-            caption_ND=caption.to(self.dtype),
+            condition=condition,
+            caption=caption.to(self.dtype),
             caption_lengths=[len(caption) for caption in captions],
             sin=sin,
             cos=cos,

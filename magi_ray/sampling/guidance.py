@@ -1,0 +1,34 @@
+"""Classifier-free guidance with three branches (spec §5).
+
+v = (1 − p) · alone + (p − s) · previous + s · text, with p and s looked up by the chunk's t.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+import torch
+
+from magi_ray.settings import RuntimeConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchWeights:
+    """How much each branch counts for one chunk; they sum to 1. A branch that is 0 for all need not be computed.
+
+    text: sees its caption.  previous: sees earlier chunks only.  alone: sees neither.
+    """
+
+    text: float
+    previous: float
+    alone: float
+
+
+def branch_weights(t: float, runtime: RuntimeConfig) -> BranchWeights:
+    """The weights at ``t``, a value of the float32 time grid; on an edge of cfg_t_range the upper interval counts."""
+    # Edges are rounded to float32, as t is: 0.1 must be equal to 0.1.
+    edges = torch.tensor(runtime.cfg_t_range, dtype=torch.float32).tolist()
+    interval = max(0, bisect_right(edges, t) - 1)
+    p, s = runtime.prev_chunk_scales[interval], runtime.text_scales[interval]
+    return BranchWeights(text=s, previous=p - s, alone=1 - p)
