@@ -1,0 +1,117 @@
+"""Weight folders for the presets `magi-tiny` and `magi-tiny-4.5b`, made from a seed in the published layout (spec §2).
+
+``tiny_weights`` says what stands in them. The one loading path serves them and the published checkpoints alike.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from magi_ray.errors import WeightsError
+from magi_ray.models.dit.model import DiT
+from magi_ray.models.files import published_folder
+from magi_ray.models.text.special_tokens import OTHER_TOKENS
+from magi_ray.models.text.t5 import T5_NAME, TOKENIZER_FILE
+from magi_ray.models.tiny_text import t5_config, t5_weights, train_tokenizer
+from magi_ray.models.tiny_weights import VAE_CONFIG, Array, Draw, dit_weights, vae_config_json, vae_weights
+from magi_ray.models.vae.model import VAE, WEIGHTS_FILE
+from magi_ray.settings import Settings, WeightPaths
+
+RECIPE = 1
+"""Raised with every change to what is written: a folder of another recipe is made again."""
+
+_RECIPE_FILE = "recipe.json"
+
+
+def ensure_tiny(folder: Path, settings: Settings, *, seed: int = 0) -> None:
+    """Make the weight folder, unless it is there already for this recipe, model and seed.
+
+    Raises WeightsError if something else lies there.
+    """
+    if not _is_made(folder, _recipe(settings, seed)):
+        make_tiny(folder, settings, seed=seed)
+
+
+def make_tiny(folder: Path, settings: Settings, *, seed: int = 0) -> None:
+    """Write a whole weight folder, laid out as ``WeightPaths.under(folder)`` says. Same seed, same bytes.
+
+    It appears at once or not at all: processes that make it at the same time all end with the same whole folder. One
+    made by another recipe, for another model or seed is replaced. Raises WeightsError if something else lies there.
+    """
+    recipe = _recipe(settings, seed)
+    if folder.exists() and not (folder / _RECIPE_FILE).is_file():
+        raise WeightsError(
+            f"{folder} exists, but was not made by magi-ray.", remedy="Move it away, or name another folder."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        new = work / "new"
+        new.mkdir()
+        _write(WeightPaths.under(new, made=False), settings, seed)
+        (new / _RECIPE_FILE).write_text(recipe)
+        while not _is_made(folder, recipe):
+            try:
+                new.rename(folder)
+            except OSError:
+                # Another recipe's folder stands there. Only an empty one could be renamed onto.
+                if not folder.is_dir():
+                    raise
+                shutil.rmtree(folder.rename(work / "old"))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_made(folder: Path, recipe: str) -> bool:
+    try:
+        return (folder / _RECIPE_FILE).read_text() == recipe
+    except OSError:
+        return False
+
+
+def _recipe(settings: Settings, seed: int) -> str:
+    content = {
+        "recipe": RECIPE,
+        "seed": seed,
+        "model": settings.model.model_dump(),
+        "fp8_quant": settings.engine.fp8_quant,
+        "distill": settings.engine.distill,
+    }
+    return json.dumps(content, indent=1, sort_keys=True)
+
+
+def _write(paths: WeightPaths, settings: Settings, seed: int) -> None:
+    draw = Draw(seed)
+    dit = published_folder(paths.dit, fp8=settings.engine.fp8_quant, distill=settings.engine.distill)
+    t5 = paths.t5 / T5_NAME
+    for folder in (dit, paths.vae, t5):
+        folder.mkdir(parents=True)
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in DiT(settings.model).state_dict().items()}
+        vae_shapes = {
+            name: tuple(tensor.shape) for name, tensor in VAE(VAE_CONFIG, attention="plain").state_dict().items()
+        }
+    _save(dit / "model.safetensors", dit_weights(shapes, settings.model, draw))
+    _save(paths.vae / WEIGHTS_FILE, vae_weights(vae_shapes, draw))
+    (paths.vae / "config.json").write_text(json.dumps(vae_config_json(), indent=1, sort_keys=True))
+
+    width = settings.model.caption_channels
+    (t5 / TOKENIZER_FILE).write_bytes(train_tokenizer())
+    (t5 / "config.json").write_text(json.dumps(t5_config(width), indent=1, sort_keys=True))
+    _save(t5 / "model.safetensors", t5_weights(width, draw))
+    counts = {"caption_token": 1, "logo_token": 1, "other_tokens": OTHER_TOKENS}
+    np.savez(paths.special_tokens, **{name: draw(name, (n, width)).astype(np.float16) for name, n in counts.items()})
+
+
+def _save(path: Path, weights: Mapping[str, Array]) -> None:
+    # transformers wants to be told the format.
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in weights.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
