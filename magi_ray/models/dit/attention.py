@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# (q_SHK, k_TGK, v_TGK) -> [S, H, K]. Every query sees every key; head h reads group h // (H / G).
+# (q_SHK, k_TGK, v_TGK) -> [S, H, K] in their dtype, scores and sums in float32. Every query sees every key; head h
+# reads group h // (H / G).
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def plain(q_SHK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
     S, H, K = q_SHK.shape
     G = k_TGK.shape[1]
-    q_SGqK = q_SHK.view(S, G, H // G, K)
-    scores = torch.einsum("sgqk,tgk->gqst", q_SGqK, k_TGK).float() / sqrt(K)
-    weights = scores.softmax(dim=-1).to(v_TGK.dtype)
-    return torch.einsum("gqst,tgk->sgqk", weights, v_TGK).reshape(S, H, K)
+    q_SGqK = q_SHK.float().reshape(S, G, H // G, K)
+    weights = (torch.einsum("sgqk,tgk->gqst", q_SGqK, k_TGK.float()) / sqrt(K)).softmax(dim=-1)
+    return torch.einsum("gqst,tgk->sgqk", weights, v_TGK.float()).reshape(S, H, K).to(q_SHK.dtype)
 
 
 def sdpa(q_SHK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:

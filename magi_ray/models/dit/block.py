@@ -24,7 +24,7 @@ HEAD_BLOCKS = 8
 class Context:
     """What all layers of one forward share.
 
-    condition: [R, c] float32 (time, dropped or not).  caption: [sum of lengths, xattn width], range after range.
+    condition: [R, c] (time, dropped or not).  caption: [sum of lengths, xattn width], range after range.
     sin, cos: [R, S, 3 · bands].  chunks: absolute number of each range.  kv_ranges: [first, end) in absolute chunks,
     a chunk of this forward or of the cache.  store: write this forward's keys and values to the cache.
     """
@@ -98,7 +98,7 @@ class Attention(nn.Module):
         cross_attention = self._cross_attention(self.q_layernorm_xattn(qx), context)
         # Interleaved in 8 blocks of heads: the order that 8 tensor-parallel training ranks left in linear_proj.
         blocks = [out.flatten(-2).unflatten(-1, (HEAD_BLOCKS, -1)) for out in (self_attention, cross_attention)]
-        return self.linear_proj(torch.stack(blocks, dim=-2).flatten(-3)).float()
+        return F.linear(torch.stack(blocks, dim=-2).flatten(-3).float(), self.linear_proj.weight.float())
 
     def _self_attention(self, q_RSHK: Tensor, k_RSGK: Tensor, v_RSGK: Tensor, context: Context) -> Tensor:
         own = {chunk: (k_RSGK[i], v_RSGK[i]) for i, chunk in enumerate(context.chunks)}
@@ -149,7 +149,7 @@ class AdaModulate(nn.Module):
 
     def forward(self, condition_Rc: Tensor) -> tuple[Tensor, Tensor]:
         """Two of [R, 1, D] in float32."""
-        gates = self.proj(F.silu(condition_Rc).to(self.proj[0].weight.dtype)).float().tanh()
+        gates = self.proj(F.silu(condition_Rc)).tanh().float()
         attention, mlp = gates[:, None].chunk(2, dim=-1)
         return attention, mlp
 

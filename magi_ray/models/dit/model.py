@@ -21,9 +21,6 @@ from magi_ray.models.weights import load_into
 from magi_ray.settings import ModelConfig
 from magi_ray.timeline import LATENTS_PER_CHUNK
 
-# Positions of the null caption that cross-attention reads.
-NULL_CAPTION_LENGTH = 50
-
 
 class DiT(nn.Module):
     """``config``: the published model_config; parameter names are the published ones (spec §2).
@@ -59,11 +56,6 @@ class DiT(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.rope.bands.device
-
-    @property
-    def null_caption(self) -> Tensor:
-        """[50, caption_channels]: what a chunk without caption reads (a negative prompt goes in front of it)."""
-        return self.y_embedder.null_caption_embedding[:NULL_CAPTION_LENGTH]
 
     def tokens_per_chunk(self, height: int, width: int) -> int:
         """S for latents of ``height`` × ``width``."""
@@ -119,7 +111,7 @@ class DiT(nn.Module):
         caption = self.y_embedder.xattn(torch.cat([caption.float() for caption in captions]))
         sin, cos = self.rope(positions, frames=frames, height=height, width=width)
         context = Context(
-            condition=condition,
+            condition=condition.to(self.dtype),
             caption=caption.to(self.dtype),
             caption_lengths=[len(caption) for caption in captions],
             sin=sin,
