@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Literal, Self
 from urllib.parse import unquote, urlsplit
 
@@ -395,8 +396,7 @@ def _tabulate(rows: Sequence[Mapping[str, Any]]) -> tuple[pa.Table, list[Problem
         for index, cell in enumerate(cells):
             if cell is not None and not _is(cell, wanted):
                 rule = f"must be {_words(wanted)}" if wanted is not None else "is not valid Unicode"
-                quote = "; put it in quotes" if wanted == pa.string() else ""
-                remedy = f"correct the value{quote}"
+                remedy = "put the value in quotes" if wanted == pa.string() else "correct the value"
                 problems.append(_of_row(index + 1, rows[index].get("job_id"), name, _text(cell), rule, remedy))
                 cells[index] = None
         if wanted is not None and pa.types.is_map(wanted):
@@ -442,7 +442,7 @@ def _words(wanted: pa.DataType) -> str:
     if pa.types.is_string(wanted):
         return "text"
     if pa.types.is_integer(wanted):
-        return "a whole number of at most 64 bits"
+        return "a whole number below 2^63"
     if pa.types.is_floating(wanted):
         return "a number"
     return "a map from text to text" if pa.types.is_map(wanted) else "a list of {start_chunk, prompt}"
@@ -475,11 +475,12 @@ def _job_id_complaints(values: Values, number: int, context: _Context) -> Iterat
     if job_id is None:
         yield "job_id", "", "is missing", "give every row a name of its own"
         return
-    # "." and ".." are folders, not names.
-    if not _JOB_ID.fullmatch(job_id) or job_id in (".", ".."):
-        better = re.sub(r"[^A-Za-z0-9._-]+", "-", job_id)[:128].strip("-.") or f"row-{number}"
+    better = re.sub(r"[^A-Za-z0-9._-]+", "-", job_id)[:128].strip("-.") or f"row-{number}"
+    if not _JOB_ID.fullmatch(job_id):
         rule = "is not 1 to 128 letters, digits, dots, hyphens or underscores"
         yield "job_id", _text(job_id), rule, f"use for example {_text(better)}"
+    elif job_id in (".", ".."):
+        yield "job_id", _text(job_id), "names a folder", f"use for example {_text(better)}"
     first = context.row_of.setdefault(job_id, number)
     if first != number:
         yield "job_id", _text(job_id), f"is the job_id of row {first} too", "give every row a name of its own"
@@ -514,7 +515,7 @@ def _schedule_complaints(schedule: Sequence[Mapping[str, Any] | None]) -> Iterat
             yield "schedule", f"start_chunk {start}", f"{where} is not 0", "begin the first caption at chunk 0"
         elif before is not None and start <= before:
             rule = f"{where} does not come after start_chunk {before} of the entry before it"
-            yield "schedule", f"start_chunk {start}", rule, "sort the entries; one caption per chunk"
+            yield "schedule", f"start_chunk {start}", rule, "sort the entries, one caption per chunk"
         before = start if start is not None else before
 
 
@@ -560,9 +561,14 @@ def _media_complaints(values: Values, number: int, context: _Context) -> Iterato
             yield column, _text(written), rule, "write file:///absolute/path"
         elif scheme != "s3" and context.media_must_exist:
             place = Path(_location(written, context.base))
-            if not place.is_file():
-                rule = "is not a file" if place.exists() else "does not exist"
-                yield column, _text(written), rule, f"put the file at {place}, or correct the path"
+            try:
+                if not S_ISREG(place.stat().st_mode):
+                    yield column, _text(written), "is not a file", "write the path of a file"
+            except (FileNotFoundError, NotADirectoryError):
+                yield column, _text(written), "does not exist", f"put the file at {place}, or correct the path"
+            except (OSError, ValueError) as exc:
+                reason = exc.strerror if isinstance(exc, OSError) else exc
+                yield column, _text(written), f"cannot be read ({reason})", "correct the path"
 
 
 def _length_complaints(values: Values, number: int, context: _Context) -> Iterator[Complaint]:

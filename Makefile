@@ -1,0 +1,59 @@
+# make demo   render manifests/quickstart.parquet and say where the videos are
+# make test   run the tests
+# make lint   style, format and types
+#
+# Each makes the virtual environment .venv when it is missing or older than pyproject.toml.
+# Another Python: make demo PYTHON=/path/to/python3.12
+
+PYTHON := python3.11 python3.12 python3.13 python3.14 python3 python
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: demo test lint
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed
+	@$(BIN)/magi-ray submit manifests/quickstart.parquet
+	@echo "The videos:"
+	@ls -1 magi-ray-store/runs/*/videos/*.mp4
+
+test: $(VENV)/installed-test
+	@$(BIN)/python -m pytest -q
+
+lint: $(VENV)/installed-test
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+# Python 3.11 or newer. With an NVIDIA GPU the environment sees the packages of that Python: its torch is the
+# user's choice and stays. Without one, torch comes first, so that nothing else chooses another build of it.
+$(BIN)/python:
+	@for python in $(PYTHON); do \
+		"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
+		python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "magi-ray needs Python 3.11 or newer; tried: $(PYTHON)." >&2; \
+		echo "Install one, then: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; \
+		exit 1; \
+	fi; \
+	if nvidia-smi >/dev/null 2>&1; then shared=--system-site-packages; fi; \
+	"$$python" -m venv $$shared $(VENV) || { \
+		rm -rf $(VENV); \
+		echo "$$python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; \
+		exit 1; \
+	}
+
+$(VENV)/installed: pyproject.toml | $(BIN)/python
+	@echo "Installing magi-ray into $(VENV); the first time takes some minutes."
+	@nvidia-smi >/dev/null 2>&1 \
+		|| $(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' \
+		|| $(PIP) install torch==2.13.0
+	@$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	@$(PIP) install --editable '.[test]'
+	@touch $@
