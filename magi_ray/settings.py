@@ -141,11 +141,18 @@ class WeightPaths(Frozen):
     vae: Path
     t5: Path
     special_tokens: Path
+    made_in: Path | None = Field(default=None, description="folder to make random weights in; None: files are given")
 
     @classmethod
-    def under(cls, root: Path) -> Self:
-        """The layout ``magi_ray.models.tiny`` writes: everything below one folder."""
-        return cls(dit=root / "magi", vae=root / "vae", t5=root / "t5", special_tokens=root / "special_tokens.npz")
+    def under(cls, root: Path, *, made: bool) -> Self:
+        """Everything below one folder, as ``magi_ray.models.tiny`` writes it. ``made``: it may write it."""
+        return cls(
+            dit=root / "magi",
+            vae=root / "vae",
+            t5=root / "t5",
+            special_tokens=root / "special_tokens.npz",
+            made_in=root if made else None,
+        )
 
 
 class Settings(Frozen):
@@ -182,12 +189,15 @@ class Settings(Frozen):
         for axis, size in (("video_size_h", runtime.video_size_h), ("video_size_w", runtime.video_size_w)):
             if size % SIZE_MULTIPLE:
                 raise ValueError(f"{axis} is {size}, but must be a multiple of {SIZE_MULTIPLE}; {nearest(size)}")
-        for group, whole, part in (
-            ("num_attention_heads / num_query_groups", self.model.num_attention_heads, self.model.num_query_groups),
-        ):
-            if whole % part:
-                raise ValueError(f"{group}: {whole} is not divisible by {part}")
-        fixed = {"chunk_width": (runtime.chunk_width, 6), "temporal_downsample_factor": (runtime.temporal_downsample_factor, 4)}
+        if self.model.num_attention_heads % self.model.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads {self.model.num_attention_heads} is not divisible by "
+                f"num_query_groups {self.model.num_query_groups}"
+            )
+        fixed = {
+            "chunk_width": (runtime.chunk_width, 6),
+            "temporal_downsample_factor": (runtime.temporal_downsample_factor, 4),
+        }
         for field, (found, only) in fixed.items():
             if found != only:
                 raise ValueError(f"{field} is {found}, but the published networks only work with {only}")
@@ -263,7 +273,7 @@ def preset(name: str, *, weights: Path | None = None) -> Settings:
             },
             "runtime": {"num_steps": 16, "video_size_h": 64, "video_size_w": 64},
             "engine": {"distributed_backend": "gloo"},
-            "weights": WeightPaths.under(weights or cache_folder() / name).model_dump(),
+            "weights": WeightPaths.under(weights or cache_folder() / name, made=weights is None).model_dump(),
         },
         source=f"preset {name}",
     )
@@ -279,7 +289,9 @@ def published(path: Path, *, special_tokens: Path | None = None) -> Settings:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError as exc:
-        raise SettingsError(f"There is no config file {path}.", remedy="Give the path of a published JSON config.") from exc
+        raise SettingsError(
+            f"There is no config file {path}.", remedy="Give the path of a published JSON config."
+        ) from exc
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as exc:
         raise SettingsError(f"{path} is not readable as JSON: {exc}", remedy="Give a published MAGI-1 config.") from exc
     sections = {"model_config": "model", "runtime_config": "runtime", "engine_config": "engine"}
@@ -357,10 +369,9 @@ def _build(values: Mapping[str, Any], *, source: str) -> Settings:
 def _explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        kinds = {"model": ModelConfig, "runtime": RuntimeConfig, "engine": EngineConfig, "weights": WeightPaths,
-                 "special_tokens": SpecialTokens, "prefix": PrefixSettings, "encoder": EncoderSettings,
-                 "numeric": NumericProfile}  # fmt: skip
-        owner: type[BaseModel] = kinds.get(str(error["loc"][0]), Settings) if len(error["loc"]) > 1 else Settings
+        owner: Any = Settings
+        if len(error["loc"]) > 1:
+            owner = Settings.model_fields[str(error["loc"][0])].annotation
         return f"unknown field {where}.{_suggest(str(error['loc'][-1]), owner.model_fields)}"
     message = str(error["msg"]).removeprefix("Value error, ")
     return f"{where}: {message} (found {error['input']!r})" if where else message
@@ -369,3 +380,13 @@ def _explain(error: Any) -> str:
 def _suggest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]}?" if close else ""
+
+
+def prepare_ray_environment() -> None:
+    """What Ray reads from the environment when it starts. What the user has set stays."""
+    for name, value in {
+        "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anybody
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # actors without a GPU still see what the machine has
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # `uv run magi-ray` must not wrap every worker in `uv run`
+    }.items():
+        os.environ.setdefault(name, value)

@@ -57,6 +57,10 @@ class Timeline:
         """Frames that chunk ``chunk`` contributes to the finished video."""
         return FRAMES_PER_CHUNK - (self.dropped_frames if chunk == 0 else 0)
 
+    def first_frame(self, chunk: int) -> int:
+        """Index in the finished video of the first frame that ``chunk`` contributes."""
+        return chunk * FRAMES_PER_CHUNK - (self.dropped_frames if chunk else 0)
+
     def window(self, stage: int) -> range:
         """Chunks in flight during ``stage``, oldest first."""
         return range(max(0, stage - self.window_size + 1), min(self.num_chunks, stage + 1))

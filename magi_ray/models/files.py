@@ -37,6 +37,18 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
+def text_encoder_files(t5_pretrained: Path) -> list[Path]:
+    """Every file of the transformers folder ``<t5_pretrained>/t5-v1_1-xxl``, in name order (spec §2).
+
+    Raises WeightsError when there is none.
+    """
+    folder = t5_pretrained / "t5-v1_1-xxl"
+    files = sorted(path for path in folder.glob("*") if path.is_file())
+    if not files:
+        raise WeightsError(f"There is no text encoder in {folder}.", remedy="Check `t5_pretrained` in the config.")
+    return files
+
+
 def _indexed(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))

@@ -1,0 +1,106 @@
+"""The actors: thin carriers of the tasks in `render/`. None restarts; what they knew is in the store.
+
+``load`` is a call of its own, not ``__init__``, so that what goes wrong in it arrives as the error it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import ray
+
+from magi_ray.render.plan import RowPlan
+from magi_ray.render.progress import StepDone
+from magi_ray.render.scheduler import Kind, StageCommitted
+from magi_ray.settings import Settings
+from magi_ray.storage.store import Store
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _in_group(name: str) -> Callable[[_F], _F]:
+    """Run a method on the threads of the concurrency group ``name``."""
+    method: Callable[[_F], _F] = ray.method(concurrency_group=name)
+    return method
+
+
+class _Worker:
+    def __init__(self, settings: Settings, store: Store, run_id: str, encoder: str) -> None:
+        self._settings, self._store, self._run_id, self._encoder = settings, store, run_id, encoder
+        self._loaded: Any = None
+        self._abandoned: set[str] = set()
+
+    def __repr__(self) -> str:
+        # What the Ray dashboard shows.
+        return f"{type(self).__name__}({self._run_id})"
+
+    def load(self) -> None:
+        """Load what the tasks need, so that the first one starts at once."""
+
+    def _use_threads(self) -> None:
+        from magi_ray.render.latents import use_threads
+
+        use_threads(self._settings.numeric.cpu_threads)
+
+
+class EmbedWorker(_Worker):
+    def load(self) -> None:
+        from magi_ray.render.embed import Embedder
+
+        self._use_threads()
+        self._loaded = Embedder(self._settings, self._store)
+
+    def carry_out(self, plan: RowPlan, _index: int) -> None:
+        self._loaded.embed(plan)
+
+
+class DenoiseWorker(_Worker):
+    """One rank. Work and control have threads of their own, so that ``abandon`` is heard in mid-stage."""
+
+    @_in_group("work")
+    def load(self) -> None:
+        from magi_ray.render.denoise import Denoiser
+
+        self._use_threads()
+        self._loaded = Denoiser(self._settings, self._store)
+
+    @_in_group("work")
+    def render(self, plan: RowPlan, first_stage: int) -> Iterator[StepDone | StageCommitted]:
+        self._use_threads()
+        self._abandoned.discard(plan.job_id)
+        for happened in self._loaded.render(plan, first_stage):
+            yield happened
+            if plan.job_id in self._abandoned:
+                return
+
+    @_in_group("control")
+    def abandon(self, job_id: str) -> None:
+        """Stop working on ``job_id`` after the step in work."""
+        self._abandoned.add(job_id)
+
+
+class DecodeWorker(_Worker):
+    def load(self) -> None:
+        from magi_ray.render.decode import Decoder
+
+        self._use_threads()
+        self._loaded = Decoder(self._settings, self._store, self._encoder)
+
+    def carry_out(self, plan: RowPlan, index: int) -> None:
+        self._loaded.decode(plan, index)
+
+
+class FinishWorker(_Worker):
+    def carry_out(self, plan: RowPlan, _index: int) -> None:
+        from magi_ray.render.finish import finish
+
+        finish(self._store, self._run_id, plan, self._encoder)
+
+
+WORKERS: dict[Kind, type[_Worker]] = {
+    Kind.EMBED: EmbedWorker,
+    Kind.DENOISE: DenoiseWorker,
+    Kind.DECODE: DecodeWorker,
+    Kind.FINISH: FinishWorker,
+}

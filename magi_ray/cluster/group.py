@@ -1,0 +1,78 @@
+"""A worker on Ray: one actor, and for denoising the placement group that is its kill switch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from magi_ray.cluster.actors import WORKERS
+from magi_ray.errors import WorkerLost
+from magi_ray.render.scheduler import Kind
+from magi_ray.settings import Settings
+from magi_ray.storage.store import Store
+
+PLACEMENT_DEADLINE_S = 120.0
+# Events are a few dozen bytes; this many may wait for the driver before denoising would.
+_EVENTS_AHEAD = 256
+
+
+class Worker:
+    """An actor for tasks of ``kind``. Raises WorkerLost when the cluster has no place for it within two minutes.
+
+    Denoising is a group of one rank so far: a placement group (STRICT_PACK) whose removal ends every rank at once.
+    """
+
+    def __init__(self, kind: Kind, name: str, *, settings: Settings, store: Store, run_id: str, encoder: str) -> None:
+        self.kind, self.name = kind, name
+        self._placement: PlacementGroup | None = None
+        options: dict[str, Any] = {"name": name, "num_cpus": 0, "max_restarts": 0, "max_task_retries": 0}
+        if kind is Kind.DENOISE:
+            self._placement = _place(settings)
+            options |= {
+                "num_cpus": 1,
+                "num_gpus": 1 if settings.numeric.device == "cuda" else 0,
+                "concurrency_groups": {"work": 1, "control": 1},
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(self._placement),
+            }
+        # Not `ray.remote` as decorator: the classes stay ordinary ones.
+        self._actor = ray.remote(WORKERS[kind]).options(**options).remote(settings, store, run_id, encoder)
+
+    def load(self) -> Any:
+        """A reference that is ready when the worker is."""
+        return self._actor.load.remote()
+
+    def start(self, plan: Any, index: int) -> Any:
+        """Begin a task: a generator of events for denoising, a reference for the rest. ``plan``: in Ray's store."""
+        if self.kind is Kind.DENOISE:
+            render = self._actor.render.options(
+                num_returns="streaming", _generator_backpressure_num_objects=_EVENTS_AHEAD
+            )
+            return render.remote(plan, index)
+        return self._actor.carry_out.remote(plan, index)
+
+    def abandon(self, job_id: str) -> None:
+        """Ask a denoise worker to stop working on ``job_id``; the others are done soon anyway."""
+        if self.kind is Kind.DENOISE:
+            self._actor.abandon.remote(job_id)
+
+    def stop(self) -> None:
+        """End the worker now, whatever it is doing."""
+        ray.kill(self._actor, no_restart=True)
+        if self._placement is not None:
+            remove_placement_group(self._placement)
+
+
+def _place(settings: Settings) -> PlacementGroup:
+    bundle = {"CPU": 1.0, "GPU": 1.0} if settings.numeric.device == "cuda" else {"CPU": 1.0}
+    group = placement_group([bundle], strategy="STRICT_PACK")
+    if not group.wait(timeout_seconds=PLACEMENT_DEADLINE_S):
+        remove_placement_group(group)
+        raise WorkerLost(
+            f"No node has {bundle} free for a denoise group after {PLACEMENT_DEADLINE_S:.0f} s; "
+            f"the cluster has {ray.cluster_resources()}, of which {ray.available_resources()} are free.",
+            remedy="Add such a node, or stop what holds it.",
+        )
+    return group

@@ -1,0 +1,60 @@
+"""Decode: the clean latent of one chunk to one encoded segment."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+from magi_ray.errors import MediaError
+from magi_ray.media.encoder import encode_segment, encoder_identity, find_ffmpeg
+from magi_ray.models.vae.model import load_vae
+from magi_ray.render.durable import commit, segment_pre_image
+from magi_ray.render.latents import load_clean_chunk, require_finite
+from magi_ray.render.pixels import tensor_to_pixels
+from magi_ray.render.plan import RowPlan
+from magi_ray.settings import Settings
+from magi_ray.storage.records import digest, read_commit
+from magi_ray.storage.store import Store
+
+
+class Decoder:
+    """Holds the VAE; it stays loaded from one chunk to the next.
+
+    encoder: identity of the run's ffmpeg. Raises MediaError when this machine has another one, WeightsError.
+    """
+
+    def __init__(self, settings: Settings, store: Store, encoder: str) -> None:
+        self._ffmpeg = find_ffmpeg()
+        found = encoder_identity(self._ffmpeg)
+        if found != encoder:
+            raise MediaError(
+                f"ffmpeg here is {found!r}, but this run encodes with {encoder!r}.",
+                remedy="Install the same ffmpeg on every machine: another one gives other bytes.",
+            )
+        numeric = settings.numeric
+        self._vae = load_vae(settings.weights.vae, device=numeric.device, attention=numeric.attention)
+        self._encoder = encoder
+        self._store = store
+
+    def decode(self, plan: RowPlan, chunk: int) -> None:
+        """Make and commit the segment of ``chunk``, unless it exists. Raises StoreError, NumericError, MediaError."""
+        pre_image = segment_pre_image(self._store, plan, chunk, self._encoder)
+        if read_commit(self._store, "segment", digest(pre_image)) is not None:
+            return
+        begun = time.monotonic()
+        runtime, timeline = plan.settings.runtime, plan.timeline
+        pixels = self._vae.decode(load_clean_chunk(self._store, plan, chunk) / runtime.scale_factor)
+        require_finite(pixels, what=f"row {plan.row} (job {plan.job_id}): decoded chunk {chunk}")
+        with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
+            path = Path(folder) / "segment.mp4"
+            encode_segment(
+                # Frames of a video prefix were decoded with the rest of their chunk, and are left out here.
+                tensor_to_pixels(pixels)[-timeline.chunk_frames(chunk) :],
+                ffmpeg=self._ffmpeg,
+                fps=runtime.fps,
+                frame_offset=timeline.first_frame(chunk),
+                settings=plan.settings.encoder,
+                out=path,
+            )
+            commit(self._store, "segment", pre_image, {"segment": path}, seconds=time.monotonic() - begun)

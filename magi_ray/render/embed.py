@@ -1,0 +1,89 @@
+"""Embed: captions to T5 embeddings, an image or video to the latent it begins with. Both are cached by content."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from magi_ray.media.reader import read_image, read_video
+from magi_ray.models.text.t5 import TextEncoder, load_t5
+from magi_ray.models.vae.model import VAE, load_vae
+from magi_ray.render import identity
+from magi_ray.render.durable import commit
+from magi_ray.render.latents import pack, require_finite
+from magi_ray.render.pixels import pixels_to_tensor
+from magi_ray.render.plan import Media, RowPlan
+from magi_ray.settings import Settings
+from magi_ray.storage import keys
+from magi_ray.storage.records import read_commit
+from magi_ray.storage.store import Store
+from magi_ray.timeline import FRAMES_PER_LATENT
+
+
+class Embedder:
+    """Holds T5 and the VAE from the first row that needs them until it is dropped."""
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self._settings = settings
+        self._store = store
+        self._text_encoder: TextEncoder | None = None
+        self._vae: VAE | None = None
+
+    def embed(self, plan: RowPlan) -> None:
+        """Put into the store what is missing of ``plan``'s captions and prefix.
+
+        Raises InputError kinds (unreadable media, weights), StoreError, NumericError.
+        """
+        for digest, caption in sorted(set(zip(plan.caption_digests, plan.captions, strict=True))):
+            if read_commit(self._store, "text", digest) is None:
+                begun = time.monotonic()
+                embedding = self._embed_caption(caption)
+                require_finite(embedding, what=f"row {plan.row} (job {plan.job_id}): embedding of {caption!r}")
+                pre_image = identity.text_pre_image(caption, plan.settings, plan.digests)
+                payloads = {"text": pack({"text": embedding})}
+                commit(self._store, "text", pre_image, payloads, seconds=time.monotonic() - begun)
+        media = plan.media
+        if media is not None and plan.prefix_digest and read_commit(self._store, "prefix", plan.prefix_digest) is None:
+            begun = time.monotonic()
+            latent = self._encode(media, plan.settings)
+            require_finite(latent, what=f"row {plan.row} (job {plan.job_id}): latent of its {media.kind}")
+            pre_image = identity.prefix_pre_image(media.kind, media.sha256, plan.settings, plan.digests)
+            payloads = {"prefix": pack({"prefix": latent})}
+            commit(self._store, "prefix", pre_image, payloads, seconds=time.monotonic() - begun)
+
+    def _embed_caption(self, caption: str) -> Tensor:
+        """[tokens, caption_channels] float32."""
+        if self._text_encoder is None:
+            self._text_encoder = load_t5(
+                self._settings.weights.t5, device=self._settings.runtime.t5_device, dtype=torch.float32
+            )
+        return self._text_encoder.encode([caption])[0].float().cpu()
+
+    def _encode(self, media: Media, settings: Settings) -> Tensor:
+        """[1, 16, latents, h, w] float32, times scale_factor as the DiT wants it."""
+        runtime, prefix = settings.runtime, settings.prefix
+        if self._vae is None:
+            numeric = self._settings.numeric
+            self._vae = load_vae(self._settings.weights.vae, device=numeric.device, attention=numeric.attention)
+        with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
+            path = Path(folder) / "media"
+            self._store.get_to_file(keys.media(media.sha256), path)
+            width, height = runtime.video_size_w, runtime.video_size_h
+            if media.kind == "image":
+                frames = read_image(path, width=width, height=height, fit=prefix.fit)[None]
+            else:
+                frames = read_video(
+                    path,
+                    width=width,
+                    height=height,
+                    fps=runtime.fps,
+                    max_frames=prefix.max_frames,
+                    take=prefix.take,
+                    fit=prefix.fit,
+                )[: media.latents * FRAMES_PER_LATENT]
+        latent: Tensor = self._vae.encode(pixels_to_tensor(frames)) * runtime.scale_factor
+        return latent.float().cpu()

@@ -1,0 +1,137 @@
+"""Identity: what a result is a function of, written down and hashed. No tensors.
+
+A video is a chain: the key of stage s holds the key of stage s − 1, so two renders share exactly the stages up to
+the first thing that differs. The pre-image is stored beside the hash, so that a difference can be named.
+Priority, tags, output path, host, retries and our own version are not in it: they change no pixel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from magi_ray.settings import Settings
+from magi_ray.storage.records import digest
+from magi_ray.timeline import Timeline
+
+FORMAT = 1
+NOISE_LAW = "magi-ray/noise/v1"  # sampling.noise.NOISE_LAW, which is behind an import of torch
+
+# What of the published config reaches the latents. The rest (paths, ports, fps, number of frames) does not,
+# or is in the key under a name of its own (seed, size, stage).
+_RUNTIME_FIELDS = (
+    "cfg_number", "cfg_t_range", "prev_chunk_scales", "text_scales", "noise2clean_kvrange", "clean_chunk_kvrange",
+    "clean_t", "num_steps", "window_size",
+)  # fmt: skip
+_ENGINE_FIELDS = ("fp8_quant", "distill", "distill_nearly_clean_chunk_threshold", "shortcut_mode", "pp_size", "cp_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digests:
+    """sha256 of the files of each network (names and contents), as hex."""
+
+    dit: str
+    vae: str
+    t5: str
+    special_tokens: str
+
+
+def text_pre_image(caption: str, settings: Settings, digests: Digests) -> dict[str, Any]:
+    """What the embedding of a cleaned ``caption`` is a function of."""
+    return {
+        "format": FORMAT,
+        "kind": "text",
+        "caption": caption,
+        "text_encoder": digests.t5,
+        "max_length": settings.model.caption_max_length,
+        "numeric": settings.numeric.model_dump(mode="json"),
+    }
+
+
+def prefix_pre_image(kind: str, media_sha256: str, settings: Settings, digests: Digests) -> dict[str, Any]:
+    """What the latent of an image or video prefix is a function of. ``settings`` carries the row's size and fps."""
+    runtime = settings.runtime
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "media": media_sha256,
+        "size": [runtime.video_size_h, runtime.video_size_w],
+        "fps": runtime.fps if kind == "video" else None,
+        "prefix": settings.prefix.model_dump(mode="json"),
+        "scale_factor": runtime.scale_factor,
+        "vae": digests.vae,
+        "numeric": settings.numeric.model_dump(mode="json"),
+    }
+
+
+def stage_pre_image(
+    settings: Settings,
+    digests: Digests,
+    timeline: Timeline,
+    *,
+    caption_digests: Sequence[str],
+    prefix_digest: str | None,
+    stage: int,
+    previous: str | None,
+) -> dict[str, Any]:
+    """What the window after ``stage``, and the chunk it completes, are a function of.
+
+    settings: carries the row's own size, steps and seed.  caption_digests: one per denoised chunk.
+    previous: key of the stage before, None for the first.
+    """
+    runtime, engine = settings.runtime.model_dump(mode="json"), settings.engine.model_dump(mode="json")
+    chunk = timeline.entering(stage)
+    entering = None
+    if chunk is not None:
+        duration = timeline.duration_index(chunk) if settings.special_tokens.duration else None
+        entering = {"chunk": chunk, "caption": caption_digests[chunk], "duration": duration}
+    return {
+        "format": FORMAT,
+        "kind": "stage",
+        "weights": digests.dit,
+        "special_token_table": digests.special_tokens,
+        "model": settings.model.model_dump(mode="json"),
+        "sampling": {name: runtime[name] for name in _RUNTIME_FIELDS} | {name: engine[name] for name in _ENGINE_FIELDS},
+        "special_tokens": settings.special_tokens.model_dump(mode="json"),
+        "negative_prompt": settings.negative_prompt,
+        "numeric": settings.numeric.model_dump(mode="json"),
+        "size": [settings.runtime.video_size_h, settings.runtime.video_size_w],
+        "noise": {"law": NOISE_LAW, "seed": settings.runtime.seed},
+        "prefix": prefix_digest,
+        "stage": stage,
+        "entering": entering,
+        "previous": previous,
+    }
+
+
+def segment_pre_image(
+    chunk_sha256: str, dropped_frames: int, settings: Settings, digests: Digests, encoder: str, first_frame: int
+) -> dict[str, Any]:
+    """What the encoded segment of one chunk is a function of.
+
+    chunk_sha256: digest of the stored clean latent.  dropped_frames: leading frames that belong to a video prefix.
+    encoder: identity of the ffmpeg binary.  first_frame: the segment's place in the video, which its timestamps hold.
+    """
+    return {
+        "format": FORMAT,
+        "kind": "segment",
+        "chunk": chunk_sha256,
+        "dropped_frames": dropped_frames,
+        "first_frame": first_frame,
+        "fps": settings.runtime.fps,
+        "scale_factor": settings.runtime.scale_factor,
+        "vae": digests.vae,
+        "encoder": settings.encoder.model_dump(mode="json") | {"binary": encoder},
+        "numeric": settings.numeric.model_dump(mode="json"),
+    }
+
+
+def run_digest(manifest_digest: str, media: Mapping[str, str], settings: Settings, digests: Digests) -> str:
+    """What makes two submissions the same run: rows, contents of their media, settings and weights."""
+    # Paths of weights may differ between machines; their contents may not.
+    values = settings.model_dump(mode="json", exclude={"weights": True, "name": True})
+    for paths in ("load", "t5_pretrained", "vae_pretrained"):
+        del values["runtime"][paths]
+    inputs = {"manifest": manifest_digest, "media": dict(media), "settings": values, "digests": asdict(digests)}
+    return digest({"format": FORMAT} | inputs)

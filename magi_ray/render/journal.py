@@ -1,0 +1,145 @@
+"""What a run leaves behind for people while it goes on and when it ends: progress, results, errors.
+
+Everything here can be lost without losing work; the truth is in the commits and the published videos.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from magi_ray.errors import ObjectMissing
+from magi_ray.render.progress import Phase, RunProgress, StepDone
+from magi_ray.render.run import Run
+from magi_ray.render.scheduler import Command, Event, Row, RowFailed
+from magi_ray.storage import keys
+from magi_ray.storage.store import Store
+
+INTERVAL_S = 1.0
+# A run whose progress is older than this is taken for stopped: more than the slowest step of a large model.
+STALE_S = 120.0
+
+_ERRORS = pa.schema(
+    [("job_id", pa.string()), ("class", pa.string()), ("message", pa.string()), ("task", pa.string()),
+     ("index", pa.int64()), ("attempts", pa.int64())]
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended. stages_rendered counts what was computed now, stages_reused what was there before."""
+
+    run_id: str
+    published: tuple[str, ...]
+    failed: tuple[RowFailed, ...]
+    stages_rendered: int
+    stages_reused: int
+    already_published: int
+
+
+class Journal:
+    """Passes progress on to ``observe`` and, at most once a second, to ``progress.json``; ``close`` writes the tables.
+
+    rows: what was in the store when the run began or went on.
+    """
+
+    def __init__(
+        self, store: Store, run: Run, rows: Sequence[Row], *, observe: Callable[[RunProgress], None] | None = None
+    ) -> None:
+        self._store = store
+        self._run = run
+        self._observe = observe
+        self._failed: dict[str, RowFailed] = {}
+        self._already = sum(row.published for row in rows)
+        self._written = 0.0
+        steps = {job_id: plan.forwards_per_stage for job_id, plan in run.plans.items()}
+        self.progress = RunProgress.of(run.run_id, rows, steps)
+
+    def note(self, happened: StepDone | Event | Command) -> None:
+        """Take note of an event, or of a command that is about to be carried out."""
+        self.progress.note(happened)
+        if isinstance(happened, RowFailed):
+            self._failed[happened.job_id] = happened
+        if self._observe is not None:
+            self._observe(self.progress)
+        if time.monotonic() - self._written >= INTERVAL_S:
+            self._write_progress(running=True)
+
+    def close(self) -> Outcome:
+        """The run has ended: write ``progress.json``, ``results.parquet`` and ``errors.parquet``."""
+        self._write_progress(running=False)
+        self._store.put(keys.run_results(self._run.run_id), _parquet(self._results()))
+        failures = [
+            {
+                "job_id": failed.job_id,
+                "class": failed.failure,
+                "message": failed.message,
+                "task": failed.kind,
+                "index": failed.index,
+                "attempts": failed.attempts,
+            }
+            for failed in self._failed.values()
+        ]
+        self._store.put(keys.run_errors(self._run.run_id), _parquet(pa.Table.from_pylist(failures, schema=_ERRORS)))
+        videos = self.progress.videos.values()
+        return Outcome(
+            run_id=self._run.run_id,
+            published=tuple(video.job_id for video in videos if video.phase is Phase.DONE),
+            failed=tuple(self._failed.values()),
+            stages_rendered=sum(video.stages_done - video.reused_stages for video in videos),
+            stages_reused=sum(video.reused_stages for video in videos),
+            already_published=self._already,
+        )
+
+    def _write_progress(self, *, running: bool) -> None:
+        content = self.progress.as_json() | {"running": running, "updated_unix": round(time.time(), 3)}
+        self._store.put(keys.run_progress(self._run.run_id), json.dumps(content).encode())
+        self._written = time.monotonic()
+
+    def _results(self) -> pa.Table:
+        """One line for each row: what became of it, its tags, and the columns we do not know as they came."""
+        lines: list[dict[str, Any]] = []
+        for row in self._run.manifest.rows:
+            video, plan = self.progress.videos[row.job_id], self._run.plans[row.job_id]
+            done = video.phase is Phase.DONE
+            lines.append(
+                {
+                    "job_id": row.job_id,
+                    "status": str(video.phase),
+                    "video": keys.video(self._run.run_id, row.job_id) if done else None,
+                    "frames": plan.timeline.num_frames,
+                    "duration_s": plan.timeline.num_frames / row.fps,
+                    "stages": video.stages,
+                    "stages_reused": video.reused_stages,
+                    "error": video.message or None,
+                    "tags": json.dumps(row.tags),
+                }
+            )
+        table = pa.Table.from_pylist(lines)
+        unknown = self._run.manifest.unknown
+        for name in unknown.column_names:
+            # A column of theirs that bears a name of ours keeps its values under another one.
+            table = table.append_column(f"{name}_" if name in table.column_names else name, unknown.column(name))
+        return table
+
+
+def read_progress(store: Store, run_id: str) -> tuple[RunProgress, bool, float] | None:
+    """The last noted progress, whether the run was going on then, and when that was (Unix time); None: never begun."""
+    try:
+        content = json.loads(store.get(keys.run_progress(run_id)))
+    except ObjectMissing:
+        return None
+    return RunProgress.from_json(content), content["running"], content["updated_unix"]
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, write_page_checksum=True)
+    return sink.getvalue()

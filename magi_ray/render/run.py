@@ -1,0 +1,210 @@
+"""A run: one submitted manifest, as the store remembers it.
+
+``prepare`` finds everything that can be wrong before anything is written; ``create`` writes the run's own copy of the
+manifest, settings and media; ``open_run`` reads them back, on this machine or another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import magi_ray
+from magi_ray.errors import InputError, ManifestError, MediaError, Problem, RunNotFound
+from magi_ray.manifest import Defaults, Manifest, Row, explain, parse_manifest
+from magi_ray.media.reader import count_frames, read_image
+from magi_ray.models.files import digest_files, published_folder, text_encoder_files, weight_files
+from magi_ray.render.identity import Digests, run_digest
+from magi_ray.render.plan import Media, RowPlan
+from magi_ray.settings import Frozen, Settings, cache_folder
+from magi_ray.storage import keys
+from magi_ray.storage.store import Store
+from magi_ray.timeline import FRAMES_PER_LATENT
+
+FORMAT = 1
+
+
+class RunRecord(Frozen):
+    """``run.json``: what was submitted. ``name``: of the manifest; ``media``: what each row begins from."""
+
+    format: int = FORMAT
+    run_id: str
+    name: str
+    created_unix: float
+    magi_ray: str
+    manifest_digest: str
+    settings: Settings
+    digests: Digests
+    media: dict[str, Media]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run with the plan of each of its videos, by job_id in the manifest's order."""
+
+    record: RunRecord
+    manifest: Manifest
+    plans: dict[str, RowPlan]
+
+    @property
+    def run_id(self) -> str:
+        return self.record.run_id
+
+    @property
+    def settings(self) -> Settings:
+        return self.record.settings
+
+
+def weight_digests(settings: Settings) -> Digests:
+    """Digests of all weight files, made first if the preset makes its own. Raises WeightsError."""
+    weights, engine = settings.weights, settings.engine
+    if weights.made_in is not None:
+        # Imported here: only presets with made weights need torch this early.
+        from magi_ray.models.tiny import ensure_tiny
+
+        ensure_tiny(weights.made_in, settings)
+    cache = cache_folder() / "digests.json"
+    return Digests(
+        dit=digest_files(
+            weight_files(published_folder(weights.dit, fp8=engine.fp8_quant, distill=engine.distill)), cache=cache
+        ),
+        vae=digest_files([weights.vae / "config.json", *weight_files(weights.vae)], cache=cache),
+        t5=digest_files(text_encoder_files(weights.t5), cache=cache),
+        special_tokens=digest_files([weights.special_tokens], cache=cache),
+    )
+
+
+def prepare(data: bytes, *, name: str, base: Path, settings: Settings) -> tuple[Run, dict[str, Path]]:
+    """The run that the manifest in ``data`` asks for, and the media files it needs, by sha256.
+
+    name: of the manifest.  base: folder its relative paths start from.  Nothing is written but made weights.
+    Raises ManifestError with every bad row, WeightsError, MediaError (no usable ffmpeg).
+    """
+    manifest = parse_manifest(data, Defaults.of(settings), base=base, name=name)
+    media, files = _inspect_media(manifest, settings, name)
+    digests = weight_digests(settings)
+    digest = run_digest(manifest.digest, {job: medium.sha256 for job, medium in media.items()}, settings, digests)
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).stem).strip(".-")[:40] or "run"
+    record = RunRecord(
+        run_id=f"{stem}-{digest[:10]}",
+        name=name,
+        created_unix=time.time(),
+        magi_ray=magi_ray.__version__,
+        manifest_digest=manifest.digest,
+        settings=settings,
+        digests=digests,
+        media=media,
+    )
+    return _with_plans(record, manifest), files
+
+
+def create(store: Store, run: Run, files: dict[str, Path]) -> bool:
+    """Write ``run`` into ``store``: media and manifest first, ``run.json`` last. False if it was there already."""
+    if store.exists(keys.run_record(run.run_id)):
+        return False
+    for sha256, path in files.items():
+        if not store.exists(keys.media(sha256)):
+            store.put_file(keys.media(sha256), path)
+    store.put(keys.run_manifest(run.run_id), run.manifest.parquet())
+    return store.put_if_absent(keys.run_record(run.run_id), run.record.model_dump_json(indent=1).encode())
+
+
+def open_run(store: Store, run_id: str) -> Run:
+    """The run ``run_id`` as it was submitted. Raises RunNotFound, InputError when a newer magi-ray wrote it."""
+    if not store.exists(keys.run_record(run_id)):
+        known = list_runs(store)
+        raise RunNotFound(
+            f"There is no run {run_id!r} in {store.uri}.",
+            remedy=f"It holds {', '.join(known[-5:])}." if known else "It holds no runs.",
+            next_command=f"magi-ray list --store {store.uri}",
+        )
+    content = json.loads(store.get(keys.run_record(run_id)))
+    if content.get("format", 0) > FORMAT:
+        raise InputError(
+            f"Run {run_id} has format {content['format']}, but this magi-ray reads up to {FORMAT}.",
+            remedy="Install the magi-ray that wrote it, or a newer one.",
+        )
+    record = RunRecord.model_validate(content)
+    manifest = parse_manifest(
+        store.get(keys.run_manifest(run_id)),
+        Defaults.of(record.settings),
+        base=Path("/"),
+        name=record.name,
+        media_must_exist=False,
+    )
+    return _with_plans(record, manifest)
+
+
+def list_runs(store: Store) -> list[str]:
+    """Ids of all runs, oldest first."""
+    created: dict[str, float] = {}
+    for key in store.list(keys.RUNS):
+        run_id = key.removeprefix(keys.RUNS).split("/")[0]
+        if key == keys.run_record(run_id):
+            created[run_id] = json.loads(store.get(key))["created_unix"]
+    return sorted(created, key=lambda run_id: created[run_id])
+
+
+def _with_plans(record: RunRecord, manifest: Manifest) -> Run:
+    plans = {
+        row.job_id: plan_row(row, record.settings, record.digests, record.media.get(row.job_id))
+        for row in manifest.rows
+    }
+    return Run(record=record, manifest=manifest, plans=plans)
+
+
+def _inspect_media(manifest: Manifest, settings: Settings, name: str) -> tuple[dict[str, Media], dict[str, Path]]:
+    """What each row begins from, opened once so that an unreadable file is found now. Raises ManifestError."""
+    media: dict[str, Media] = {}
+    files: dict[str, Path] = {}
+    problems: list[Problem] = []
+    for row in manifest.rows:
+        if row.prefix_location is None:
+            continue
+        column = "image" if row.image is not None else "video"
+        try:
+            path = _local(row.prefix_location)
+            latents = _latents(row, path, settings)
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        except (InputError, OSError) as exc:
+            remedy = getattr(exc, "remedy", "") or "give a readable file"
+            value = str(row.image or row.video)
+            rule = getattr(exc, "message", str(exc))
+            problems.append(
+                Problem(row=row.number, job_id=row.job_id, column=column, value=value, rule=rule, remedy=remedy)
+            )
+            continue
+        media[row.job_id] = Media(kind=column, sha256=sha256, latents=latents)  # type: ignore[arg-type]
+        files[sha256] = path
+    if problems:
+        raise ManifestError(
+            f"{name} cannot be used: {len(problems)} of its images and videos cannot be read.\n{explain(problems)}",
+            problems,
+            next_command=f"magi-ray manifest validate {name}",
+        )
+    return media, files
+
+
+def _local(location: str) -> Path:
+    if location.startswith("s3://"):
+        raise MediaError("lies in S3, which comes with a later release", remedy="copy it beside the manifest")
+    return Path(location)
+
+
+def _latents(row: Row, path: Path, settings: Settings) -> int:
+    """Latent frames of the row's prefix. Raises MediaError."""
+    if row.image is not None:
+        read_image(path, width=row.width, height=row.height, fit=settings.prefix.fit)
+        return 1
+    frames = count_frames(path, fps=row.fps, max_frames=settings.prefix.max_frames)
+    if frames < FRAMES_PER_LATENT:
+        raise MediaError(
+            f"has {frames} frames at {row.fps} fps, but a prefix needs at least {FRAMES_PER_LATENT}",
+            remedy="give a longer clip, or an image",
+        )
+    return frames // FRAMES_PER_LATENT
