@@ -1,0 +1,41 @@
+"""Single frames as pictures, to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.codeccontext import VideoCodecContext
+from av.video.frame import VideoFrame
+
+from magi_ray.errors import MediaError
+from magi_ray.media.reader import opened
+
+
+def frames_at(path: Path, numbers: Collection[int]) -> np.ndarray:
+    """The frames with these numbers, in their order in the video: uint8 RGB [len(numbers), H, W, 3].
+
+    Raises MediaError, also when the video is shorter.
+    """
+    wanted = set(numbers)
+    with opened(path) as (container, stream):
+        frames = enumerate(islice(container.decode(stream), max(wanted) + 1))
+        found = [frame.to_ndarray(format="rgb24") for number, frame in frames if number in wanted]
+    if len(found) < len(wanted):
+        raise MediaError(f"{path} has no frame {max(wanted)}.", remedy="Ask for earlier ones.")
+    return np.stack(found)
+
+
+def write_png(path: Path, frame: np.ndarray) -> None:
+    """``frame``: uint8 RGB [H, W, 3]."""
+    encoder = av.CodecContext.create("png", "w")
+    assert isinstance(encoder, VideoCodecContext)
+    encoder.height, encoder.width = frame.shape[:2]
+    encoder.pix_fmt = "rgb24"
+    encoder.framerate = Fraction(1)
+    picture = VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+    path.write_bytes(b"".join(bytes(packet) for packet in [*encoder.encode(picture), *encoder.encode(None)]))

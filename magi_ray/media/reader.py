@@ -1,0 +1,188 @@
+"""Reads images and videos with PyAV: what a file holds, and its pixels at a wanted size and rate.
+
+Pixels come as uint8 RGB in 0…255. The same file gives the same pixels on every machine: swscale runs in its
+bit-exact mode on one thread.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.reformatter import Interpolation
+from av.video.stream import VideoStream
+
+from magi_ray.errors import MediaError
+
+Fit = Literal["crop", "pad", "fit"]
+Take = Literal["start", "end"]
+
+_SCALING = (
+    Interpolation.LANCZOS
+    | Interpolation.ACCURATE_RND
+    | Interpolation.FULL_CHR_H_INT
+    | Interpolation.FULL_CHR_H_INP
+    | Interpolation.BITEXACT
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoInfo:
+    """What a video holds. ``frames`` were all decoded and counted; ``fps`` is their average rate."""
+
+    frames: int
+    width: int
+    height: int
+    fps: float
+    duration_s: float
+    codec: str
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The file and its first video stream (an image is a video of one frame). Raises MediaError, also on behalf of
+    the block inside."""
+    try:
+        # Opened by number and so without a name: a name like "a%02d.png" or "x:y.mp4" means something to ffmpeg.
+        with open(os.open(path, os.O_RDONLY), "rb") as file, av.open(file) as container:  # noqa: PTH123
+            if not container.streams.video:
+                kinds = ", ".join(stream.type for stream in container.streams) or "nothing"
+                raise _unreadable(path, f"it holds {kinds}, but no picture")
+            stream = container.streams.video[0]
+            # Not by frames: errors in the last few frames would then go unreported.
+            stream.thread_type = "SLICE"
+            yield container, stream
+    except (av.FFmpegError, OSError) as exc:
+        raise _unreadable(path, exc.strerror or str(exc)) from exc
+
+
+def probe(path: Path) -> VideoInfo:
+    """Decodes and counts the whole file. Raises MediaError when it is not a video or is damaged."""
+    with opened(path) as (container, stream):
+        count, end = 0, Fraction(0)
+        for _, end, _ in _timed(path, container, stream):  # noqa: B007
+            count += 1
+        return VideoInfo(
+            frames=count,
+            width=stream.width,
+            height=stream.height,
+            fps=float(count / end),
+            duration_s=float(end),
+            codec=stream.codec_context.name,
+        )
+
+
+def read_image(path: Path, *, width: int, height: int, fit: Fit) -> np.ndarray:
+    """The picture (of a video: its first frame) as uint8 [height, width, 3]. ``fit`` as in ``read_video``.
+
+    Raises MediaError.
+    """
+    with opened(path) as (container, stream):
+        _, _, frame = next(_timed(path, container, stream))
+        return _scaled(frame, width=width, height=height, fit=fit)
+
+
+def read_video(path: Path, *, width: int, height: int, fps: int, max_frames: int, take: Take, fit: Fit) -> np.ndarray:
+    """At most ``max_frames`` of the clip's first or last frames at ``fps``, as uint8 [T, height, width, 3], T ≥ 1.
+
+    Output frame k is the source frame whose time is nearest to k / fps (the earlier of two equally near).
+    fit: "crop" covers the frame and cuts what stands over, in the middle; "pad" shows all, with black bars; "fit"
+    stretches. Memory does not grow with the clip's length.  Raises MediaError.
+    """
+    with opened(path) as (container, stream):
+        frames = _resampled(_timed(path, container, stream), fps)
+        chosen: Iterable[VideoFrame] = islice(frames, max_frames) if take == "start" else deque(frames, max_frames)
+        return np.stack([_scaled(frame, width=width, height=height, fit=fit) for frame in chosen])
+
+
+def count_frames(path: Path, *, fps: int, max_frames: int) -> int:
+    """How many frames ``read_video`` gives. Decodes no more of the clip than that takes. Raises MediaError."""
+    with opened(path) as (container, stream):
+        return sum(1 for _ in islice(_resampled(_timed(path, container, stream), fps), max_frames))
+
+
+def _timed(
+    path: Path, container: InputContainer, stream: VideoStream
+) -> Iterator[tuple[Fraction, Fraction, VideoFrame]]:
+    """Every frame with the times in seconds, counted from the first, at which it begins and ends."""
+    rate = stream.average_rate or stream.guessed_rate or Fraction(24)
+    tick = stream.time_base or 1 / rate
+    start, count = Fraction(0), 0
+    try:
+        for frame in container.decode(stream):
+            # Some formats (raw streams, single pictures) carry no times.
+            begin = count / rate if frame.pts is None else frame.pts * tick
+            start = start if count else begin
+            length = frame.duration * tick if frame.duration else 1 / rate
+            yield begin - start, begin - start + length, frame
+            count += 1
+    except av.FFmpegError as exc:
+        raise _unreadable(path, f"it is damaged after {count} frames ({exc.strerror})") from exc
+    if not count:
+        raise _unreadable(path, "it has no frames")
+
+
+def _resampled(timed: Iterable[tuple[Fraction, Fraction, VideoFrame]], fps: int) -> Iterator[VideoFrame]:
+    """The frames nearest to 0, 1/fps, 2/fps, …, for as long as the clip lasts, rounded to a whole frame."""
+    count, end = 0, Fraction(0)
+    before: tuple[Fraction, VideoFrame] | None = None
+    for begin, end, frame in timed:  # noqa: B007
+        while (wanted := Fraction(count, fps)) <= begin:
+            yield before[1] if before and wanted - before[0] <= begin - wanted else frame
+            count += 1
+        before = begin, frame
+    while before and count < round(end * fps):
+        yield before[1]
+        count += 1
+
+
+def _scaled(frame: VideoFrame, *, width: int, height: int, fit: Fit) -> np.ndarray:
+    """uint8 [height, width, 3]."""
+    pixels = _rgb(frame, frame.width, frame.height)
+    if fit == "crop":
+        pixels = _centre(pixels, *_inscribed((frame.height, frame.width), (height, width)))
+    inner = _inscribed((height, width), pixels.shape[:2]) if fit == "pad" else (height, width)
+    scaled = _rgb(VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24"), inner[1], inner[0])
+    if inner == (height, width):
+        return scaled
+    canvas = np.zeros((height, width, 3), dtype=np.uint8)
+    _centre(canvas, *inner)[:] = scaled
+    return canvas
+
+
+def _rgb(frame: VideoFrame, width: int, height: int) -> np.ndarray:
+    rgb = frame.reformat(width, height, "rgb24", interpolation=_SCALING, threads=1)
+    return rgb.to_ndarray()
+
+
+def _inscribed(outer: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
+    """The largest (height, width) inside ``outer`` with the aspect ratio of ``shape``, at least one pixel."""
+    (outer_h, outer_w), (h, w) = outer, shape
+    if outer_w * h > outer_h * w:
+        return outer_h, max(1, round(outer_h * w / h))
+    return max(1, round(outer_w * h / w)), outer_w
+
+
+def _centre(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The middle ``height`` × ``width`` of ``pixels``, as a view."""
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return pixels[top : top + height, left : left + width]
+
+
+def _unreadable(path: Path, what: str) -> MediaError:
+    return MediaError(
+        f"{path} cannot be read: {what}.",
+        remedy="Images may be PNG, JPEG or WebP; a video that is not read can be converted: "
+        "ffmpeg -i IN -c:v libx264 -pix_fmt yuv420p OUT.mp4",
+    )
