@@ -22,14 +22,15 @@ _ACCEPTED = {
     torch.bfloat16: ("BF16", "F32", "F16"),
     torch.float16: ("F16", "F32", "BF16"),
 }
-_LISTED = 20
+_LISTED = 50
 
 
 def load_into(module: nn.Module, files: Sequence[Path], *, device: torch.device | str = "cpu") -> None:
     """Fill ``module`` (on the meta device) with the tensors of ``files``; its parameters need no gradient afterwards.
 
     Tensors of the right dtype stay mapped to the file on a CPU; others are converted one by one.
-    Raises WeightsError listing every missing or unexpected key and every wrong shape or dtype (found, expected).
+    Raises WeightsError listing the missing and unexpected keys and the wrong shapes and dtypes (found, expected), the
+    first 50 of them.
     """
     expected = module.state_dict()
     with ExitStack() as stack:

@@ -108,7 +108,7 @@ class Attention(nn.Module):
                 context.cache.write(self.layer, chunk, k, v)
         outs = []
         for q_SHK, kv_range in zip(q_RSHK, context.kv_ranges, strict=True):
-            visible = [own.get(chunk) or context.cache.read(self.layer, chunk) for chunk in range(*kv_range)]
+            visible = [own[c] if c in own else _cached(context, self.layer, c) for c in range(*kv_range)]
             k_TGK, v_TGK = (torch.cat(parts) for parts in zip(*visible, strict=True))
             outs.append(context.attend(q_SHK, k_TGK, v_TGK))
         return torch.stack(outs)
@@ -119,6 +119,11 @@ class Attention(nn.Module):
         lengths = list(context.caption_lengths)
         keys, values = self.k_layernorm_xattn(k_NGK).split(lengths), v_NGK.split(lengths)
         return torch.stack([context.attend(q, k, v) for q, k, v in zip(q_RSHK, keys, values, strict=True)])
+
+
+def _cached(context: Context, layer: int, chunk: int) -> tuple[Tensor, Tensor]:
+    assert context.cache is not None, f"chunk {chunk} is not in this forward, which has no cache"
+    return context.cache.read(layer, chunk)
 
 
 def _silu_gated(x: Tensor) -> Tensor:

@@ -22,6 +22,29 @@ from magi_ray.settings import ModelConfig
 from magi_ray.timeline import LATENTS_PER_CHUNK
 
 
+class Blocks(nn.Module):
+    """All layers and the norm after them: [R, S, D] → float32."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config, dtype, layer=i) for i in range(config.num_layers))
+        self.final_layernorm = LayerNorm(config.hidden_size, config, one_plus=True, dtype=torch.float32)
+
+    def forward(self, x_RSD: Tensor, context: Context) -> Tensor:
+        for layer in self.layers:
+            x_RSD = layer(x_RSD, context)
+        return self.final_layernorm(x_RSD)
+
+
+class FinalLinear(nn.Module):
+    """Token → the values of its patch. Exists for its published name."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        values = config.t_patch_size * config.patch_size**2 * config.out_channels
+        self.linear = nn.Linear(config.hidden_size, values, bias=False)
+
+
 class DiT(nn.Module):
     """``config``: the published model_config; parameter names are the published ones (spec §2).
 
@@ -45,13 +68,8 @@ class DiT(nn.Module):
             xattn_width=int(width * config.xattn_cond_hidden_ratio),
             adaln_width=condition,
         )
-        self.videodit_blocks = nn.Module()
-        self.videodit_blocks.layers = nn.ModuleList(Block(config, dtype, layer=i) for i in range(config.num_layers))
-        self.videodit_blocks.final_layernorm = LayerNorm(width, config, one_plus=True, dtype=torch.float32)
-        self.final_linear = nn.Module()
-        self.final_linear.linear = nn.Linear(
-            width, config.patch_size**2 * config.t_patch_size * config.out_channels, bias=False
-        )
+        self.videodit_blocks = Blocks(config, dtype)
+        self.final_linear = FinalLinear(config)
 
     @property
     def device(self) -> torch.device:
@@ -122,9 +140,7 @@ class DiT(nn.Module):
             store=store,
             attend=self.attend,
         )
-        for block in self.videodit_blocks.layers:
-            x = block(x, context)
-        x = self.final_linear.linear(self.videodit_blocks.final_layernorm(x))
+        x = self.final_linear.linear(self.videodit_blocks(x, context))
         return self._unpatchify(x, frames, height, width) / config.x_rescale_factor
 
     def _unpatchify(self, x_RSP: Tensor, frames: int, height: int, width: int) -> Tensor:
