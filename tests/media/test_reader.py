@@ -175,3 +175,10 @@ def test_frames_can_be_looked_at_by_number(clip: Path) -> None:
     assert [int(frame[0, 0, 0]) for frame in frames_at(clip, [7, 2])] == [20, 70]
     with pytest.raises(MediaError, match="no frame 10"):
         frames_at(clip, [10])
+
+
+def test_the_image_and_clip_that_ship_are_whole() -> None:
+    manifests = Path(__file__).parents[2] / "manifests"
+    image, clip = probe(manifests / "quickstart-image.png"), probe(manifests / "quickstart-clip.mp4")
+    assert (image.width, image.height, image.frames) == (96, 64, 1)
+    assert (clip.width, clip.height, clip.frames, clip.fps, clip.duration_s) == (64, 64, 48, 24.0, 2.0)
