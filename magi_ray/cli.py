@@ -362,10 +362,12 @@ def manifest() -> None:
 @manifest.command()
 @click.argument("rows", type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The Parquet file to write.")
+@click.option("--no-check", is_flag=True, help="Write rows that break rules too; types are always checked.")
 @_settings_options
 def build(
     rows: Path,
     out: Path,
+    no_check: bool,
     job_file: Path | None,
     preset_name: str | None,
     config_file: Path | None,
@@ -380,7 +382,7 @@ def build(
     from magi_ray.manifest import Defaults, build_manifest
 
     settings = _settings(job_file, preset_name, config_file, weights)
-    count = build_manifest(rows, out, defaults=Defaults.of(settings))
+    count = build_manifest(rows, out, defaults=None if no_check else Defaults.of(settings))
     _say(f"{out}: {count} rows.")
     _say(f"next: magi-ray submit {out}", style="bold")
 

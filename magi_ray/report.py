@@ -45,14 +45,8 @@ def bars(progress: RunProgress) -> Table:
         shown = [video for video in shown if video.phase in _ACTIVE][:MAX_BARS]
     table = Table.grid(padding=(0, 1))
     for video in shown:
-        table.add_row(
-            video.job_id,
-            ProgressBar(
-                total=video.steps_total, completed=video.steps_total if _done(video) else video.steps_done, width=28
-            ),
-            describe(video),
-            style=_COLOURS.get(video.phase, ""),
-        )
+        bar = ProgressBar(total=video.steps_total, completed=video.steps_done, width=28)
+        table.add_row(video.job_id, bar, describe(video), style=_COLOURS.get(video.phase, ""))
     table.add_row(_counts(progress), "", "")
     return table
 

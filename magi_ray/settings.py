@@ -65,13 +65,13 @@ class RuntimeConfig(Frozen):
     noise2clean_kvrange: tuple[int, ...] = (5, 4, 3, 2)
     clean_chunk_kvrange: int = 1
     clean_t: float = 0.9999
-    seed: int = 1234
+    seed: int = Field(default=1234, ge=0, le=2**63 - 1)
     num_frames: int = Field(default=96, ge=1)
     video_size_h: int = 720
     video_size_w: int = 720
     num_steps: int = Field(default=64, ge=1)
     window_size: int = Field(default=4, ge=1)
-    fps: int = Field(default=24, ge=1)
+    fps: int = Field(default=24, ge=1, le=120)
     chunk_width: int = 6
     load: str = ""
     t5_pretrained: str = ""
@@ -187,7 +187,7 @@ class Settings(Frozen):
         for problem in step_problems(runtime.num_steps, runtime):
             raise ValueError(problem)
         for axis, size in (("video_size_h", runtime.video_size_h), ("video_size_w", runtime.video_size_w)):
-            if size % SIZE_MULTIPLE:
+            if size < SIZE_MULTIPLE or size % SIZE_MULTIPLE:
                 raise ValueError(f"{axis} is {size}, but must be a multiple of {SIZE_MULTIPLE}; {nearest(size)}")
         if self.model.num_attention_heads % self.model.num_query_groups:
             raise ValueError(
@@ -206,7 +206,8 @@ class Settings(Frozen):
 
 def nearest(size: int) -> str:
     """Advice for a size that is not a multiple of 16."""
-    low, high = size // SIZE_MULTIPLE * SIZE_MULTIPLE, (size // SIZE_MULTIPLE + 1) * SIZE_MULTIPLE
+    low = max(size, 0) // SIZE_MULTIPLE * SIZE_MULTIPLE
+    high = low + SIZE_MULTIPLE
     return f"use {low} or {high}" if low else f"use {high}"
 
 
@@ -334,10 +335,7 @@ def job(path: Path) -> Settings:
             f"{path} names {' and '.join(chosen) or 'neither preset nor config'}, but needs exactly one of them.",
             remedy='Begin the file with preset = "magi-tiny" or config = "24B_base_config.json".',
         )
-    if "preset" in content:
-        base = preset(content.pop("preset"))
-    else:
-        base = published(path.parent / content.pop("config"))
+    base = preset(content.pop("preset")) if "preset" in content else published(path.parent / content.pop("config"))
     return override(base, {"name": path.stem} | content, source=str(path))
 
 

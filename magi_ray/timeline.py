@@ -45,7 +45,7 @@ class Timeline:
 
     @property
     def dropped_frames(self) -> int:
-        """Frames of chunk 0 that belong to a video prefix and are not emitted; an image prefix keeps its chunk whole."""
+        """Frames of chunk 0 that belong to a video prefix and are not emitted; an image's chunk is kept whole."""
         return 0 if self.prefix_latents == 1 else self.prefix_latents_in_first_chunk * FRAMES_PER_LATENT
 
     @property

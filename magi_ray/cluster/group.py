@@ -38,7 +38,7 @@ class Worker:
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(self._placement),
             }
         # Not `ray.remote` as decorator: the classes stay ordinary ones.
-        self._actor = ray.remote(WORKERS[kind]).options(**options).remote(settings, store, run_id, encoder)
+        self._actor = ray.remote(**options)(WORKERS[kind]).remote(settings, store, run_id, encoder)
 
     def load(self) -> Any:
         """A reference that is ready when the worker is."""

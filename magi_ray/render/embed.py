@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from magi_ray.errors import MediaError
 from magi_ray.media.reader import read_image, read_video
 from magi_ray.models.text.t5 import TextEncoder, load_t5
 from magi_ray.models.vae.model import VAE, load_vae
@@ -72,6 +74,13 @@ class Embedder:
         with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
             path = Path(folder) / "media"
             self._store.get_to_file(keys.media(media.sha256), path)
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != media.sha256:
+                raise MediaError(
+                    f"The {media.kind} in {self._store.uri} has sha256 {found[:12]}…, submitted was {media.sha256[:12]}….",
+                    remedy=f"Delete {keys.media(media.sha256)} there and submit the manifest again.",
+                )
             width, height = runtime.video_size_w, runtime.video_size_h
             if media.kind == "image":
                 frames = read_image(path, width=width, height=height, fit=prefix.fit)[None]

@@ -12,6 +12,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import magi_ray
 from magi_ray.errors import InputError, ManifestError, MediaError, Problem, RunNotFound
@@ -19,7 +20,7 @@ from magi_ray.manifest import Defaults, Manifest, Row, explain, parse_manifest
 from magi_ray.media.reader import count_frames, read_image
 from magi_ray.models.files import digest_files, published_folder, text_encoder_files, weight_files
 from magi_ray.render.identity import Digests, run_digest
-from magi_ray.render.plan import Media, RowPlan
+from magi_ray.render.plan import Media, RowPlan, plan_rows
 from magi_ray.settings import Frozen, Settings, cache_folder
 from magi_ray.storage import keys
 from magi_ray.storage.store import Store
@@ -150,10 +151,7 @@ def list_runs(store: Store) -> list[str]:
 
 
 def _with_plans(record: RunRecord, manifest: Manifest) -> Run:
-    plans = {
-        row.job_id: plan_row(row, record.settings, record.digests, record.media.get(row.job_id))
-        for row in manifest.rows
-    }
+    plans = plan_rows(manifest.rows, record.settings, record.digests, record.media)
     return Run(record=record, manifest=manifest, plans=plans)
 
 
@@ -165,29 +163,48 @@ def _inspect_media(manifest: Manifest, settings: Settings, name: str) -> tuple[d
     for row in manifest.rows:
         if row.prefix_location is None:
             continue
-        column = "image" if row.image is not None else "video"
+        kind: Literal["image", "video"] = "image" if row.image is not None else "video"
         try:
             path = _local(row.prefix_location)
             latents = _latents(row, path, settings)
             with path.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            _check_reach(row, latents)
         except (InputError, OSError) as exc:
-            remedy = getattr(exc, "remedy", "") or "give a readable file"
-            value = str(row.image or row.video)
-            rule = getattr(exc, "message", str(exc))
+            rule, remedy = (exc.message, exc.remedy) if isinstance(exc, InputError) else (str(exc), "")
             problems.append(
-                Problem(row=row.number, job_id=row.job_id, column=column, value=value, rule=rule, remedy=remedy)
+                Problem(
+                    row=row.number,
+                    job_id=row.job_id,
+                    column="schedule" if isinstance(exc, _OutOfReach) else kind,
+                    value=str(row.captions[-1].start_chunk if isinstance(exc, _OutOfReach) else row.image or row.video),
+                    rule=rule,
+                    remedy=remedy or "give a readable file",
+                )
             )
             continue
-        media[row.job_id] = Media(kind=column, sha256=sha256, latents=latents)  # type: ignore[arg-type]
+        media[row.job_id] = Media(kind=kind, sha256=sha256, latents=latents)
         files[sha256] = path
     if problems:
         raise ManifestError(
-            f"{name} cannot be used: {len(problems)} of its images and videos cannot be read.\n{explain(problems)}",
+            f"{name} cannot be used: {len(problems)} problem{'s' * (len(problems) > 1)}.\n{explain(problems)}",
             problems,
             next_command=f"magi-ray manifest validate {name}",
         )
     return media, files
+
+
+class _OutOfReach(InputError):
+    pass
+
+
+def _check_reach(row: Row, latents: int) -> None:
+    """Seconds after a clip become chunks only once the clip's length is known."""
+    chunks = row.chunks(latents)
+    if row.captions[-1].start_chunk >= chunks:
+        raise _OutOfReach(
+            f"begins after the video's last chunk, {chunks - 1}", remedy="make the video longer or drop that caption"
+        )
 
 
 def _local(location: str) -> Path:

@@ -1,0 +1,60 @@
+"""What many tests share: weights of magi-tiny made once, small settings, and runs made of a few rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from magi_ray.manifest import Defaults, manifest_of
+from magi_ray.render.run import Run, create, prepare
+from magi_ray.settings import Settings, override, preset
+from magi_ray.storage.store import Store
+
+MakeRun = Callable[..., Run]
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of magi-tiny's networks."""
+    from magi_ray.models.tiny import ensure_tiny
+
+    folder = tmp_path_factory.mktemp("weights") / "magi-tiny"
+    ensure_tiny(folder, preset("magi-tiny", weights=folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def settings(tiny_weights: Path) -> Settings:
+    """magi-tiny at 32×32 with two steps a stage: a chunk takes some hundredths of a second."""
+    small = {"runtime": {"video_size_h": 32, "video_size_w": 32, "num_steps": 8, "num_frames": 48}}
+    return override(preset("magi-tiny", weights=tiny_weights), small | {"encoder": {"preset": "ultrafast"}})
+
+
+@pytest.fixture
+def make_run(settings: Settings) -> MakeRun:
+    """``make_run(store, rows)``: those rows, submitted to ``store``."""
+
+    def make(
+        store: Store, rows: Sequence[Mapping[str, Any]], *, base: Path = Path("/"), settings: Settings = settings
+    ) -> Run:
+        manifest = manifest_of(rows, Defaults.of(settings), base=base)
+        run, files = prepare(manifest.parquet(), name="test.parquet", base=base, settings=settings)
+        create(store, run, files)
+        return run
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ray_here() -> Iterator[None]:
+    """One Ray instance for the whole test session, without dashboard."""
+    import ray
+
+    from magi_ray.cluster.resources import local_ray
+
+    with local_ray(namespace="magi-ray-tests", dashboard=False):
+        assert ray.is_initialized()
+        yield

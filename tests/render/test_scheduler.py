@@ -1,0 +1,202 @@
+"""The scheduler is pure, so a whole run is an ordinary function call."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+
+import pytest
+
+from magi_ray.errors import FailureClass
+from magi_ray.render.scheduler import (
+    BUDGETS,
+    Abandon,
+    Command,
+    Event,
+    Kind,
+    Release,
+    Replace,
+    Row,
+    RowFailed,
+    Run,
+    Scheduler,
+    StageCommitted,
+    Task,
+    TaskDone,
+    TaskFailed,
+    WorkerGone,
+    WorkerReady,
+)
+
+WINDOW = 4
+
+
+def row(job_id: str, *, priority: int = 0, num_chunks: int = 2, **held: object) -> Row:
+    stages = num_chunks + WINDOW - 1
+    return Row(job_id=job_id, priority=priority, num_stages=stages, num_chunks=num_chunks, **held)  # type: ignore[arg-type]
+
+
+def ready(*kinds: Kind) -> list[Event]:
+    return [WorkerReady(worker=kind, kind=kind) for kind in kinds or Kind]
+
+
+def stages_of(task: Task, of: Row) -> Iterable[StageCommitted]:
+    for stage in range(task.index, of.num_stages):
+        chunk = stage - WINDOW + 1
+        yield StageCommitted(job_id=of.job_id, stage=stage, chunk=chunk if chunk >= 0 else None)
+
+
+def play(
+    scheduler: Scheduler, rows: list[Row], events: list[Event], fail: Callable[[Task], Event | None] = lambda _: None
+) -> list[Command]:
+    """Carry out every command at once and in order; ``fail`` may answer a task with something else than success."""
+    by_id = {one.job_id: one for one in rows}
+    waiting, commands = deque(events), []
+    while waiting:
+        for command in scheduler.handle(waiting.popleft()):
+            commands.append(command)
+            if isinstance(command, Run):
+                failed = fail(command.task)
+                if failed is not None:
+                    waiting.append(failed)
+                    continue
+                if command.task.kind is Kind.DENOISE:
+                    waiting.extend(stages_of(command.task, by_id[command.task.job_id]))
+                waiting.append(TaskDone(worker=command.worker, task=command.task))
+            elif isinstance(command, Replace):
+                waiting.append(WorkerReady(worker=f"{command.kind}+{len(commands)}", kind=command.kind))
+    return commands
+
+
+def tasks(commands: list[Command], kind: Kind | None = None) -> list[Task]:
+    return [c.task for c in commands if isinstance(c, Run) and kind in (None, c.task.kind)]
+
+
+def test_a_row_is_embedded_denoised_decoded_and_finished() -> None:
+    rows = [row("a")]
+    scheduler = Scheduler(rows)
+    commands = play(scheduler, rows, ready())
+    assert [(task.kind, task.index) for task in tasks(commands)] == [
+        (Kind.EMBED, 0), (Kind.DENOISE, 0), (Kind.DECODE, 0), (Kind.DECODE, 1), (Kind.FINISH, 0),
+    ]  # fmt: skip
+    assert scheduler.finished
+
+
+def test_rows_are_taken_by_priority_and_then_in_the_manifests_order() -> None:
+    rows = [row("first"), row("urgent", priority=5), row("second")]
+    commands = play(Scheduler(rows), rows, ready())
+    assert [task.job_id for task in tasks(commands, Kind.DENOISE)] == ["urgent", "first", "second"]
+
+
+def test_denoising_never_waits_for_decoding() -> None:
+    rows = [row("a"), row("b")]
+    scheduler = Scheduler(rows)
+    commands = play(scheduler, rows, ready(Kind.EMBED, Kind.DENOISE))
+    assert [task.job_id for task in tasks(commands, Kind.DENOISE)] == ["a", "b"]
+    assert not scheduler.finished
+    late = play(scheduler, rows, ready(Kind.DECODE, Kind.FINISH))
+    assert len(tasks(late, Kind.DECODE)) == 4
+    assert scheduler.finished
+
+
+def test_a_chunk_is_decoded_while_its_video_is_still_denoised() -> None:
+    rows = [row("a", num_chunks=3)]
+    scheduler = Scheduler(rows)
+    for event in ready():
+        scheduler.handle(event)
+    scheduler.handle(TaskDone(worker=Kind.EMBED, task=Task(kind=Kind.EMBED, job_id="a")))
+    answers = [scheduler.handle(event) for event in list(stages_of(Task(kind=Kind.DENOISE, job_id="a"), rows[0]))[:4]]
+    assert tasks(answers[3]) == [Task(kind=Kind.DECODE, job_id="a", index=0)]
+
+
+def test_what_the_store_holds_is_not_asked_for_again() -> None:
+    rows = [
+        row("published", stages_done=5, published=True),
+        row("half", embedded=True, stages_done=4, segments_done=frozenset()),
+        row("decoded", embedded=True, stages_done=5, segments_done=frozenset({0, 1})),
+    ]
+    commands = play(Scheduler(rows), rows, ready())
+    asked = {(task.kind, task.job_id, task.index) for task in tasks(commands)}
+    assert asked == {
+        (Kind.DENOISE, "half", 4),
+        (Kind.DECODE, "half", 0),
+        (Kind.DECODE, "half", 1),
+        (Kind.FINISH, "half", 0),
+        (Kind.FINISH, "decoded", 0),
+    }
+
+
+def test_after_a_workers_death_denoising_goes_on_behind_the_last_commit() -> None:
+    rows = [row("a")]
+    scheduler = Scheduler(rows)
+    for event in [*ready(), TaskDone(worker=Kind.EMBED, task=Task(kind=Kind.EMBED, job_id="a"))]:
+        scheduler.handle(event)
+    for event in list(stages_of(Task(kind=Kind.DENOISE, job_id="a"), rows[0]))[:3]:
+        scheduler.handle(event)
+    gone = WorkerGone(worker=Kind.DENOISE, failure=FailureClass.PREEMPTED, message="spot node taken")
+    assert Replace(kind=Kind.DENOISE) in scheduler.handle(gone)
+    again = scheduler.handle(WorkerReady(worker="another", kind=Kind.DENOISE))
+    assert tasks(again) == [Task(kind=Kind.DENOISE, job_id="a", index=3)]
+
+
+@pytest.mark.parametrize("failure", [f for f in FailureClass if BUDGETS[f] is not None])
+def test_a_row_fails_once_its_class_of_failures_has_used_up_its_budget(failure: FailureClass) -> None:
+    rows = [row("poisoned"), row("good")]
+
+    def fail(task: Task) -> Event | None:
+        if task.job_id == "poisoned" and task.kind is Kind.DENOISE:
+            return TaskFailed(worker=Kind.DENOISE, task=task, failure=failure, message="no")
+        return None
+
+    scheduler = Scheduler(rows)
+    commands = play(scheduler, rows, ready(), fail)
+    budget = BUDGETS[failure]
+    assert budget is not None
+    [failed] = [command for command in commands if isinstance(command, RowFailed)]
+    assert (failed.job_id, failed.attempts, failed.failure) == ("poisoned", budget + 1, failure)
+    assert [task.job_id for task in tasks(commands, Kind.FINISH)] == ["good"]
+    assert scheduler.finished
+
+
+def test_preemption_is_not_counted() -> None:
+    rows = [row("a")]
+    taken = 0
+
+    def fail(task: Task) -> Event | None:
+        nonlocal taken
+        if task.kind is Kind.DENOISE and taken < 50:
+            taken += 1
+            return TaskFailed(worker=Kind.DENOISE, task=task, failure=FailureClass.PREEMPTED, message="taken")
+        return None
+
+    scheduler = Scheduler(rows)
+    commands = play(scheduler, rows, ready(), fail)
+    assert taken == 50
+    assert not any(isinstance(command, RowFailed) for command in commands)
+    assert scheduler.finished
+
+
+def test_a_row_that_failed_in_decoding_is_no_longer_denoised() -> None:
+    rows = [row("a", num_chunks=3)]
+    scheduler = Scheduler(rows)
+    for event in [*ready(), TaskDone(worker=Kind.EMBED, task=Task(kind=Kind.EMBED, job_id="a"))]:
+        scheduler.handle(event)
+    for event in list(stages_of(Task(kind=Kind.DENOISE, job_id="a"), rows[0]))[:4]:
+        scheduler.handle(event)
+    decode = Task(kind=Kind.DECODE, job_id="a", index=0)
+    commands = scheduler.handle(
+        TaskFailed(worker=Kind.DECODE, task=decode, failure=FailureClass.INPUT, message="not decodable")
+    )
+    assert Abandon(worker=Kind.DENOISE, job_id="a") in commands
+    assert not scheduler.finished  # the denoise worker has not answered yet
+    scheduler.handle(TaskDone(worker=Kind.DENOISE, task=Task(kind=Kind.DENOISE, job_id="a")))
+    assert scheduler.finished
+
+
+def test_workers_are_released_once_no_row_needs_their_kind() -> None:
+    rows = [row("a"), row("b")]
+    commands = play(Scheduler(rows), rows, ready())
+    released = [command.kind for command in commands if isinstance(command, Release)]
+    assert sorted(released) == sorted(Kind)
+    last_embed = max(i for i, c in enumerate(commands) if isinstance(c, Run) and c.task.kind is Kind.EMBED)
+    assert commands.index(Release(kind=Kind.EMBED)) > last_embed
