@@ -53,12 +53,20 @@ def _cases(folder: Path, key: str) -> list[Case]:
     return found
 
 
+def _folder(config: pytest.Config) -> Path:
+    # When a wider folder is run, pytest reads this file too late for the option to exist.
+    folder: Path = config.getoption("--parity-dir", HERE)
+    if not folder.is_dir():
+        raise pytest.UsageError(f"--parity-dir {folder} is not a folder")
+    return folder
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--parity-dir", type=Path, default=HERE, help="a folder of parity cases; default: tests/parity")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    folder = metafunc.config.getoption("--parity-dir")
+    folder = _folder(metafunc.config)
     for fixture, key in (("sampling_case", "config"), ("vae_case", "tiles")):
         if fixture in metafunc.fixturenames:
             metafunc.parametrize(fixture, _cases(folder, key), ids=str)
@@ -66,5 +74,4 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def parity_dir(request: pytest.FixtureRequest) -> Path:
-    folder: Path = request.config.getoption("--parity-dir")
-    return folder
+    return _folder(request.config)

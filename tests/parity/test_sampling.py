@@ -63,7 +63,9 @@ def render(case: Case, tensors: dict[str, Tensor], attention: str) -> tuple[dict
         num_chunks=facts["num_chunks"] - offset, window_size=runtime.window_size, prefix_latents=facts["prefix_T"]
     )
     tokens = SpecialTokenTable.load(case.folder / "special_tokens.npz")
-    chosen = SpecialTokens(hq="HQ_TOKEN" in facts["special_token_keys"])
+    chosen = SpecialTokens(
+        **{f: f"{f.upper()}_TOKEN" in facts["special_token_keys"] for f in SpecialTokens.model_fields}
+    )
 
     def caption(chunk: int) -> Tensor:
         number = facts["schedule"][chunk] if facts["schedule"] else 0
