@@ -9,23 +9,32 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from magi_ray.errors import WeightsError
+from magi_ray.errors import SettingsError, WeightsError
 from magi_ray.models.dit.model import DiT
 from magi_ray.models.files import published_folder
 from magi_ray.models.text.special_tokens import OTHER_TOKENS
 from magi_ray.models.text.t5 import T5_NAME, TOKENIZER_FILE
 from magi_ray.models.tiny_text import t5_config, t5_weights, train_tokenizer
-from magi_ray.models.tiny_weights import VAE_CONFIG, Array, Draw, dit_weights, vae_config_json, vae_weights
+from magi_ray.models.tiny_weights import (
+    VAE_CONFIG,
+    Array,
+    Draw,
+    dit_weights,
+    unfit_for_tiny,
+    vae_config_json,
+    vae_weights,
+)
 from magi_ray.models.vae.model import VAE, WEIGHTS_FILE
 from magi_ray.settings import Settings, WeightPaths
 
-RECIPE = 1
+RECIPE = 2
 """Raised with every change to what is written: a folder of another recipe is made again."""
 
 _RECIPE_FILE = "recipe.json"
@@ -34,7 +43,7 @@ _RECIPE_FILE = "recipe.json"
 def ensure_tiny(folder: Path, settings: Settings, *, seed: int = 0) -> None:
     """Make the weight folder, unless it is there already for this recipe, model and seed.
 
-    Raises WeightsError if something else lies there.
+    Raises as ``make_tiny``.
     """
     if not _is_made(folder, _recipe(settings, seed)):
         make_tiny(folder, settings, seed=seed)
@@ -44,10 +53,16 @@ def make_tiny(folder: Path, settings: Settings, *, seed: int = 0) -> None:
     """Write a whole weight folder, laid out as ``WeightPaths.under(folder)`` says. Same seed, same bytes.
 
     It appears at once or not at all: processes that make it at the same time all end with the same whole folder. One
-    made by another recipe, for another model or seed is replaced. Raises WeightsError if something else lies there.
+    made by another recipe, for another model or seed is replaced.
+
+    Raises WeightsError if something else lies there, SettingsError if the model is too small for these weights.
     """
+    if unfit := unfit_for_tiny(settings.model):
+        raise SettingsError(
+            f"No tiny weights can be made for {settings.name}: {unfit}.", remedy="Use a preset as it is."
+        )
     recipe = _recipe(settings, seed)
-    if folder.exists() and not (folder / _RECIPE_FILE).is_file():
+    if folder.exists() and not (folder / _RECIPE_FILE).is_file() and any(folder.iterdir()):
         raise WeightsError(
             f"{folder} exists, but was not made by magi-ray.", remedy="Move it away, or name another folder."
         )
@@ -62,10 +77,11 @@ def make_tiny(folder: Path, settings: Settings, *, seed: int = 0) -> None:
             try:
                 new.rename(folder)
             except OSError:
-                # Another recipe's folder stands there. Only an empty one could be renamed onto.
+                # Another recipe's folder stands there, and only an empty one can be renamed onto.
                 if not folder.is_dir():
                     raise
-                shutil.rmtree(folder.rename(work / "old"))
+                with suppress(FileNotFoundError):  # another process was quicker
+                    shutil.rmtree(folder.rename(work / "old"))
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -14,14 +14,50 @@ from magi_ray.models.tiny_weights import Array, Draw
 VOCABULARY = 256
 _PIECES = 144
 
-_SUBJECTS = ("a cat", "the old man", "a red fox", "two children", "a sailing boat", "the orange balloon", "a small robot",
-             "the camera", "a woman in a blue coat", "an astronaut")  # fmt: skip
-_VERBS = ("walks through", "looks at", "slowly drifts over", "dances in", "runs across", "zooms towards", "sings beside",
-          "flies above", "is playing with", "turns away from")  # fmt: skip
-_PLACES = ("a green field", "the snowy mountains", "a busy street at night", "the quiet sea", "a field of yellow flowers",
-           "a dark forest", "the bright window", "an empty room", "the river under a stone bridge", "clouds at sunset")  # fmt: skip
-_STYLES = ("in warm golden light.", "with a wide lens, 35mm film!", "in slow motion; very detailed.", "as rain begins to fall",
-           "while the wind blows: a close-up shot?", "\"cinematic\" and soft, it's spring.")  # fmt: skip
+_SUBJECTS = [
+    "a cat",
+    "the old man",
+    "a red fox",
+    "two children",
+    "a sailing boat",
+    "the orange balloon",
+    "a small robot",
+    "the camera",
+    "a woman in a blue coat",
+    "an astronaut",
+]
+_VERBS = [
+    "walks through",
+    "looks at",
+    "slowly drifts over",
+    "dances in",
+    "runs across",
+    "zooms towards",
+    "sings beside",
+    "flies above",
+    "is playing with",
+    "turns away from",
+]
+_PLACES = [
+    "a green field",
+    "the snowy mountains",
+    "a busy street at night",
+    "the quiet sea",
+    "a field of yellow flowers",
+    "a dark forest",
+    "the bright window",
+    "an empty room",
+    "the river under a stone bridge",
+    "clouds at sunset",
+]
+_STYLES = [
+    "in warm golden light.",
+    "with a wide lens, 35mm film!",
+    "in slow motion; very detailed.",
+    "as rain begins to fall",
+    "while the wind blows: a close-up shot?",
+    '"cinematic" and soft, it\'s spring.',
+]
 _CHARACTERS = "the quick brown fox jumps over the lazy dog 0 1 2 3 4 5 6 7 8 9 . , ; : ! ? ' \" - + = % $ < >"
 
 

@@ -53,11 +53,11 @@ class SpecialTokenTable:
         """
         remedy = "Use the special_tokens.npz that was published with MAGI-1."
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 arrays = {name: file[name].astype(np.float16) for name in file.files}
         except FileNotFoundError as exc:
             raise WeightsError(f"There is no special tokens file {path}.", remedy=remedy) from exc
-        except (OSError, ValueError, EOFError, BadZipFile, AttributeError) as exc:
+        except (OSError, ValueError, EOFError, BadZipFile, TypeError) as exc:
             raise WeightsError(f"{path} is not a readable npz file: {exc}", remedy=remedy) from exc
         rows = {"caption_token": 1, "logo_token": 1, "other_tokens": OTHER_TOKENS}
         width = arrays["caption_token"].shape[-1] if "caption_token" in arrays else 0

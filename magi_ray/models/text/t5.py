@@ -14,7 +14,6 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from magi_ray.errors import WeightsError
-from magi_ray.models.text.prompt import clean_caption
 
 T5_NAME = "t5-v1_1-xxl"
 TOKENIZER_FILE = "spiece.model"
@@ -38,7 +37,7 @@ class TextEncoder:
         return int(self._model.config.d_model)
 
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
-        """Clean and encode captions, written as in the manifest.
+        """Embeddings of captions, cleaned already (``prompt.clean_caption``).
 
         Returns: for each caption [n, width] on the CPU, 1 ≤ n ≤ max_length, in the encoder's dtype: what the
         published encoder gives at the unmasked positions of a caption padded to max_length. An empty caption is one
@@ -46,16 +45,16 @@ class TextEncoder:
         """
         # One at a time and without padding: neighbours and padding would change the last bits of a sum, though not
         # its meaning, since masked tokens have weight 0 and T5 knows only distances between tokens.
-        return [self._encode_one(clean_caption(caption)) for caption in captions]
+        return [self._encode_one(caption) for caption in captions]
 
-    def token_ids(self, text: str) -> list[int]:
+    def token_ids(self, caption: str) -> list[int]:
         """The tokens of a cleaned caption, cut to max_length; the last is the end of the text."""
-        ids: list[int] = self._tokenizer.encode(text)
+        ids: list[int] = self._tokenizer.encode(caption)
         return [*ids[: self._max_length - 1], self._tokenizer.eos_id()]
 
     @torch.no_grad()
-    def _encode_one(self, text: str) -> Tensor:
-        ids = torch.tensor([self.token_ids(text)], device=self._device)
+    def _encode_one(self, caption: str) -> Tensor:
+        ids = torch.tensor([self.token_ids(caption)], device=self._device)
         embeddings: Tensor = self._model(input_ids=ids).last_hidden_state
         return embeddings[0].cpu()
 
@@ -106,9 +105,7 @@ def load_t5(folder: Path, *, device: str, dtype: torch.dtype = torch.float32, ma
             f"{tokenizer.eos_id()}, the encoder knows {model.config.vocab_size}.",
             remedy=remedy,
         )
-    return TextEncoder(
-        model.to(device).eval().requires_grad_(False), tokenizer, device=device, max_length=max_length
-    )
+    return TextEncoder(model.to(device).eval().requires_grad_(False), tokenizer, device=device, max_length=max_length)
 
 
 @contextmanager

@@ -76,9 +76,9 @@ class Transformer(nn.Module):
 
     def __init__(self, config: VAEConfig, attention: AttentionKind) -> None:
         super().__init__()
-        self.grid_THW = config.grid_THW
+        self.learned_grid = config.learned_grid
         extra = 1 if config.with_cls_token else 0
-        grid = self.grid_THW[0] * self.grid_THW[1] * self.grid_THW[2]
+        grid = self.learned_grid[0] * self.learned_grid[1] * self.learned_grid[2]
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.embed_dim)) if config.with_cls_token else None
         self.pos_embed = nn.Parameter(torch.empty(1, extra + grid, config.embed_dim))
         self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.depth))
@@ -86,10 +86,10 @@ class Transformer(nn.Module):
 
     def positions(self, grid_THW: tuple[int, int, int]) -> Tensor:
         """Position embeddings [1, cls + T·H·W, D]; another grid than the learned one is interpolated trilinearly."""
-        if grid_THW == self.grid_THW:
+        if grid_THW == self.learned_grid:
             return self.pos_embed
         extra = 0 if self.cls_token is None else 1
-        learned = self.pos_embed[:, extra:].transpose(1, 2).unflatten(-1, self.grid_THW)  # [1, D, T, H, W]
+        learned = self.pos_embed[:, extra:].transpose(1, 2).unflatten(-1, self.learned_grid)  # [1, D, T, H, W]
         resized = F.interpolate(learned, size=grid_THW, mode="trilinear", align_corners=False)
         return torch.cat([self.pos_embed[:, :extra], resized.flatten(2).transpose(1, 2)], dim=1)
 

@@ -13,7 +13,14 @@ from magi_ray.errors import WeightsError
 
 # Fields a published config may carry beside those of VAEConfig, with the one value this network works with.
 # The drop rates are of no consequence outside training.
-_FIXED = {"in_chans": 3, "double_z": True, "conv_last_layer": True, "norm_code": False, "qk_scale": None, "use_rope": False}
+_FIXED = {
+    "in_chans": 3,
+    "double_z": True,
+    "conv_last_layer": True,
+    "norm_code": False,
+    "qk_scale": None,
+    "use_rope": False,
+}
 _IGNORED = {"drop_rate", "attn_drop_rate", "drop_path_rate"}
 
 
@@ -40,7 +47,7 @@ class VAEConfig:
     """Project the decoder's tokens to 4 channels for each pixel before the last convolution."""
 
     @property
-    def grid_THW(self) -> tuple[int, int, int]:
+    def learned_grid(self) -> tuple[int, int, int]:
         """Tokens along T, H, W that the positions were learned for."""
         side = self.video_size // self.patch_size
         return self.video_length // self.patch_length, side, side
@@ -66,7 +73,11 @@ class VAEConfig:
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as exc:
             raise WeightsError(f"{path} is not readable as JSON: {exc}", remedy="Copy the VAE folder again.") from exc
         kind = content.get("_class_name") if isinstance(content, dict) else None
-        if kind != "ViTVAE" or not isinstance(content.get("ddconfig"), dict) or content.get("model_type", "vit") != "vit":
+        if (
+            kind != "ViTVAE"
+            or not isinstance(content.get("ddconfig"), dict)
+            or content.get("model_type", "vit") != "vit"
+        ):
             raise WeightsError(
                 f"{path} describes {kind or 'no VAE'}, but magi-ray reads a ViTVAE of model_type vit.",
                 remedy="Point vae_pretrained at MAGI-1's own VAE.",
@@ -76,7 +87,9 @@ class VAEConfig:
     @classmethod
     def _from_published(cls, fields: Mapping[str, Any], *, source: Path) -> VAEConfig:
         def wrong(problem: str) -> WeightsError:
-            return WeightsError(f"{source}: {problem}", remedy="Use the config.json that was published with these weights.")
+            return WeightsError(
+                f"{source}: {problem}", remedy="Use the config.json that was published with these weights."
+            )
 
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - names - set(_FIXED) - _IGNORED):

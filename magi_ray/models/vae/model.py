@@ -80,7 +80,8 @@ class VAE(nn.Module):
         """
         length, size = self.config.patch_length, self.config.patch_size
         _, _, T, H, W = pixels_BCTHW.shape
-        assert (T == 1 or T % length == 0) and H % size == 0 and W % size == 0, tuple(pixels_BCTHW.shape)
+        assert T == 1 or T % length == 0, f"{T} frames"
+        assert H % size == W % size == 0, f"{H} × {W} pixels"
         if T == 1:
             pixels_BCTHW = pixels_BCTHW.expand(-1, -1, length, -1, -1)
         return self.encoder(pixels_BCTHW)
@@ -104,4 +105,4 @@ def load_vae(folder: Path, *, device: str, attention: AttentionKind) -> VAE:
     with torch.device("meta"):
         vae = VAE(config, attention=attention)
     load_into(vae, [folder / WEIGHTS_FILE], device=device)
-    return vae.eval().requires_grad_(False)
+    return vae
