@@ -126,6 +126,19 @@ class EncoderSettings(Frozen):
     threads: int = Field(default=1, ge=1)
 
 
+class TileSettings(Frozen):
+    """Tiles the VAE works in (spec §6): pixels, frames, and the share that neighbours have in common.
+
+    The published depth is fps // 2 = 12 frames, two tiles to a chunk. A tile of a single latent frame decodes to one
+    frame instead of four, so depths that would leave one over are refused.
+    """
+
+    height: int = Field(default=256, ge=64, multiple_of=32)
+    width: int = Field(default=256, ge=64, multiple_of=32)
+    frames: Literal[8, 12, 16, 24] = 12
+    overlap: float = Field(default=0.25, ge=0, le=0.5)
+
+
 class NumericProfile(Frozen):
     """Where and how numbers are computed; part of every identity, since each field can change bits."""
 
@@ -166,6 +179,7 @@ class Settings(Frozen):
     special_tokens: SpecialTokens = SpecialTokens()
     negative_prompt: bool = False
     prefix: PrefixSettings = PrefixSettings()
+    tiles: TileSettings = TileSettings()
     encoder: EncoderSettings = EncoderSettings()
     numeric: NumericProfile = NumericProfile()
 
@@ -176,7 +190,8 @@ class Settings(Frozen):
         if runtime.cfg_number != expected_cfg:
             kind = "distilled or fp8" if expected_cfg == 1 else "base"
             raise ValueError(
-                f"cfg_number is {runtime.cfg_number}, but a {kind} model needs {expected_cfg}; set cfg_number = {expected_cfg}"
+                f"cfg_number is {runtime.cfg_number}, but a {kind} model needs {expected_cfg}; "
+                f"set cfg_number = {expected_cfg}"
             )
         lengths = {len(runtime.cfg_t_range), len(runtime.prev_chunk_scales), len(runtime.text_scales)}
         if len(lengths) != 1:
@@ -319,7 +334,7 @@ def published(path: Path, *, special_tokens: Path | None = None) -> Settings:
 
 def job(path: Path) -> Settings:
     """Settings from a job file: TOML that names a ``preset`` or a ``config`` (relative to the file) and overrides it
-    in the tables model, runtime, engine, weights, special_tokens, prefix, encoder and numeric.
+    in the tables model, runtime, engine, weights, special_tokens, prefix, tiles, encoder and numeric.
 
     Raises SettingsError.
     """

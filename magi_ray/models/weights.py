@@ -34,22 +34,35 @@ def load_into(module: nn.Module, files: Sequence[Path], *, device: torch.device 
     """
     expected = module.state_dict()
     with ExitStack() as stack:
-        opened = [stack.enter_context(_open(file)) for file in files]
-        where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a dict)
-        problems = [f"missing: {name} {list(want.shape)}" for name, want in expected.items() if name not in where]
-        for name, file in sorted(where.items()):
-            problems += _mismatch(name, file.get_slice(name), expected.get(name))
-        if problems:
-            raise WeightsError(
-                f"The weights in {files[0].parent} do not fit the config, {len(problems)} differences:\n  "
-                + "\n  ".join(problems[:_LISTED])
-                + (f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""),
-                remedy="Use the config that was published with this checkpoint.",
-            )
+        where = _opened(stack, module, files)
         module.load_state_dict(
             {n: where[n].get_tensor(n).to(device=device, dtype=want.dtype) for n, want in expected.items()}, assign=True
         )
     module.requires_grad_(False).eval()
+
+
+def check_fit(module: nn.Module, files: Sequence[Path]) -> None:
+    """Raises what ``load_into`` would raise, having read the files' headers alone."""
+    with ExitStack() as stack:
+        _opened(stack, module, files)
+
+
+def _opened(stack: ExitStack, module: nn.Module, files: Sequence[Path]) -> dict[str, safe_open]:
+    """The open file of every tensor, all of which fit ``module``. Raises WeightsError."""
+    expected = module.state_dict()
+    opened = [stack.enter_context(_open(file)) for file in files]
+    where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a dict)
+    problems = [f"missing: {name} {list(want.shape)}" for name, want in expected.items() if name not in where]
+    for name, file in sorted(where.items()):
+        problems += _mismatch(name, file.get_slice(name), expected.get(name))
+    if problems:
+        raise WeightsError(
+            f"The weights in {files[0].parent} do not fit the config, {len(problems)} differences:\n  "
+            + "\n  ".join(problems[:_LISTED])
+            + (f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""),
+            remedy="Use the config that was published with this checkpoint.",
+        )
+    return where
 
 
 def _mismatch(name: str, found: object, want: torch.Tensor | None) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from magi_ray.errors import MediaError
 from magi_ray.media.encoder import encode_segment, encoder_identity, find_ffmpeg
 from magi_ray.models.vae.model import load_vae
+from magi_ray.models.vae.tiling import Tiles, decode_tiled
 from magi_ray.render.durable import commit, segment_pre_image
 from magi_ray.render.latents import load_clean_chunk, require_finite
 from magi_ray.render.pixels import tensor_to_pixels
@@ -44,7 +45,11 @@ class Decoder:
             return
         begun = time.monotonic()
         runtime, timeline = plan.settings.runtime, plan.timeline
-        pixels = self._vae.decode(load_clean_chunk(self._store, plan, chunk) / runtime.scale_factor)
+        pixels = decode_tiled(
+            self._vae,
+            load_clean_chunk(self._store, plan, chunk) / runtime.scale_factor,
+            tiles=Tiles(**plan.settings.tiles.model_dump()),
+        )
         require_finite(pixels, what=f"row {plan.row} (job {plan.job_id}): decoded chunk {chunk}")
         with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
             path = Path(folder) / "segment.mp4"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from queue import Empty, SimpleQueue
 
 from torch import Tensor
 
@@ -51,33 +53,33 @@ class Denoiser:
         needed = clean_chunks_needed(timeline, KVRanges.of(plan.settings.runtime), first_stage)
         clean = {chunk: load_clean_chunk(self._store, plan, chunk) for chunk in needed}
         sampler.start(WindowState(stage=first_stage, latents=latents), clean)
-        writing: _Writing | None = None
-        for stage in range(first_stage, timeline.num_stages):
-            begun = time.monotonic()
-            steps = sampler.run_stage(stage)
-            while True:
-                try:
-                    step = next(steps)
-                except StopIteration as finished:
-                    result: StageResult = finished.value
-                    break
-                yield StepDone(job_id=plan.job_id, stage=stage, step=step.step + 1, steps=step.steps)
-                if writing is not None:
-                    yield writing.wait()
-                    writing = None
-            writing = self._write(plan, result, time.monotonic() - begun)
-        if writing is not None:
-            yield writing.wait()
+        writer = _Writer()
+        try:
+            for stage in range(first_stage, timeline.num_stages):
+                begun = time.monotonic()
+                steps = sampler.run_stage(stage)
+                while True:
+                    try:
+                        step = next(steps)
+                    except StopIteration as finished:
+                        result: StageResult = finished.value
+                        break
+                    yield StepDone(job_id=plan.job_id, stage=stage, step=step.step + 1, steps=step.steps)
+                    yield from writer.finish()
+                seconds = time.monotonic() - begun
+                writer.start(
+                    partial(self._commit, plan, result, seconds),
+                    StageCommitted(job_id=plan.job_id, stage=stage, chunk=result.finished),
+                )
+            yield from writer.finish()
+        finally:
+            writer.close()
 
-    def _write(self, plan: RowPlan, result: StageResult, seconds: float) -> _Writing:
-        stage = result.state.stage - 1
+    def _commit(self, plan: RowPlan, result: StageResult, seconds: float) -> None:
         payloads = {"state": pack({str(chunk): latent for chunk, latent in result.state.latents.items()})}
         if result.clean_chunk is not None:
             payloads["chunk"] = pack({"chunk": result.clean_chunk})
-        return _Writing(
-            lambda: commit(self._store, "stage", plan.pre_image(stage), payloads, seconds=seconds),
-            StageCommitted(job_id=plan.job_id, stage=stage, chunk=result.finished),
-        )
+        commit(self._store, "stage", plan.pre_image(result.state.stage - 1), payloads, seconds=seconds)
 
     def _sampler(self, plan: RowPlan) -> Sampler:
         runtime = plan.settings.runtime
@@ -125,29 +127,45 @@ class _Captions:
         return self._kept[chunk]
 
 
-class _Writing:
-    """A commit under way on a daemon thread."""
+class _Writer:
+    """Writes one commit at a time on a daemon thread; the thread is one for all stages of a video."""
 
-    def __init__(self, write: Callable[[], object], event: StageCommitted) -> None:
+    def __init__(self) -> None:
+        self._waiting: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._done: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._event: StageCommitted | None = None
+        threading.Thread(target=self._work, name="magi-ray-commit", daemon=True).start()
+
+    def start(self, write: Callable[[], object], event: StageCommitted) -> None:
+        """Begin to write; ``event`` is what ``finish`` reports. Only after the write before was finished."""
+        assert self._event is None
         self._event = event
-        self._error: BaseException | None = None
-        self._done = threading.Event()
-        threading.Thread(target=self._write, args=(write,), name="magi-ray-commit", daemon=True).start()
+        self._waiting.put(write)
 
-    def _write(self, write: Callable[[], object]) -> None:
+    def finish(self) -> Iterator[StageCommitted]:
+        """The event of the write under way, if any, once it is in the store. Raises what writing raised."""
+        if self._event is None:
+            return
+        event, self._event = self._event, None
         try:
-            write()
-        except BaseException as exc:  # noqa: BLE001 - raised again in wait()
-            self._error = exc
-        finally:
-            self._done.set()
-
-    def wait(self) -> StageCommitted:
-        """The event, once the commit is in the store. Raises what writing raised, StoreError past the deadline."""
-        if not self._done.wait(COMMIT_DEADLINE_S):
+            error = self._done.get(timeout=COMMIT_DEADLINE_S)
+        except Empty:
             raise StoreError(
-                f"Stage {self._event.stage} of job {self._event.job_id} was not written in {COMMIT_DEADLINE_S:.0f} s."
-            )
-        if self._error is not None:
-            raise self._error
-        return self._event
+                f"Stage {event.stage} of job {event.job_id} was not written in {COMMIT_DEADLINE_S:.0f} s."
+            ) from None
+        if error is not None:
+            raise error
+        yield event
+
+    def close(self) -> None:
+        """Let the thread end once it has written what it was given."""
+        self._waiting.put(None)
+
+    def _work(self) -> None:
+        while (write := self._waiting.get()) is not None:
+            try:
+                write()
+            except BaseException as exc:  # noqa: BLE001 - raised again in finish()
+                self._done.put(exc)
+            else:
+                self._done.put(None)

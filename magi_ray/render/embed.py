@@ -7,13 +7,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from magi_ray.errors import MediaError
 from magi_ray.media.reader import read_image, read_video
 from magi_ray.models.text.t5 import TextEncoder, load_t5
 from magi_ray.models.vae.model import VAE, load_vae
+from magi_ray.models.vae.tiling import Tiles, encode_tiled
 from magi_ray.render import identity
 from magi_ray.render.durable import commit
 from magi_ray.render.latents import pack, require_finite
@@ -61,7 +61,9 @@ class Embedder:
         """[tokens, caption_channels] float32."""
         if self._text_encoder is None:
             self._text_encoder = load_t5(
-                self._settings.weights.t5, device=self._settings.runtime.t5_device, dtype=torch.float32
+                self._settings.weights.t5,
+                device=self._settings.runtime.t5_device,
+                max_length=self._settings.model.caption_max_length,
             )
         return self._text_encoder.encode([caption])[0].float().cpu()
 
@@ -78,7 +80,7 @@ class Embedder:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != media.sha256:
                 raise MediaError(
-                    f"The {media.kind} in {self._store.uri} has sha256 {found[:12]}…, submitted was {media.sha256[:12]}….",
+                    f"The {media.kind} kept by {self._store.uri} has sha256 {found[:12]}…, not {media.sha256[:12]}….",
                     remedy=f"Delete {keys.media(media.sha256)} there and submit the manifest again.",
                 )
             width, height = runtime.video_size_w, runtime.video_size_h
@@ -94,5 +96,5 @@ class Embedder:
                     take=prefix.take,
                     fit=prefix.fit,
                 )[: media.latents * FRAMES_PER_LATENT]
-        latent: Tensor = self._vae.encode(pixels_to_tensor(frames)) * runtime.scale_factor
-        return latent.float().cpu()
+        latent = encode_tiled(self._vae, pixels_to_tensor(frames), tiles=Tiles(**settings.tiles.model_dump()))
+        return (latent * runtime.scale_factor).float().cpu()

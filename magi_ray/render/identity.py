@@ -45,7 +45,7 @@ def text_pre_image(caption: str, settings: Settings, digests: Digests) -> dict[s
         "caption": caption,
         "text_encoder": digests.t5,
         "max_length": settings.model.caption_max_length,
-        "numeric": settings.numeric.model_dump(mode="json"),
+        "numeric": {"device": settings.runtime.t5_device, "cpu_threads": settings.numeric.cpu_threads},
     }
 
 
@@ -59,6 +59,7 @@ def prefix_pre_image(kind: str, media_sha256: str, settings: Settings, digests: 
         "size": [runtime.video_size_h, runtime.video_size_w],
         "fps": runtime.fps if kind == "video" else None,
         "prefix": settings.prefix.model_dump(mode="json"),
+        "tiles": settings.tiles.model_dump(mode="json"),
         "scale_factor": runtime.scale_factor,
         "vae": digests.vae,
         "numeric": settings.numeric.model_dump(mode="json"),
@@ -121,6 +122,7 @@ def segment_pre_image(
         "first_frame": first_frame,
         "fps": settings.runtime.fps,
         "scale_factor": settings.runtime.scale_factor,
+        "tiles": settings.tiles.model_dump(mode="json"),
         "vae": digests.vae,
         "encoder": settings.encoder.model_dump(mode="json") | {"binary": encoder},
         "numeric": settings.numeric.model_dump(mode="json"),

@@ -15,7 +15,7 @@ from magi_ray.render.inventory import take_stock
 from magi_ray.render.journal import Journal, Outcome
 from magi_ray.render.latents import use_threads
 from magi_ray.render.progress import RunProgress, StepDone
-from magi_ray.render.run import Run
+from magi_ray.render.run import Run, require_same_weights
 from magi_ray.render.scheduler import (
     Abandon,
     Event,
@@ -35,9 +35,10 @@ from magi_ray.storage.store import Store
 def render_here(store: Store, run: Run, *, observe: Callable[[RunProgress], None] | None = None) -> Outcome:
     """Render what is left of ``run`` in this process. Every chunk is decoded as soon as it is clean.
 
-    A row that fails is recorded and harms no other. Raises only what concerns all rows: WeightsError of the DiT or
-    the VAE is such a case and ends up in every row's record, StoreError when not even a record can be written.
+    A row that fails is recorded and harms no other. Raises WeightsError when the weights are not those the run was
+    submitted with, MediaError without ffmpeg, StoreError when the run's own records cannot be written.
     """
+    require_same_weights(run)
     use_threads(run.settings.numeric.cpu_threads)
     encoder = encoder_identity(find_ffmpeg())
     rows = [take_stock(store, run.run_id, plan, encoder) for plan in run.plans.values()]

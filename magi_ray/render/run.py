@@ -10,12 +10,12 @@ import hashlib
 import json
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import magi_ray
-from magi_ray.errors import InputError, ManifestError, MediaError, Problem, RunNotFound
+from magi_ray.errors import InputError, ManifestError, MediaError, Problem, RunNotFound, WeightsError
 from magi_ray.manifest import Defaults, Manifest, Row, explain, parse_manifest
 from magi_ray.media.reader import count_frames, read_image
 from magi_ray.models.files import digest_files, published_folder, text_encoder_files, weight_files
@@ -61,10 +61,10 @@ class Run:
 
 
 def weight_digests(settings: Settings) -> Digests:
-    """Digests of all weight files, made first if the preset makes its own. Raises WeightsError."""
+    """Digests of all weight files; weights that a preset makes itself are made first. Raises WeightsError."""
     weights, engine = settings.weights, settings.engine
     if weights.made_in is not None:
-        # Imported here: only presets with made weights need torch this early.
+        # Imported here: other settings need no torch to be planned.
         from magi_ray.models.tiny import ensure_tiny
 
         ensure_tiny(weights.made_in, settings)
@@ -79,15 +79,30 @@ def weight_digests(settings: Settings) -> Digests:
     )
 
 
+def require_same_weights(run: Run) -> None:
+    """Raises WeightsError when the weights on this machine are not those ``run`` was submitted with."""
+    found = asdict(weight_digests(run.settings))
+    for network, submitted in asdict(run.record.digests).items():
+        if found[network] != submitted:
+            raise WeightsError(
+                f"The files of {network} have digest {found[network][:12]}…, but run {run.run_id} was submitted with "
+                f"{submitted[:12]}….",
+                remedy="Bring back the files of then, or submit the manifest again to render it with these.",
+            )
+
+
 def prepare(data: bytes, *, name: str, base: Path, settings: Settings) -> tuple[Run, dict[str, Path]]:
     """The run that the manifest in ``data`` asks for, and the media files it needs, by sha256.
 
     name: of the manifest.  base: folder its relative paths start from.  Nothing is written but made weights.
-    Raises ManifestError with every bad row, WeightsError, MediaError (no usable ffmpeg).
+    Raises ManifestError with every bad row; SettingsError, WeightsError, MediaError as ``preflight.check``.
     """
+    from magi_ray.render import preflight  # needs torch, which reading a run does not
+
     manifest = parse_manifest(data, Defaults.of(settings), base=base, name=name)
     media, files = _inspect_media(manifest, settings, name)
     digests = weight_digests(settings)
+    preflight.check(settings)
     digest = run_digest(manifest.digest, {job: medium.sha256 for job, medium in media.items()}, settings, digests)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).stem).strip(".-")[:40] or "run"
     record = RunRecord(

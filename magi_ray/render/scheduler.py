@@ -122,7 +122,7 @@ class Replace:
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """No work of ``kind`` is left in this run; its workers may go."""
+    """No work of ``kind`` is left in this run, and none is being done; its workers may go."""
 
     kind: Kind
 
@@ -141,7 +141,8 @@ class RowFailed:
 
 Command = Run | Abandon | Replace | Release | RowFailed
 
-# How often a task may fail in each class before its row does. None: as often as it likes.
+# How often one task may fail in each class before its row does. None: as often as it likes. Denoising that got further
+# is another task, so that a long video does not use up its budget over days of small mishaps.
 BUDGETS: Mapping[FailureClass, int | None] = {
     FailureClass.PREEMPTED: None,
     FailureClass.INFRASTRUCTURE: 5,
@@ -165,7 +166,7 @@ class _Row:
     published: bool
     failed: bool = False
     running: set[Task] = field(default_factory=set)
-    failures: Counter[FailureClass] = field(default_factory=Counter)
+    failures: Counter[tuple[Task, FailureClass]] = field(default_factory=Counter)
 
     @property
     def over(self) -> bool:
@@ -258,8 +259,9 @@ class Scheduler:
                 if self.needs(kind):
                     commands.append(Replace(kind=kind))
         self._assign(commands)
+        working = {task.kind for task in self._busy.values()}
         for kind in Kind:
-            if kind not in self._released and not self.needs(kind):
+            if kind not in self._released and kind not in working and not self.needs(kind):
                 self._released.add(kind)
                 commands.append(Release(kind=kind))
         return commands
@@ -293,12 +295,15 @@ class Scheduler:
         state = self._rows[task.job_id]
         if state.over:
             return
-        state.failures[failure] += 1
-        budget = BUDGETS[failure]
-        if budget is None or state.failures[failure] <= budget:
+        if task.kind is Kind.DENOISE:
+            if not state.needs(Kind.DENOISE):
+                return  # every stage was committed before it failed
             # Denoising goes on behind what was committed meanwhile, not where the lost attempt began.
-            index = state.stages_done if task.kind is Kind.DENOISE else task.index
-            self._enqueue(Task(kind=task.kind, job_id=task.job_id, index=index))
+            task = Task(kind=Kind.DENOISE, job_id=task.job_id, index=state.stages_done)
+        state.failures[task, failure] += 1
+        budget = BUDGETS[failure]
+        if budget is None or state.failures[task, failure] <= budget:
+            self._enqueue(task)
             return
         state.failed = True
         self._note(state)
@@ -314,7 +319,7 @@ class Scheduler:
                 index=task.index,
                 failure=failure,
                 message=message,
-                attempts=state.failures.total(),
+                attempts=sum(count for (failed, _), count in state.failures.items() if failed == task),
             )
         )
 

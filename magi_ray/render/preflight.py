@@ -1,0 +1,71 @@
+"""What is checked before anything is written: networks against the config, machine against the settings.
+
+Reads headers and small files only; no weights are loaded.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from magi_ray.errors import SettingsError, WeightsError
+from magi_ray.media.encoder import find_ffmpeg
+from magi_ray.models.dit.model import DiT
+from magi_ray.models.files import published_folder, text_encoder_files, weight_files
+from magi_ray.models.text.special_tokens import SpecialTokenTable
+from magi_ray.models.vae.config import VAEConfig
+from magi_ray.models.vae.model import VAE
+from magi_ray.models.weights import check_fit
+from magi_ray.settings import Settings
+
+
+def check(settings: Settings) -> None:
+    """Raises SettingsError, WeightsError or MediaError with the first thing that would stop every row in mid-run."""
+    _check_machine(settings)
+    find_ffmpeg()
+    weights, engine, numeric = settings.weights, settings.engine, settings.numeric
+    with torch.device("meta"):
+        dit = DiT(settings.model, attention=numeric.attention)
+        vae = VAE(VAEConfig.load(weights.vae / "config.json"), attention=numeric.attention)
+    check_fit(dit, weight_files(published_folder(weights.dit, fp8=engine.fp8_quant, distill=engine.distill)))
+    check_fit(vae, weight_files(weights.vae))
+    _check_width("The special tokens", SpecialTokenTable.load(weights.special_tokens).width, settings)
+    _check_width("The text encoder's embeddings", _text_width(settings), settings)
+
+
+def _check_machine(settings: Settings) -> None:
+    engine = settings.engine
+    if engine.fp8_quant:
+        raise SettingsError(
+            "fp8_quant is true, but this version computes in the checkpoint's params_dtype only.",
+            remedy="Use the config and checkpoint without fp8; fp8 comes with the next version.",
+        )
+    if engine.cp_size * engine.pp_size != 1:
+        raise SettingsError(
+            f"cp_size {engine.cp_size} × pp_size {engine.pp_size} asks for {engine.cp_size * engine.pp_size} ranks, "
+            "but a group has 1 in this version.",
+            remedy="Set cp_size and pp_size to 1.",
+        )
+    wanted = {settings.numeric.device, settings.runtime.t5_device.split(":")[0]}
+    if "cuda" in wanted and not torch.cuda.is_available():
+        raise SettingsError(
+            "The settings compute on cuda, but torch finds no CUDA device here.",
+            remedy='Set device = "cpu" in the table [numeric] and t5_device = "cpu" in [runtime], or install CUDA.',
+        )
+
+
+def _text_width(settings: Settings) -> int:
+    config = text_encoder_files(settings.weights.t5)[0].parent / "config.json"
+    try:
+        return int(json.loads(config.read_text())["d_model"])
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise WeightsError(f"{config} is not the config of a T5: {exc!r}", remedy="Download it again.") from exc
+
+
+def _check_width(what: str, found: int, settings: Settings) -> None:
+    if found != settings.model.caption_channels:
+        raise WeightsError(
+            f"{what} are {found} wide, but caption_channels is {settings.model.caption_channels}.",
+            remedy="Use the files that were published together.",
+        )
