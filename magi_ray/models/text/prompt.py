@@ -1,7 +1,7 @@
 """Caption cleaning: the text the encoder was trained on (spec §4, the DeepFloyd-IF rules). Needs no torch.
 
 The rules are odd in places (a final dot-word vanishes, a ratio of numbers vanishes). They are kept exactly, since the
-network never saw anything else.
+network never saw anything else. Their order is part of them: one rule often leaves what the next one looks for.
 """
 
 from __future__ import annotations
@@ -14,68 +14,80 @@ import ftfy
 from bs4 import BeautifulSoup
 from bs4.exceptions import ParserRejectedMarkup
 
-_DOMAIN = r"[a-zA-Z0-9.\-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
-_FILE_KIND = r"(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
-_DASHES = (
-    r"\-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40"
-    r"\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d"
-)
-
 Rules = tuple[tuple[re.Pattern[str], str], ...]
 
 
-def _rules(*pairs: tuple[str, str]) -> Rules:
-    return tuple((re.compile(pattern), replacement) for pattern, replacement in pairs)
+def _rules(**rules: tuple[str, str]) -> Rules:
+    """Named rules (verbose pattern, what takes its place), applied one after the other."""
+    return tuple((re.compile(pattern, re.VERBOSE), replacement) for pattern, replacement in rules.values())
 
 
-# Order matters within and between the groups.
-_BEFORE_HTML = _rules(
-    ("<person>", "person"),
-    (rf"\b(?:https?:(?:/{{1,3}}|[a-zA-Z0-9%])|{_DOMAIN})", ""),
-    (rf"\b(?:www:(?:/{{1,3}}|[a-zA-Z0-9%])|{_DOMAIN})", ""),
+def _any_of(words: str) -> str:
+    return f"(?:{'|'.join(words.split())})"
+
+
+# Addresses, seen in lower case only.
+_SCHEME_END = ": (?: /{1,3} | [a-z0-9%] )"
+_SITE = rf"[a-z0-9.-]+ \. {_any_of('co com edu gov it net org ru')}"
+_SITE_PATH = r"[\w/-]* \b /? (?!@)"
+_ADDRESSES = _rules(
+    http_or_site=(rf"\b (?: https? {_SCHEME_END} | {_SITE} {_SITE_PATH} )", ""),
+    www_or_site=(rf"\b (?: www {_SCHEME_END} | {_SITE} {_SITE_PATH} )", ""),  # sites that the first one put together
 )
-_CHARACTERS = _rules(
-    (r"@\w+\b", ""),  # nicknames
-    (r"[\u31c0-\u9fff]+", ""),  # CJK strokes, enclosed letters, ideographs
-    (rf"[{_DASHES}]+", "-"),
-    ("[`´«»“”¨]", '"'),
-    ("[‘’]", "'"),
-    (r"&quot;?", ""),
-    (r"&amp", ""),
-    (r"\d{1,3}(?:\.\d{1,3}){3}", " "),  # IP addresses
-    (r"\d:\d\d\s+$", ""),  # a time at the end
-    (r"\\n", " "),  # a line break written as backslash n
-    (r"#\d{1,3}\b", ""),
-    (r"#\d{5,}\b", ""),
-    (r"\b\d{6,}\b", ""),
-    (rf"\S+\.{_FILE_KIND}", ""),
-    (r"[\"']{2,}", '"'),
-    (r"\.{2,}", " "),
-    (r"[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+", " "),
-    (r"\s+\.\s+", " "),
+
+# Punctuation as a typewriter has it: every dash of Unicode 12, and quotes.
+_DASHES = (
+    "\N{ARMENIAN HYPHEN}\N{HEBREW PUNCTUATION MAQAF}\N{CANADIAN SYLLABICS HYPHEN}\N{MONGOLIAN TODO SOFT HYPHEN}"
+    "\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{FIGURE DASH}\N{EN DASH}\N{EM DASH}\N{HORIZONTAL BAR}\N{DOUBLE OBLIQUE HYPHEN}"
+    "\N{HYPHEN WITH DIAERESIS}\N{TWO-EM DASH}\N{THREE-EM DASH}\N{DOUBLE HYPHEN}\N{WAVE DASH}\N{WAVY DASH}"
+    "\N{KATAKANA-HIRAGANA DOUBLE HYPHEN}\N{PRESENTATION FORM FOR VERTICAL EM DASH}"
+    "\N{PRESENTATION FORM FOR VERTICAL EN DASH}\N{SMALL EM DASH}\N{SMALL HYPHEN-MINUS}\N{FULLWIDTH HYPHEN-MINUS}"
 )
-_WORD_JOINERS = re.compile("[-_]")
-_WORDS = _rules(
-    (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),  # article numbers: abc123, a1b, 1a2
-    (r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", ""),
-    (r"\b\d+[a-zA-Z]+\d+\b", ""),
-    (r"(?:worldwide\s+)?(?:free\s+)?shipping", ""),
-    (r"(?:free\s)?download(?:\sfree)?", ""),
-    (r"\bclick\b\s(?:for|on)\s\w+", ""),
-    (rf"\b{_FILE_KIND}(?:\simages?)?", ""),
-    (r"\bpage\s+\d+\b", ""),
-    (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),
-    (r"\b\d+\.?\d*[xх×]\d+\.?\d*\b", ""),  # 1920x1080, with a Latin x, a Cyrillic х or a times sign
-    (r"\b\s+:\s+", ": "),
-    (r"(\D[,./])\b", r"\1 "),
-    (r"\s+", " "),
+_TYPEWRITER = str.maketrans(dict.fromkeys(_DASHES, "-") | dict.fromkeys("“”«»´`¨", '"') | dict.fromkeys("‘’", "'"))
+
+_FILE_KINDS = _any_of("apk bmp eps jpeg jpg mp4 pdf png webp")
+_SYMBOLS = re.escape("&@#§~*|/\\()[]{}¿¡•·º½¾®©™")
+_MARKS = _rules(
+    # Names, scripts, what the parser left of entities.
+    nickname=(r"@\w+", ""),
+    cjk=("[\N{CJK STROKE T}-\u9fff]+", ""),  # strokes, enclosed letters, ideographs
+    hyphens=("-+", "-"),
+    quote_entity=("&quot ;?", ""),
+    ampersand_entity=("&amp", ""),
+    # Numbers, file names.
+    network_address=(r"\.".join([r"\d{1,3}"] * 4), " "),
+    time_at_the_end=(r"\d : \d\d \s+ \Z", ""),  # only with white space behind it
+    written_line_break=(r"\\n", " "),
+    long_number=(r"\# (?: \d{1,3} | \d{5,} ) \b | \b \d{6,} \b", ""),  # a # with four digits stays
+    file_name=(rf"\S+ \. {_FILE_KINDS}", ""),
+    # Punctuation.
+    quotes=("""["']{2,}""", '"'),
+    dots_and_symbols=(rf"\.{{2,}} | [{_SYMBOLS}]+", " "),
+    lone_dot=(r"\s+ \. \s+", " "),
 )
-_ENDS = _rules(
-    (r"^[\"']([\w\W]+)[\"']$", r"\1"),
-    (r"^['_,\-:;]", ""),
-    (r"['_,\-:+]$", ""),
-    (r"^\.\S+$", ""),
+
+# Codes: letters are ASCII, digits of any script.
+_WORD, _LETTERS, _DIGITS = re.compile(r"\w+"), re.compile("[a-zA-Z]+"), re.compile(r"\d+")
+_SHORT_CODE = re.compile(r"[a-zA-Z]{1,3}\d{3,15}")
+
+_SHOP_PHRASES = _rules(
+    shipping=(r"(?: worldwide \s+ )? (?: free \s+ )? shipping", ""),
+    download=(r"(?: free \s )? download (?: \s free )?", ""),
+    click=(r"\b click \s (?: for | on ) \s \w+", ""),
+    file_kind=(rf"\b {_FILE_KINDS} (?: \s images? )?", ""),
+    page=(r"\b page \s+ \d+ \b", ""),
 )
+
+_NUMBER = r"\d+ \.? \d*"
+_SPACING = _rules(
+    size=(rf"\b {_NUMBER} [x\N{{CYRILLIC SMALL LETTER HA}}\N{{MULTIPLICATION SIGN}}] {_NUMBER} \b", ""),
+    lone_colon=(r"(?<=\w) \s+ : \s+", ": "),
+    after_a_mark=(r"(?<= \D [,./] ) (?=\w)", " "),  # a.b becomes a. b; 3.5 stays
+    run=(r"\s+", " "),
+)
+
+_QUOTES, _LOOSE_AT_START, _LOOSE_AT_END = tuple("\"'"), tuple("',:;-_"), tuple("',:+-_")
+_DOT_WORD = re.compile(r"\.\S+")
 
 
 def clean_caption(caption: str) -> str:
@@ -84,15 +96,17 @@ def clean_caption(caption: str) -> str:
 
 
 def _clean_once(text: str) -> str:
-    text = unquote_plus(text).strip().lower()
-    text = _apply(_BEFORE_HTML, text)
-    text = _without_markup(text)
-    text = _apply(_CHARACTERS, text)
-    if len(_WORD_JOINERS.findall(text)) > 3:  # a-file-name-like-this
-        text = _WORD_JOINERS.sub(" ", text)
+    text = unquote_plus(text).strip().lower().replace("<person>", "person")
+    text = _without_markup(_apply(_ADDRESSES, text))
+    text = _apply(_MARKS, text.translate(_TYPEWRITER))
+    if text.count("-") + text.count("_") > 3:  # a-file-name-like-this
+        text = text.replace("-", " ").replace("_", " ")
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-    text = _apply(_WORDS, text)
-    return _apply(_ENDS, text).strip()
+    text = _WORD.sub(lambda word: "" if _is_article_number(word[0]) else word[0], text)
+    text = _apply(_SHOP_PHRASES, text)
+    text = _WORD.sub(lambda word: " " if _is_serial_number(word[0]) else word[0], text)
+    text = _apply(_SPACING, text)
+    return _without_loose_ends(text).strip()
 
 
 def _apply(rules: Rules, text: str) -> str:
@@ -107,3 +121,27 @@ def _without_markup(text: str) -> str:
         return str(BeautifulSoup("<wbr>" + text, features="html.parser").text)
     except ParserRejectedMarkup:
         return text  # such as "<![cat": no markup after all
+
+
+def _shape(word: str) -> str:
+    """Each run of digits as 1, each run of letters as a: "abc123" has the shape "a1"."""
+    return _LETTERS.sub("a", _DIGITS.sub("1", word))
+
+
+def _is_article_number(word: str) -> bool:
+    return _shape(word) in ("a1a", "1a1") or _SHORT_CODE.fullmatch(word) is not None
+
+
+def _is_serial_number(word: str) -> bool:
+    shape = _shape(word)
+    return "a1a1" in shape and set(shape) == {"a", "1"}
+
+
+def _without_loose_ends(text: str) -> str:
+    if len(text) > 2 and text.startswith(_QUOTES) and text.endswith(_QUOTES):
+        text = text[1:-1]
+    if text.startswith(_LOOSE_AT_START):
+        text = text[1:]
+    if text.endswith(_LOOSE_AT_END):
+        text = text[:-1]
+    return "" if _DOT_WORD.fullmatch(text) else text
