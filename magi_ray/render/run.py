@@ -175,6 +175,12 @@ def _inspect_media(manifest: Manifest, settings: Settings, name: str) -> tuple[d
     media: dict[str, Media] = {}
     files: dict[str, Path] = {}
     problems: list[Problem] = []
+
+    def complain(row: Row, column: str, value: object, rule: str, remedy: str) -> None:
+        problems.append(
+            Problem(row=row.number, job_id=row.job_id, column=column, value=str(value), rule=rule, remedy=remedy)
+        )
+
     for row in manifest.rows:
         if row.prefix_location is None:
             continue
@@ -184,20 +190,17 @@ def _inspect_media(manifest: Manifest, settings: Settings, name: str) -> tuple[d
             latents = _latents(row, path, settings)
             with path.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            _check_reach(row, latents)
-        except (InputError, OSError) as exc:
-            rule, remedy = (exc.message, exc.remedy) if isinstance(exc, InputError) else (str(exc), "")
-            problems.append(
-                Problem(
-                    row=row.number,
-                    job_id=row.job_id,
-                    column="schedule" if isinstance(exc, _OutOfReach) else kind,
-                    value=str(row.captions[-1].start_chunk if isinstance(exc, _OutOfReach) else row.image or row.video),
-                    rule=rule,
-                    remedy=remedy or "give a readable file",
-                )
-            )
+        except InputError as exc:
+            complain(row, kind, row.image or row.video, exc.message, exc.remedy)
             continue
+        except OSError as exc:
+            complain(row, kind, row.image or row.video, f"cannot be read ({exc.strerror})", "give a readable file")
+            continue
+        # Seconds after a clip become chunks only now that the clip's length is known.
+        last, chunks = row.captions[-1].start_chunk, row.chunks(latents)
+        if last >= chunks:
+            rule = f"is beyond the video's last chunk, {chunks - 1}"
+            complain(row, "schedule", last, rule, "make the video longer or leave that caption out")
         media[row.job_id] = Media(kind=kind, sha256=sha256, latents=latents)
         files[sha256] = path
     if problems:
@@ -209,22 +212,9 @@ def _inspect_media(manifest: Manifest, settings: Settings, name: str) -> tuple[d
     return media, files
 
 
-class _OutOfReach(InputError):
-    pass
-
-
-def _check_reach(row: Row, latents: int) -> None:
-    """Seconds after a clip become chunks only once the clip's length is known."""
-    chunks = row.chunks(latents)
-    if row.captions[-1].start_chunk >= chunks:
-        raise _OutOfReach(
-            f"begins after the video's last chunk, {chunks - 1}", remedy="make the video longer or drop that caption"
-        )
-
-
 def _local(location: str) -> Path:
     if location.startswith("s3://"):
-        raise MediaError("lies in S3, which comes with a later release", remedy="copy it beside the manifest")
+        raise MediaError("lies in S3, from which this version does not read", remedy="copy it beside the manifest")
     return Path(location)
 
 

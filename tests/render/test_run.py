@@ -1,0 +1,111 @@
+"""A submitted manifest, as the store remembers it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import MakeRun
+
+from magi_ray.errors import InputError, ManifestError, RunNotFound, WeightsError
+from magi_ray.render.local import render_here
+from magi_ray.render.run import list_runs, open_run
+from magi_ray.settings import Settings, override
+from magi_ray.storage import keys
+from magi_ray.storage.memory import MemoryStore
+
+MANIFESTS = Path(__file__).parents[2] / "manifests"
+CLIP = {"job_id": "clip", "video": str(MANIFESTS / "quickstart-clip.mp4")}
+TEXT = {"job_id": "text", "prompt": "sea", "num_chunks": 1}
+
+
+def test_a_run_is_opened_again_as_it_was_submitted(make_run: MakeRun) -> None:
+    store = MemoryStore()
+    run = make_run(store, [TEXT, CLIP | {"prompt": "on", "num_chunks": 2}])
+    again = open_run(store, run.run_id)
+    assert again.record == run.record
+    assert again.plans == run.plans
+
+
+def test_the_same_submission_is_the_same_run_and_another_seed_is_another(make_run: MakeRun) -> None:
+    ids = [make_run(MemoryStore(), rows).run_id for rows in ([TEXT], [TEXT], [TEXT | {"seed": 9}])]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_where_the_weights_lie_does_not_make_another_run(settings: Settings, tmp_path: Path, make_run: MakeRun) -> None:
+    moved = tmp_path / "moved"
+    moved.symlink_to(settings.weights.dit.parent)
+    elsewhere = override(settings, {"weights": {"dit": moved / "magi", "vae": moved / "vae"}})
+    assert make_run(MemoryStore(), [TEXT]).run_id == make_run(MemoryStore(), [TEXT], settings=elsewhere).run_id
+
+
+def test_an_edited_clip_makes_another_run(make_run: MakeRun, tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    path.write_bytes((MANIFESTS / "quickstart-clip.mp4").read_bytes())
+    row = CLIP | {"prompt": "on", "num_chunks": 1, "video": "clip.mp4"}
+    before = make_run(MemoryStore(), [row], base=tmp_path)
+    path.write_bytes(path.read_bytes() + b"\0\0\0\x08free")
+    assert make_run(MemoryStore(), [row], base=tmp_path).run_id != before.run_id
+
+
+def test_a_run_needs_its_media_no_more_once_it_is_submitted(make_run: MakeRun, tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    path.write_bytes((MANIFESTS / "quickstart-clip.mp4").read_bytes())
+    store = MemoryStore()
+    run = make_run(store, [CLIP | {"prompt": "on", "num_chunks": 1, "video": "clip.mp4"}], base=tmp_path)
+    path.unlink()
+    assert render_here(store, open_run(store, run.run_id)).published == ("clip",)
+
+
+def test_seconds_after_a_clip_are_seconds_of_new_video(make_run: MakeRun) -> None:
+    # 32 frames of the clip are a whole chunk and 8 frames of the next: the first new chunk gives 16 frames.
+    run = make_run(MemoryStore(), [CLIP | {"prompt": "on", "seconds": 1.7}])
+    timeline = run.plans["clip"].timeline
+    assert (timeline.num_chunks, timeline.num_frames) == (3, 64)
+    assert make_run(MemoryStore(), [CLIP | {"prompt": "on", "seconds": 1.6}]).plans["clip"].timeline.num_chunks == 2
+
+
+def test_a_caption_beyond_the_end_of_a_continued_clip_is_named(make_run: MakeRun) -> None:
+    row = CLIP | {"seconds": 1.6, "schedule": [{"start_chunk": 0, "prompt": "a"}, {"start_chunk": 2, "prompt": "b"}]}
+    with pytest.raises(ManifestError, match=r"column schedule: 2 is beyond the video's last chunk, 1"):
+        make_run(MemoryStore(), [row])
+
+
+def test_a_clip_shorter_than_a_latent_frame_is_refused(settings: Settings, make_run: MakeRun) -> None:
+    short = override(settings, {"prefix": {"max_frames": 3}})
+    with pytest.raises(ManifestError, match="has 3 frames at 24 fps, but a prefix needs at least 4"):
+        make_run(MemoryStore(), [CLIP | {"prompt": "on", "num_chunks": 1}], settings=short)
+
+
+def test_a_run_that_does_not_exist_is_an_error_that_names_those_that_do(make_run: MakeRun) -> None:
+    store = MemoryStore()
+    with pytest.raises(RunNotFound, match="no run 'x'"):
+        open_run(store, "x")
+    run = make_run(store, [TEXT])
+    with pytest.raises(RunNotFound) as caught:
+        open_run(store, "x")
+    assert run.run_id in caught.value.remedy
+    assert list_runs(store) == [run.run_id]
+
+
+def test_a_run_of_a_newer_format_is_refused(make_run: MakeRun) -> None:
+    store = MemoryStore()
+    run = make_run(store, [TEXT])
+    key = keys.run_record(run.run_id)
+    store.put(key, store.get(key).replace(b'"format": 1', b'"format": 2'))
+    with pytest.raises(InputError, match="has format 2, but this magi-ray reads up to 1"):
+        open_run(store, run.run_id)
+
+
+def test_a_run_is_not_rendered_with_other_weights(
+    settings: Settings, make_run: MakeRun, tmp_path: Path, tiny_weights: Path
+) -> None:
+    other = tmp_path / "special_tokens.npz"
+    other.write_bytes((tiny_weights / "special_tokens.npz").read_bytes())
+    store = MemoryStore()
+    run = make_run(store, [TEXT], settings=override(settings, {"weights": {"special_tokens": other}}))
+    data = bytearray(other.read_bytes())
+    data[len(data) // 2] ^= 1
+    other.write_bytes(data)
+    with pytest.raises(WeightsError, match="files of special_tokens have digest"):
+        render_here(store, run)
