@@ -16,11 +16,12 @@ from torch import nn
 
 from magi_ray.errors import WeightsError
 
-# Which dtypes of a file a parameter may come from. Anything else (fp8, integers) means another kind of checkpoint.
+# Which dtypes of a file a parameter may come from. Anything else means another kind of checkpoint.
 _ACCEPTED = {
     torch.float32: ("F32", "BF16", "F16"),
     torch.bfloat16: ("BF16", "F32", "F16"),
     torch.float16: ("F16", "F32", "BF16"),
+    torch.float8_e4m3fn: ("F8_E4M3",),
 }
 _LISTED = 50
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize("attention", ["plain", "sdpa"])
 def test_a_render_equals_the_reference(sampling_case: Case, attention: str) -> None:
     case = sampling_case
-    if case.facts["config"]["engine_config"]["fp8_quant"]:
-        pytest.skip("fp8 checkpoints: next issue")
     tensors = case.tensors
     chunks, records = render(case, tensors, attention)
     prefix_pass, forwards = [r for r in records if r.velocity is None], [r for r in records if r.velocity is not None]
@@ -55,7 +53,7 @@ def render(case: Case, tensors: dict[str, Tensor], attention: str) -> tuple[dict
     runtime = RuntimeConfig(**config["runtime_config"])
     engine = EngineConfig(**config["engine_config"])
     with torch.device("meta"):
-        model = DiT(model_config, attention=attention)
+        model = DiT(model_config, attention=attention, fp8=engine.fp8_quant)
     load_into(model, [case.folder / facts["weights"]])
 
     offset = facts["prefix_T"] // LATENTS_PER_CHUNK

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from magi_ray.models.dit.attention import Kernel
 from magi_ray.models.dit.kv_cache import KVCache
 from magi_ray.models.dit.rope import rotate
+from magi_ray.models.fp8 import Fp8Linear
 from magi_ray.settings import ModelConfig
 
 HEAD_BLOCKS = 8
@@ -53,16 +54,23 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.to(weight.dtype), self.normalized_shape, weight, self.bias, self.eps)
 
 
+class Float32Linear(nn.Linear):
+    """A linear layer without bias that computes in float32, whatever the dtype of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float())
+
+
 class QKV(nn.Module):
     """The pre-norm and the projections from it: queries of both attentions, keys and values of self-attention."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, *, fp8: bool) -> None:
         super().__init__()
         width, q = config.hidden_size, config.num_attention_heads * config.kv_channels
         kv = config.num_query_groups * config.kv_channels
         self.layer_norm = LayerNorm(width, config, one_plus=False, dtype=dtype)
-        self.q, self.qx = (nn.Linear(width, q, bias=False, dtype=dtype) for _ in range(2))
-        self.k, self.v = (nn.Linear(width, kv, bias=False, dtype=dtype) for _ in range(2))
+        self.q, self.qx = (_linear(width, q, dtype, fp8=fp8) for _ in range(2))
+        self.k, self.v = (_linear(width, kv, dtype, fp8=fp8) for _ in range(2))
 
     def forward(self, x_RSD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         n = self.layer_norm(x_RSD)
@@ -72,15 +80,19 @@ class QKV(nn.Module):
 class Attention(nn.Module):
     """Self-attention over chunks and cross-attention to the caption, side by side from one norm."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, *, layer: int) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, *, layer: int, fp8: bool) -> None:
         super().__init__()
         width, K = config.hidden_size, config.kv_channels
         q, kv = config.num_attention_heads * K, config.num_query_groups * K
         self.layer, self.head_dim = layer, K
-        self.linear_qkv = QKV(config, dtype)
+        self.linear_qkv = QKV(config, dtype, fp8=fp8)
         xattn_width = int(width * config.xattn_cond_hidden_ratio)
         self.linear_kv_xattn = nn.Linear(xattn_width, 2 * kv, bias=False, dtype=dtype)
-        self.linear_proj = nn.Linear(2 * q, width, bias=False, dtype=dtype)
+        self.linear_proj = (
+            Fp8Linear(2 * q, width, kind="smooth", out_dtype=torch.float32)
+            if fp8
+            else Float32Linear(2 * q, width, bias=False, dtype=dtype)
+        )
         self.q_layernorm, self.k_layernorm = (
             LayerNorm(K, config, one_plus=True, dtype=torch.float32) for _ in range(2)
         )
@@ -98,7 +110,7 @@ class Attention(nn.Module):
         cross_attention = self._cross_attention(self.q_layernorm_xattn(qx), context)
         # Interleaved in 8 blocks of heads: the order that 8 tensor-parallel training ranks left in linear_proj.
         blocks = [out.flatten(-2).unflatten(-1, (HEAD_BLOCKS, -1)) for out in (self_attention, cross_attention)]
-        return F.linear(torch.stack(blocks, dim=-2).flatten(-3).float(), self.linear_proj.weight.float())
+        return self.linear_proj(torch.stack(blocks, dim=-2).flatten(-3))
 
     def _self_attention(self, q_RSHK: Tensor, k_RSGK: Tensor, v_RSGK: Tensor, context: Context) -> Tensor:
         own = {chunk: (k_RSGK[i], v_RSGK[i]) for i, chunk in enumerate(context.chunks)}
@@ -126,18 +138,28 @@ def _cached(context: Context, layer: int, chunk: int) -> tuple[Tensor, Tensor]:
     return context.cache.read(layer, chunk)
 
 
+def _linear(width_in: int, width_out: int, dtype: torch.dtype, *, fp8: bool) -> nn.Module:
+    if fp8:
+        return Fp8Linear(width_in, width_out, kind="channel", out_dtype=dtype)
+    return nn.Linear(width_in, width_out, bias=False, dtype=dtype)
+
+
 def _silu_gated(x: Tensor) -> Tensor:
     gate, value = x.chunk(2, dim=-1)
     return F.silu(gate) * value
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, *, fp8: bool) -> None:
         super().__init__()
         width, ffn = config.hidden_size, config.ffn_hidden_size
         self.layer_norm = LayerNorm(width, config, one_plus=False, dtype=dtype)
-        self.linear_fc1 = nn.Linear(width, ffn * (1 + config.gated_linear_unit), bias=False, dtype=dtype)
-        self.linear_fc2 = nn.Linear(ffn, width, bias=False, dtype=dtype)
+        self.linear_fc1 = _linear(width, ffn * (1 + config.gated_linear_unit), dtype, fp8=fp8)
+        self.linear_fc2 = (
+            Fp8Linear(ffn, width, kind="smooth", out_dtype=dtype)
+            if fp8
+            else nn.Linear(ffn, width, bias=False, dtype=dtype)
+        )
         self.activation: Callable[[Tensor], Tensor] = _silu_gated if config.gated_linear_unit else F.gelu
 
     def forward(self, x_RSD: Tensor) -> Tensor:
@@ -162,14 +184,14 @@ class AdaModulate(nn.Module):
 class Block(nn.Module):
     """x + norm(attention · gate), then x + norm(mlp · gate); the sums in float32."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, *, layer: int) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, *, layer: int, fp8: bool) -> None:
         super().__init__()
         self.ada_modulate_layer = AdaModulate(config, dtype)
-        self.self_attention = Attention(config, dtype, layer=layer)
+        self.self_attention = Attention(config, dtype, layer=layer, fp8=fp8)
         self.self_attn_post_norm, self.mlp_post_norm = (
             LayerNorm(config.hidden_size, config, one_plus=True, dtype=torch.float32) for _ in range(2)
         )
-        self.mlp = MLP(config, dtype)
+        self.mlp = MLP(config, dtype, fp8=fp8)
 
     def forward(self, x_RSD: Tensor, context: Context) -> Tensor:
         dtype = x_RSD.dtype

@@ -25,9 +25,12 @@ from magi_ray.timeline import LATENTS_PER_CHUNK
 class Blocks(nn.Module):
     """All layers and the norm after them: [R, S, D] → float32."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, *, fp8: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(config, dtype, layer=i) for i in range(config.num_layers))
+        # The first and the last layer of an fp8 checkpoint are ordinary ones.
+        self.layers = nn.ModuleList(
+            Block(config, dtype, layer=i, fp8=fp8 and 0 < i < config.num_layers - 1) for i in range(config.num_layers)
+        )
         self.final_layernorm = LayerNorm(config.hidden_size, config, one_plus=True, dtype=torch.float32)
 
     def forward(self, x_RSD: Tensor, context: Context) -> Tensor:
@@ -48,11 +51,11 @@ class FinalLinear(nn.Module):
 class DiT(nn.Module):
     """``config``: the published model_config; parameter names are the published ones (spec §2).
 
-    attention: a name in ``attention.KERNELS``. Embedders, RoPE, norms after a branch and the final layers are
-    float32, everything else ``config.params_dtype``.
+    attention: a name in ``attention.KERNELS``.  fp8: build the layers of an fp8 checkpoint. Embedders, RoPE, norms
+    after a branch and the final layers are float32, everything else ``config.params_dtype``.
     """
 
-    def __init__(self, config: ModelConfig, *, attention: str = "plain") -> None:
+    def __init__(self, config: ModelConfig, *, attention: str = "plain", fp8: bool = False) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype = getattr(torch, config.params_dtype.removeprefix("torch."))
@@ -68,7 +71,7 @@ class DiT(nn.Module):
             xattn_width=int(width * config.xattn_cond_hidden_ratio),
             adaln_width=condition,
         )
-        self.videodit_blocks = Blocks(config, dtype)
+        self.videodit_blocks = Blocks(config, dtype, fp8=fp8)
         self.final_linear = FinalLinear(config)
 
     @property
@@ -151,9 +154,11 @@ class DiT(nn.Module):
         return x[:, : channels // 2] if self.config.half_channel_vae else x
 
 
-def load_dit(config: ModelConfig, folder: Path, *, device: torch.device | str = "cpu", attention: str) -> DiT:
-    """The DiT with the weights of ``folder`` (spec §2). Raises WeightsError."""
+def load_dit(
+    config: ModelConfig, folder: Path, *, device: torch.device | str = "cpu", attention: str, fp8: bool = False
+) -> DiT:
+    """The DiT with the weights of ``folder`` (spec §2). ``fp8``: it is an fp8 checkpoint. Raises WeightsError."""
     with torch.device("meta"):
-        model = DiT(config, attention=attention)
+        model = DiT(config, attention=attention, fp8=fp8)
     load_into(model, weight_files(folder), device=device)
     return model
