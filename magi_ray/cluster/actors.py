@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import ray
@@ -25,15 +25,16 @@ def _in_group(name: str) -> Callable[[_F], _F]:
     return method
 
 
-class _Worker:
-    def __init__(self, settings: Settings, store: Store, run_id: str, encoder: str) -> None:
-        self._settings, self._store, self._run_id, self._encoder = settings, store, run_id, encoder
+class TaskWorker:
+    """What every worker knows. ``name``: its own within the run; ``encoder``: identity of the run's ffmpeg."""
+
+    def __init__(self, name: str, *, settings: Settings, store: Store, run_id: str, encoder: str) -> None:
+        self._name, self._settings, self._store, self._run_id, self._encoder = name, settings, store, run_id, encoder
         self._loaded: Any = None
-        self._abandoned: set[str] = set()
 
     def __repr__(self) -> str:
         # What the Ray dashboard shows.
-        return f"{type(self).__name__}({self._run_id})"
+        return f"{self._run_id}/{self._name}"
 
     def load(self) -> None:
         """Load what the tasks need, so that the first one starts at once."""
@@ -44,7 +45,7 @@ class _Worker:
         use_threads(self._settings.numeric.cpu_threads)
 
 
-class EmbedWorker(_Worker):
+class EmbedWorker(TaskWorker):
     def load(self) -> None:
         from magi_ray.render.embed import Embedder
 
@@ -55,8 +56,12 @@ class EmbedWorker(_Worker):
         self._loaded.embed(plan)
 
 
-class DenoiseWorker(_Worker):
+class DenoiseWorker(TaskWorker):
     """One rank. Work and control have threads of their own, so that ``abandon`` is heard in mid-stage."""
+
+    def __init__(self, name: str, *, settings: Settings, store: Store, run_id: str, encoder: str) -> None:
+        super().__init__(name, settings=settings, store=store, run_id=run_id, encoder=encoder)
+        self._abandoned: set[str] = set()
 
     @_in_group("work")
     def load(self) -> None:
@@ -68,7 +73,6 @@ class DenoiseWorker(_Worker):
     @_in_group("work")
     def render(self, plan: RowPlan, first_stage: int) -> Iterator[StepDone | StageCommitted]:
         self._use_threads()
-        self._abandoned.discard(plan.job_id)
         for happened in self._loaded.render(plan, first_stage):
             yield happened
             if plan.job_id in self._abandoned:
@@ -76,11 +80,11 @@ class DenoiseWorker(_Worker):
 
     @_in_group("control")
     def abandon(self, job_id: str) -> None:
-        """Stop working on ``job_id`` after the step in work."""
+        """Stop working on ``job_id`` after the step in work, for good: its row has failed."""
         self._abandoned.add(job_id)
 
 
-class DecodeWorker(_Worker):
+class DecodeWorker(TaskWorker):
     def load(self) -> None:
         from magi_ray.render.decode import Decoder
 
@@ -91,14 +95,14 @@ class DecodeWorker(_Worker):
         self._loaded.decode(plan, index)
 
 
-class FinishWorker(_Worker):
+class FinishWorker(TaskWorker):
     def carry_out(self, plan: RowPlan, _index: int) -> None:
         from magi_ray.render.finish import finish
 
         finish(self._store, self._run_id, plan, self._encoder)
 
 
-WORKERS: dict[Kind, type[_Worker]] = {
+WORKERS: Mapping[Kind, type[TaskWorker]] = {
     Kind.EMBED: EmbedWorker,
     Kind.DENOISE: DenoiseWorker,
     Kind.DECODE: DecodeWorker,

@@ -8,29 +8,41 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from magi_ray.cluster.actors import WORKERS
+from magi_ray.cluster.actors import TaskWorker
 from magi_ray.errors import WorkerLost
+from magi_ray.render.plan import RowPlan
 from magi_ray.render.scheduler import Kind
 from magi_ray.settings import Settings
 from magi_ray.storage.store import Store
 
-PLACEMENT_DEADLINE_S = 120.0
 # Events are a few dozen bytes; this many may wait for the driver before denoising would.
 _EVENTS_AHEAD = 256
 
 
 class Worker:
-    """An actor for tasks of ``kind``. Raises WorkerLost when the cluster has no place for it within two minutes.
+    """An actor of class ``of`` for tasks of ``kind``. It has no name of Ray's: those must be unique in a cluster.
 
     Denoising is a group of one rank so far: a placement group (STRICT_PACK) whose removal ends every rank at once.
+    Raises WorkerLost when the cluster has no place for it within ``placement_s`` seconds.
     """
 
-    def __init__(self, kind: Kind, name: str, *, settings: Settings, store: Store, run_id: str, encoder: str) -> None:
-        self.kind, self.name = kind, name
+    def __init__(
+        self,
+        kind: Kind,
+        name: str,
+        *,
+        of: type[TaskWorker],
+        settings: Settings,
+        store: Store,
+        run_id: str,
+        encoder: str,
+        placement_s: float,
+    ) -> None:
+        self.kind = kind
         self._placement: PlacementGroup | None = None
-        options: dict[str, Any] = {"name": name, "num_cpus": 0, "max_restarts": 0, "max_task_retries": 0}
+        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "max_task_retries": 0}
         if kind is Kind.DENOISE:
-            self._placement = _place(settings)
+            self._placement = _place(settings, placement_s)
             options |= {
                 "num_cpus": 1,
                 "num_gpus": 1 if settings.numeric.device == "cuda" else 0,
@@ -38,14 +50,15 @@ class Worker:
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(self._placement),
             }
         # Not `ray.remote` as decorator: the classes stay ordinary ones.
-        self._actor = ray.remote(**options)(WORKERS[kind]).remote(settings, store, run_id, encoder)
+        actor = ray.remote(**options)(of)
+        self._actor = actor.remote(name, settings=settings, store=store, run_id=run_id, encoder=encoder)
 
     def load(self) -> Any:
         """A reference that is ready when the worker is."""
         return self._actor.load.remote()
 
-    def start(self, plan: Any, index: int) -> Any:
-        """Begin a task: a generator of events for denoising, a reference for the rest. ``plan``: in Ray's store."""
+    def start(self, plan: RowPlan, index: int) -> Any:
+        """Begin a task: a generator of events for denoising, a reference for the rest."""
         if self.kind is Kind.DENOISE:
             render = self._actor.render.options(
                 num_returns="streaming", _generator_backpressure_num_objects=_EVENTS_AHEAD
@@ -65,13 +78,13 @@ class Worker:
             remove_placement_group(self._placement)
 
 
-def _place(settings: Settings) -> PlacementGroup:
+def _place(settings: Settings, within_s: float) -> PlacementGroup:
     bundle = {"CPU": 1.0, "GPU": 1.0} if settings.numeric.device == "cuda" else {"CPU": 1.0}
     group = placement_group([bundle], strategy="STRICT_PACK")
-    if not group.wait(timeout_seconds=PLACEMENT_DEADLINE_S):
+    if not group.wait(timeout_seconds=within_s):
         remove_placement_group(group)
         raise WorkerLost(
-            f"No node has {bundle} free for a denoise group after {PLACEMENT_DEADLINE_S:.0f} s; "
+            f"No node has {bundle} free for a denoise group after {within_s:.0f} s; "
             f"the cluster has {ray.cluster_resources()}, of which {ray.available_resources()} are free.",
             remedy="Add such a node, or stop what holds it.",
         )

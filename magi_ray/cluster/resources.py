@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import signal
+import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from typing import NoReturn
 
 import ray
 
@@ -15,6 +19,8 @@ from magi_ray.settings import prepare_ray_environment
 def local_ray(*, namespace: str, dashboard: bool) -> Iterator[str | None]:
     """A Ray instance of our own, even where another cluster runs on this machine; yields the dashboard's URL, if any.
 
+    SIGTERM ends the block as Ctrl-C does, with KeyboardInterrupt; Ray's processes die with this one in any case. What
+    is printed to stdout meanwhile goes to stderr: Ray prints there about every worker that dies.
     Inside a process that is connected to Ray already (a test session, a notebook), that instance is used and left
     running.
     """
@@ -22,14 +28,27 @@ def local_ray(*, namespace: str, dashboard: bool) -> Iterator[str | None]:
         yield None
         return
     prepare_ray_environment()
-    context = ray.init(
-        address="local",
-        namespace=namespace,
-        include_dashboard=dashboard,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    # Signals are the main thread's business.
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
     try:
-        yield f"http://{context.dashboard_url}" if dashboard and context.dashboard_url else None
+        context = ray.init(
+            address="local",
+            namespace=namespace,
+            include_dashboard=dashboard,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+        if in_main:
+            # Only now: ray.init puts a handler of its own there.
+            signal.signal(signal.SIGTERM, _interrupt)
+        with redirect_stdout(sys.stderr):
+            yield f"http://{context.dashboard_url}" if dashboard and context.dashboard_url else None
     finally:
         ray.shutdown()
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt

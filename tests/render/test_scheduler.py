@@ -158,6 +158,34 @@ def test_a_row_fails_once_its_class_of_failures_has_used_up_its_budget(failure: 
     assert scheduler.finished
 
 
+def test_denoising_that_gets_further_each_time_is_never_given_up() -> None:
+    rows = [row("a", num_chunks=30)]
+    scheduler = Scheduler(rows)
+    for event in [*ready(), TaskDone(worker=Kind.EMBED, task=Task(kind=Kind.EMBED, job_id="a"))]:
+        scheduler.handle(event)
+    worker, first = str(Kind.DENOISE), 0
+    for stage in range(rows[0].num_stages - 1):
+        scheduler.handle(StageCommitted(job_id="a", stage=stage, chunk=None))
+        gone = WorkerGone(worker=worker, failure=FailureClass.INFRASTRUCTURE, message="node lost")
+        assert scheduler.handle(gone) == [Replace(kind=Kind.DENOISE)]
+        worker, first = f"denoise-{stage}", stage + 1
+        again = scheduler.handle(WorkerReady(worker=worker, kind=Kind.DENOISE))
+        assert tasks(again) == [Task(kind=Kind.DENOISE, job_id="a", index=first)]
+
+
+def test_denoising_that_fails_after_its_last_commit_has_not_failed() -> None:
+    rows = [row("a")]
+    scheduler = Scheduler(rows)
+    for event in [*ready(), TaskDone(worker=Kind.EMBED, task=Task(kind=Kind.EMBED, job_id="a"))]:
+        scheduler.handle(event)
+    denoise = Task(kind=Kind.DENOISE, job_id="a")
+    for event in stages_of(denoise, rows[0]):
+        scheduler.handle(event)
+    failed = TaskFailed(worker=Kind.DENOISE, task=denoise, failure=FailureClass.INPUT, message="too late to matter")
+    # Nothing to try again, and its worker may go only now.
+    assert scheduler.handle(failed) == [Release(kind=Kind.DENOISE)]
+
+
 def test_preemption_is_not_counted() -> None:
     rows = [row("a")]
     taken = 0

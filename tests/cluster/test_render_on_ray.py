@@ -1,0 +1,241 @@
+"""Runs on Ray: the same bytes as without it, whatever happens to the workers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from on_ray import MakeRun, contents, stage_commits, wait_until, working_actors
+
+from magi_ray.cluster.actors import WORKERS, DecodeWorker, DenoiseWorker, FinishWorker, TaskWorker
+from magi_ray.cluster.driver import MAX_FAILED_STARTS, Deadlines, render_on_ray
+from magi_ray.errors import FailureClass, MediaError, WeightsError, WorkerLost
+from magi_ray.render.journal import Outcome
+from magi_ray.render.local import render_here
+from magi_ray.render.plan import RowPlan
+from magi_ray.render.progress import RunProgress
+from magi_ray.render.scheduler import Kind, StageCommitted
+from magi_ray.settings import Settings, override, preset
+from magi_ray.storage import keys
+from magi_ray.storage.local import LocalStore
+from magi_ray.storage.memory import MemoryStore
+
+MANIFESTS = Path(__file__).parents[2] / "manifests"
+TEXT: dict[str, Any] = {"job_id": "text", "prompt": "sea", "num_chunks": 3}
+IMAGE = {"job_id": "image", "prompt": "dusk", "image": str(MANIFESTS / "quickstart-image.png"), "num_chunks": 2}
+VIDEO = {"job_id": "video", "prompt": "sails", "video": str(MANIFESTS / "quickstart-clip.mp4"), "num_chunks": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers_of_this_module(ray_here: None) -> Iterator[None]:
+    """Ray sends the workers that are defined here along, since no other process can import this module."""
+    module = sys.modules[__name__]
+    ray.cloudpickle.register_pickle_by_value(module)
+    yield
+    ray.cloudpickle.unregister_pickle_by_value(module)
+
+
+@pytest.fixture(autouse=True)
+def no_worker_is_left(ray_here: None) -> Iterator[None]:
+    """Whether ``render_on_ray`` returns or raises."""
+    yield
+    wait_until(lambda: not working_actors(), "the workers are gone")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "store")
+
+
+@pytest.fixture
+def undisturbed(make_run: MakeRun) -> Callable[[Sequence[dict[str, Any]]], dict[str, bytes]]:
+    """What rows become without Ray."""
+
+    def render(rows: Sequence[dict[str, Any]]) -> dict[str, bytes]:
+        store = MemoryStore()
+        run = make_run(store, rows)
+        assert not render_here(store, run).failed
+        return contents(store, run)
+
+    return render
+
+
+def once(marker: Path) -> bool:
+    """True for the first who asks, in whatever process."""
+    try:
+        marker.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def replaced(kind: Kind, worker: type[TaskWorker]) -> dict[Kind, type[TaskWorker]]:
+    return {**WORKERS, kind: worker}
+
+
+def dying(of: type[TaskWorker], marker: Path) -> type[TaskWorker]:
+    """A worker that is killed during its first task, as by ``kill -9``."""
+
+    class Dying(of):  # type: ignore[valid-type,misc]
+        def carry_out(self, plan: RowPlan, index: int) -> None:
+            if once(marker):
+                os.kill(os.getpid(), signal.SIGKILL)
+            super().carry_out(plan, index)
+
+    return Dying
+
+
+def test_rows_become_the_same_bytes_as_without_ray(
+    make_run: MakeRun, store: LocalStore, undisturbed: Callable[..., dict[str, bytes]]
+) -> None:
+    rows = [TEXT, IMAGE, VIDEO]
+    run = make_run(store, rows)
+    outcome = render_on_ray(store, run)
+    assert outcome.published == ("text", "image", "video")
+    assert contents(store, run) == undisturbed(rows)
+    # And there is nothing left to do, not even a worker to start.
+    again = render_on_ray(store, run)
+    assert (again.stages_rendered, again.already_published) == (0, 3)
+
+
+def test_a_denoise_worker_killed_in_mid_video_loses_nothing_that_was_committed(
+    make_run: MakeRun, store: LocalStore, undisturbed: Callable[..., dict[str, bytes]], tmp_path: Path
+) -> None:
+    class Dying(DenoiseWorker):
+        @ray.method(concurrency_group="work")
+        def render(self, plan: RowPlan, first_stage: int) -> Iterator[Any]:
+            for happened in super().render(plan, first_stage):
+                yield happened
+                if isinstance(happened, StageCommitted) and happened.stage == 2 and once(tmp_path / "died"):
+                    kept = tmp_path / "kept"
+                    shutil.copytree(tmp_path / "store" / "stages", kept)
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+    run = make_run(store, [TEXT])
+    outcome = render_on_ray(store, run, workers=replaced(Kind.DENOISE, Dying))
+    assert not outcome.failed
+    assert contents(store, run) == undisturbed([TEXT])
+    kept = {f"stages/{path.relative_to(tmp_path / 'kept')}": path.read_bytes()
+            for path in (tmp_path / "kept").glob("*/*/commit.json")}  # fmt: skip
+    assert len(kept) >= 3
+    assert kept.items() <= stage_commits(store).items()
+
+
+def test_workers_killed_in_mid_task_are_replaced(
+    make_run: MakeRun, store: LocalStore, undisturbed: Callable[..., dict[str, bytes]], tmp_path: Path
+) -> None:
+    killed = [Kind.EMBED, Kind.DECODE, Kind.FINISH]
+    run = make_run(store, [TEXT])
+    workers = {**WORKERS, **{kind: dying(WORKERS[kind], tmp_path / kind) for kind in killed}}
+    outcome = render_on_ray(store, run, workers=workers)
+    assert all((tmp_path / kind).exists() for kind in killed)
+    assert not outcome.failed
+    assert contents(store, run) == undisturbed([TEXT])
+
+
+def test_a_worker_that_stays_silent_is_killed_and_replaced(
+    make_run: MakeRun, store: LocalStore, tmp_path: Path
+) -> None:
+    class Hanging(FinishWorker):
+        def carry_out(self, plan: RowPlan, index: int) -> None:
+            if once(tmp_path / "hung"):
+                time.sleep(3600)
+            super().carry_out(plan, index)
+
+    run = make_run(store, [TEXT])
+    render_here(store, run)
+    # Only this is left to do, so that the deadline concerns nothing slow.
+    store.delete(keys.video_record(run.run_id, "text"))
+    deadlines = Deadlines(silence_s={**Deadlines().silence_s, Kind.FINISH: 4.0})
+    outcome = render_on_ray(store, run, deadlines=deadlines, workers=replaced(Kind.FINISH, Hanging))
+    assert (tmp_path / "hung").exists()
+    assert outcome.published == ("text",)
+
+
+def test_a_row_that_cannot_be_decoded_is_soon_not_denoised_any_more(make_run: MakeRun, store: LocalStore) -> None:
+    class Unable(DecodeWorker):
+        def carry_out(self, plan: RowPlan, _index: int) -> None:
+            raise MediaError("ffmpeg cannot", remedy="Install another one.")
+
+    class Slow(DenoiseWorker):
+        @ray.method(concurrency_group="work")
+        def render(self, plan: RowPlan, first_stage: int) -> Iterator[Any]:
+            for happened in super().render(plan, first_stage):
+                time.sleep(0.1)
+                yield happened
+
+    run = make_run(store, [TEXT | {"num_chunks": 60}])
+    outcome = render_on_ray(store, run, workers=replaced(Kind.DECODE, Unable) | {Kind.DENOISE: Slow})
+    [failed] = outcome.failed
+    assert (failed.failure, failed.kind) == (FailureClass.INPUT, Kind.DECODE)
+    assert failed.message.splitlines() == ["ffmpeg cannot", "Install another one."]
+    assert len(stage_commits(store)) < run.plans["text"].timeline.num_stages
+
+
+def test_weights_that_vanish_end_the_run_with_that_very_error(
+    make_run: MakeRun, store: LocalStore, settings: Settings, tiny_weights: Path, tmp_path: Path
+) -> None:
+    weights = tmp_path / "weights"
+    shutil.copytree(tiny_weights, weights)
+    elsewhere = preset("magi-tiny", weights=weights).weights.model_dump()
+    run = make_run(store, [TEXT], settings=override(settings, {"weights": elsewhere}))
+    shutil.rmtree(weights / "magi")
+    with pytest.raises(WeightsError) as raised:
+        render_on_ray(store, run)
+    assert str(weights) in raised.value.message
+    assert raised.value.remedy
+
+
+def test_a_worker_that_dies_while_loading_is_tried_a_few_times_only(
+    make_run: MakeRun, store: LocalStore, tmp_path: Path
+) -> None:
+    class StillBorn(WORKERS[Kind.EMBED]):  # type: ignore[name-defined,misc]
+        def load(self) -> None:
+            with (tmp_path / "starts").open("a") as starts:
+                starts.write("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run = make_run(store, [TEXT])
+    with pytest.raises(WorkerLost, match=f"{MAX_FAILED_STARTS} embed workers failed to start") as raised:
+        render_on_ray(store, run, workers=replaced(Kind.EMBED, StillBorn))
+    assert (tmp_path / "starts").read_text() == "x" * MAX_FAILED_STARTS
+    assert raised.value.next_command == f"magi-ray resume {run.run_id} --store {store.uri}"
+
+
+def test_a_run_rendered_by_two_at_once_is_rendered_well(
+    make_run: MakeRun, store: LocalStore, undisturbed: Callable[..., dict[str, bytes]]
+) -> None:
+    run = make_run(store, [TEXT])
+    outcomes: list[Outcome] = []
+
+    def render() -> None:
+        outcomes.append(render_on_ray(store, run))
+
+    both = [threading.Thread(target=render, daemon=True) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join(timeout=240)
+    assert [outcome.published for outcome in outcomes] == [("text",), ("text",)]
+    assert contents(store, run) == undisturbed([TEXT])
+
+
+def test_an_observer_that_raises_ends_the_run_and_its_workers(make_run: MakeRun, store: LocalStore) -> None:
+    run = make_run(store, [TEXT])
+
+    def observe(progress: RunProgress) -> None:
+        if progress.videos["text"].stages_done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        render_on_ray(store, run, observe=observe)
+    assert stage_commits(store)
