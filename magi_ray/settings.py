@@ -400,6 +400,7 @@ def prepare_ray_environment() -> None:
     for name, value in {
         "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anybody
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # actors without a GPU still see what the machine has
+        "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # a worker's death is told by us, in one line
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # `uv run magi-ray` must not wrap every worker in `uv run`
     }.items():
         os.environ.setdefault(name, value)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import MakeRun
 
 from magi_ray.manifest import Defaults, manifest_of
 from magi_ray.render.run import Run, create, prepare
 from magi_ray.settings import Settings, override, preset
 from magi_ray.storage.store import Store
-
-MakeRun = Callable[..., Run]
 
 
 @pytest.fixture(scope="session")

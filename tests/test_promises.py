@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import MakeRun
+from runs import MakeRun
 from safetensors.torch import load_file, save_file
 
 from magi_ray.errors import ManifestError, MediaError, SettingsError, StoreError, WeightsError

@@ -19,7 +19,7 @@ from magi_ray.media.encoder import encoder_identity, find_ffmpeg
 from magi_ray.render.inventory import stages_done, take_stock
 from magi_ray.render.journal import Journal, Outcome
 from magi_ray.render.progress import RunProgress, StepDone
-from magi_ray.render.run import Run
+from magi_ray.render.run import Run, require_same_weights
 from magi_ray.render.scheduler import (
     Abandon,
     Event,
@@ -78,7 +78,7 @@ def render_on_ray(
     """Render what is left of ``run`` on the Ray instance this process is connected to.
 
     A row that fails is recorded and harms no other. Raises what keeps any worker from starting (WeightsError,
-    MediaError, WorkerLost) and StoreError when the run's own records cannot be written. Workers are gone afterwards,
+    MediaError, WorkerLost), WeightsError when they are not those of the submission, and StoreError when the run's own records cannot be written. Workers are gone afterwards,
     whatever happened.
     """
     driver = _Driver(store, run, observe, deadlines or Deadlines(), workers)
@@ -97,6 +97,7 @@ class _Driver:
         deadlines: Deadlines,
         classes: Mapping[Kind, type[TaskWorker]],
     ) -> None:
+        require_same_weights(run)
         self._store, self._run = store, run
         self._deadlines, self._classes = deadlines, classes
         self._encoder = encoder_identity(find_ffmpeg())
@@ -118,6 +119,7 @@ class _Driver:
                 return self._journal.close()
             self._start_what_is_due()
             self._wait()
+            self._journal.beat()
 
     def stop(self) -> None:
         for name in list(self._workers):

@@ -15,7 +15,7 @@ from magi_ray.render.latents import load_clean_chunk, require_finite
 from magi_ray.render.pixels import tensor_to_pixels
 from magi_ray.render.plan import RowPlan
 from magi_ray.settings import Settings
-from magi_ray.storage.records import digest, read_commit
+from magi_ray.storage.records import digest, verified_commit
 from magi_ray.storage.store import Store
 
 
@@ -41,7 +41,7 @@ class Decoder:
     def decode(self, plan: RowPlan, chunk: int) -> None:
         """Make and commit the segment of ``chunk``, unless it exists. Raises StoreError, NumericError, MediaError."""
         pre_image = segment_pre_image(self._store, plan, chunk, self._encoder)
-        if read_commit(self._store, "segment", digest(pre_image)) is not None:
+        if verified_commit(self._store, "segment", digest(pre_image)) is not None:
             return
         begun = time.monotonic()
         runtime, timeline = plan.settings.runtime, plan.timeline

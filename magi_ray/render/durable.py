@@ -11,7 +11,7 @@ from magi_ray.render import identity
 from magi_ray.render.plan import RowPlan
 from magi_ray.render.provenance import provenance
 from magi_ray.storage.keys import Kind
-from magi_ray.storage.records import Commit, digest, new_write_id, read_commit, write_commit
+from magi_ray.storage.records import Commit, digest, new_write_id, read_commit, verified_commit, write_commit
 from magi_ray.storage.store import Store
 
 
@@ -40,8 +40,8 @@ def committed(store: Store, kind: Kind, key: str) -> Commit:
 
 def embedded(store: Store, plan: RowPlan) -> bool:
     """Whether the captions and the prefix that denoising ``plan`` reads are in the store."""
-    texts = all(read_commit(store, "text", digest) for digest in set(plan.caption_digests))
-    return texts and (plan.prefix_digest is None or read_commit(store, "prefix", plan.prefix_digest) is not None)
+    texts = all(verified_commit(store, "text", digest) for digest in set(plan.caption_digests))
+    return texts and (plan.prefix_digest is None or verified_commit(store, "prefix", plan.prefix_digest) is not None)
 
 
 def chunk_commit(store: Store, plan: RowPlan, chunk: int) -> Commit:

@@ -21,7 +21,7 @@ from magi_ray.render.pixels import pixels_to_tensor
 from magi_ray.render.plan import Media, RowPlan
 from magi_ray.settings import Settings
 from magi_ray.storage import keys
-from magi_ray.storage.records import read_commit
+from magi_ray.storage.records import verified_commit
 from magi_ray.storage.store import Store
 from magi_ray.timeline import FRAMES_PER_LATENT
 
@@ -41,7 +41,7 @@ class Embedder:
         Raises InputError kinds (unreadable media, weights), StoreError, NumericError.
         """
         for digest, caption in sorted(set(zip(plan.caption_digests, plan.captions, strict=True))):
-            if read_commit(self._store, "text", digest) is None:
+            if verified_commit(self._store, "text", digest) is None:
                 begun = time.monotonic()
                 embedding = self._embed_caption(caption)
                 require_finite(embedding, what=f"row {plan.row} (job {plan.job_id}): embedding of {caption!r}")
@@ -49,7 +49,8 @@ class Embedder:
                 payloads = {"text": pack({"text": embedding})}
                 commit(self._store, "text", pre_image, payloads, seconds=time.monotonic() - begun)
         media = plan.media
-        if media is not None and plan.prefix_digest and read_commit(self._store, "prefix", plan.prefix_digest) is None:
+        key = plan.prefix_digest
+        if media is not None and key is not None and verified_commit(self._store, "prefix", key) is None:
             begun = time.monotonic()
             latent = self._encode(media, plan.settings)
             require_finite(latent, what=f"row {plan.row} (job {plan.job_id}): latent of its {media.kind}")

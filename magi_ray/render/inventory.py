@@ -24,7 +24,8 @@ def stages_done(store: Store, plan: RowPlan) -> int:
 
 
 def take_stock(store: Store, run_id: str, plan: RowPlan, encoder: str) -> Row:
-    """The row as the scheduler needs it."""
+    """The row as the scheduler needs it. Of a row that is not published every segment is read whole: a damaged one is
+    made again, as are damaged captions and prefixes."""
     timeline = plan.timeline
     row = Row(
         job_id=plan.job_id, priority=plan.priority, num_stages=timeline.num_stages, num_chunks=timeline.num_chunks
@@ -34,7 +35,7 @@ def take_stock(store: Store, run_id: str, plan: RowPlan, encoder: str) -> Row:
     done = stages_done(store, plan)
     segments = set()
     for chunk in range(max(0, done - timeline.window_size + 1)):
-        if read_commit(store, "segment", digest(segment_pre_image(store, plan, chunk, encoder))) is not None:
+        if verified_commit(store, "segment", digest(segment_pre_image(store, plan, chunk, encoder))) is not None:
             segments.add(chunk)
         elif verified_commit(store, "stage", plan.stage_keys[timeline.finishing_stage(chunk)]) is None:
             # Its latent is needed once more and is damaged: go on from there.

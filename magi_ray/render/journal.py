@@ -69,6 +69,10 @@ class Journal:
             self._failed[happened.job_id] = happened
         if self._observe is not None:
             self._observe(self.progress)
+        self.beat()
+
+    def beat(self) -> None:
+        """Say that the run is alive, at most once a second: a step of a large model may take minutes."""
         if time.monotonic() - self._written >= INTERVAL_S:
             self._write_progress(running=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import MakeRun
+from runs import MakeRun
 
 from magi_ray.render.inventory import stages_done
 from magi_ray.render.local import render_here

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import MakeRun
+from runs import MakeRun
 
 from magi_ray.errors import InputError, ManifestError, RunNotFound, WeightsError
 from magi_ray.render.local import render_here
