@@ -6,9 +6,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+from torch import Tensor
+
 from magi_ray.errors import MediaError
 from magi_ray.media.encoder import encode_segment, encoder_identity, find_ffmpeg
-from magi_ray.models.vae.model import load_vae
+from magi_ray.models.vae.model import VAE, load_vae
 from magi_ray.models.vae.tiling import Tiles, decode_tiled
 from magi_ray.render.durable import commit, segment_pre_image
 from magi_ray.render.latents import load_clean_chunk, require_finite
@@ -17,6 +20,18 @@ from magi_ray.render.plan import RowPlan
 from magi_ray.settings import Settings
 from magi_ray.storage.records import digest, verified_commit
 from magi_ray.storage.store import Store
+
+
+def decode_chunk(vae: VAE, latent: Tensor, plan: RowPlan, chunk: int) -> np.ndarray:
+    """What ``chunk`` contributes to the video: uint8 RGB [T, H, W, 3].
+
+    latent: the chunk's clean latent [1, 16, 6, h, w], × scale_factor.  Raises NumericError.
+    """
+    tiles = Tiles(**plan.settings.tiles.model_dump())
+    pixels = decode_tiled(vae, latent / plan.settings.runtime.scale_factor, tiles=tiles)
+    require_finite(pixels, what=f"row {plan.row} (job {plan.job_id}): decoded chunk {chunk}")
+    # Frames of a video prefix were decoded with the rest of their chunk, and are left out here.
+    return tensor_to_pixels(pixels)[-plan.timeline.chunk_frames(chunk) :]
 
 
 class Decoder:
@@ -45,17 +60,11 @@ class Decoder:
             return
         begun = time.monotonic()
         runtime, timeline = plan.settings.runtime, plan.timeline
-        pixels = decode_tiled(
-            self._vae,
-            load_clean_chunk(self._store, plan, chunk) / runtime.scale_factor,
-            tiles=Tiles(**plan.settings.tiles.model_dump()),
-        )
-        require_finite(pixels, what=f"row {plan.row} (job {plan.job_id}): decoded chunk {chunk}")
+        frames = decode_chunk(self._vae, load_clean_chunk(self._store, plan, chunk), plan, chunk)
         with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
             path = Path(folder) / "segment.mp4"
             encode_segment(
-                # Frames of a video prefix were decoded with the rest of their chunk, and are left out here.
-                tensor_to_pixels(pixels)[-timeline.chunk_frames(chunk) :],
+                frames,
                 ffmpeg=self._ffmpeg,
                 fps=runtime.fps,
                 frame_offset=timeline.first_frame(chunk),
