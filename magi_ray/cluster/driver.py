@@ -77,9 +77,9 @@ def render_on_ray(
 ) -> Outcome:
     """Render what is left of ``run`` on the Ray instance this process is connected to.
 
-    A row that fails is recorded and harms no other. Raises what keeps any worker from starting (WeightsError,
-    MediaError, WorkerLost), WeightsError when they are not those of the submission, and StoreError when the run's own records cannot be written. Workers are gone afterwards,
-    whatever happened.
+    A row that fails is recorded and harms no other. Raises what keeps any worker from starting (WeightsError, also
+    when the weights are not those of the submission, MediaError, WorkerLost) and StoreError when the run's own records
+    cannot be written. Workers are gone afterwards, whatever happened.
     """
     driver = _Driver(store, run, observe, deadlines or Deadlines(), workers)
     try:

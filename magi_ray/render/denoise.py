@@ -15,7 +15,7 @@ from magi_ray.models.dit.model import load_dit
 from magi_ray.models.files import published_folder
 from magi_ray.models.text.special_tokens import SpecialTokenTable, null_caption, prepend_special_tokens
 from magi_ray.render.durable import commit
-from magi_ray.render.latents import load_clean_chunk, load_tensor, load_window, pack
+from magi_ray.render.latents import load_clean_chunk, load_tensor, load_window, pack, telling_out_of_memory
 from magi_ray.render.plan import RowPlan
 from magi_ray.render.progress import StepDone
 from magi_ray.render.scheduler import StageCommitted
@@ -60,7 +60,8 @@ class Denoiser:
                 steps = sampler.run_stage(stage)
                 while True:
                     try:
-                        step = next(steps)
+                        with telling_out_of_memory(f"Stage {stage} of job {plan.job_id}"):
+                            step = next(steps)
                     except StopIteration as finished:
                         result: StageResult = finished.value
                         break

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from magi_ray.errors import NumericError
+from magi_ray.errors import DeviceOutOfMemory, NumericError
 from magi_ray.render.durable import chunk_commit, committed
 from magi_ray.render.plan import RowPlan
 from magi_ray.storage.keys import Kind
@@ -50,6 +51,18 @@ def require_finite(tensor: Tensor, *, what: str) -> None:
             f"{what}: {bad} of {tensor.numel()} values are NaN or infinite.",
             remedy="Check the weights and the precision (params_dtype).",
         )
+
+
+@contextmanager
+def telling_out_of_memory(what: str) -> Iterator[None]:
+    """Turns the device's own error into DeviceOutOfMemory, which has a budget of its own."""
+    try:
+        yield
+    except torch.OutOfMemoryError as exc:
+        raise DeviceOutOfMemory(
+            f"{what}: {str(exc).splitlines()[0]}",
+            remedy="Use a smaller size, window_size 1, or a device with more memory.",
+        ) from exc
 
 
 def use_threads(count: int) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from runs import MakeRun
 
+from magi_ray.errors import DeviceOutOfMemory
 from magi_ray.render.inventory import stages_done
+from magi_ray.render.latents import telling_out_of_memory
 from magi_ray.render.local import render_here
 from magi_ray.storage import keys
 from magi_ray.storage.memory import MemoryStore
@@ -46,3 +49,11 @@ def test_a_missing_segment_is_encoded_again_and_joined_to_the_same_video(make_ru
     outcome = render_here(store, run)
     assert outcome.stages_rendered == 0
     assert store.get(keys.video(run.run_id, "a")) == video
+
+
+def test_a_device_that_runs_out_of_memory_is_told_as_such() -> None:
+    with (
+        pytest.raises(DeviceOutOfMemory, match=r"Stage 3 of job a: CUDA out of memory"),
+        telling_out_of_memory("Stage 3 of job a"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore")
