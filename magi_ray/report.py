@@ -1,9 +1,12 @@
-"""What people see while a run goes on and when it has ended. Progress goes to stderr, data to stdout."""
+"""What people see while a run goes on and when it has ended. Progress goes to stderr, data to stdout.
+
+Captions and messages are shown as they are: the consoles these tables are printed on must not read markup in them.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -21,10 +24,14 @@ _ACTIVE = (Phase.EMBEDDING, Phase.RENDERING, Phase.FINISHING)
 
 @contextmanager
 def follow(console: Console, *, clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[RunProgress], None]]:
-    """A function to call with every change. A terminal gets a bar per video, anything else a line per interval."""
-    if console.is_terminal:
-        with Live(console=console, refresh_per_second=8, transient=False) as live:
-            yield lambda progress: live.update(bars(progress))
+    """A function to call with every change. A terminal gets a bar per video, anything else a line per interval.
+
+    console: of stderr.  clock: seconds, for tests.
+    """
+    if console.is_terminal and not console.is_dumb_terminal:
+        # What is printed meanwhile, here or by Ray, appears above the bars.
+        with Live(console=console, refresh_per_second=8) as live:
+            yield lambda progress: live.update(bars(progress, width=console.width, height=console.height))
         return
     last: float | None = None
 
@@ -33,22 +40,34 @@ def follow(console: Console, *, clock: Callable[[], float] = time.monotonic) -> 
         now = clock()
         if last is None or now - last >= LINE_INTERVAL_S:
             last = now
-            console.print(summary(progress), soft_wrap=True, highlight=False)
+            console.print(summary(progress), soft_wrap=True)
 
     yield line
 
 
-def bars(progress: RunProgress) -> Table:
-    """A bar per video, moving with every step; in a large run the videos in work and a count of the rest."""
+def bars(progress: RunProgress, *, width: int = 80, height: int = 24) -> Table:
+    """A bar per video, moving with every step, and a line of counts; one line each in ``width`` columns.
+
+    When not all fit into ``height`` lines, the videos in work and those that failed come first.
+    """
+    room = max(1, min(MAX_BARS, height - 2))
     shown = list(progress.videos.values())
-    if len(shown) > MAX_BARS:
-        shown = [video for video in shown if video.phase in _ACTIVE][:MAX_BARS]
+    if len(shown) > room:
+        wanted = [video for video in shown if video.phase in _ACTIVE or video.phase is Phase.FAILED]
+        shown = sorted(wanted, key=lambda video: video.phase is Phase.FAILED)[:room]
     table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True, overflow="ellipsis", max_width=max(8, width // 4))
+    bar_width = max(4, min(30, width // 4))
+    table.add_column(width=bar_width)
+    table.add_column(no_wrap=True, overflow="ellipsis")
     for video in shown:
-        bar = ProgressBar(total=video.steps_total, completed=video.steps_done, width=28)
+        bar = ProgressBar(total=video.steps_total, completed=_steps_shown(video), width=bar_width)
         table.add_row(video.job_id, bar, describe(video), style=_COLOURS.get(video.phase, ""))
-    table.add_row(_counts(progress), "", "")
-    return table
+    whole = Table.grid()
+    whole.add_column(no_wrap=True, overflow="ellipsis")
+    whole.add_row(table)
+    whole.add_row(_counts(progress))
+    return whole
 
 
 def summary(progress: RunProgress) -> str:
@@ -58,50 +77,98 @@ def summary(progress: RunProgress) -> str:
 
 
 def describe(video: VideoProgress) -> str:
-    """Where a video is, in a few words."""
+    """Where a video is, in a few words; the first of them say most, since a terminal may be narrow."""
     match video.phase:
         case Phase.DONE:
-            return f"done, {video.chunks} chunks"
+            return f"done, {_chunks(video)}"
         case Phase.FAILED:
-            return f"failed: {video.message.splitlines()[0] if video.message else 'no reason given'}"
+            return f"failed: {_first_line(video.message) or 'no reason given'}"
+        case Phase.RENDERING if video.stages_done == video.stages:
+            return f"100%  {video.chunks_done}/{video.chunks} chunks decoded"
         case Phase.RENDERING:
-            share = 100 * video.steps_done // max(1, video.steps_total)
-            stage = f"stage {min(video.stages_done + 1, video.stages)}/{video.stages} step {video.step}/{video.steps}"
-            return f"{share}% {stage}, {video.chunks_done}/{video.chunks} chunks decoded"
+            share = 100 * video.steps_done // video.steps_total
+            stage = f"stage {video.stages_done + 1}/{video.stages} step {video.step}/{video.steps}"
+            return f"{share:3}%  {stage}, {video.chunks_done}/{video.chunks} chunks"
         case _:
-            reused = f", {video.stages_done} of {video.stages} stages from the store" if video.reused_stages else ""
+            reused = f", {video.stages_done}/{video.stages} stages from the store" if video.reused_stages else ""
             return f"{video.phase}{reused}"
 
 
 def status_table(progress: RunProgress) -> Table:
-    table = Table("job", "phase", "stages", "chunks", "", box=None, pad_edge=False)
+    """A line for each video."""
+    table = _table("job", "phase", "stages", "chunks", "")
     for video in progress.videos.values():
         table.add_row(
             video.job_id,
             str(video.phase),
             f"{video.stages_done}/{video.stages}",
             f"{video.chunks_done}/{video.chunks}",
-            video.message.splitlines()[0] if video.message else "",
+            _first_line(video.message),
             style=_COLOURS.get(video.phase, ""),
         )
     return table
 
 
-def manifest_table(rows: Sequence[dict[str, object]]) -> Table:
-    columns = ("row", "job_id", "mode", "captions", "from", "length", "size", "fps", "seed", "num_steps", "priority")
-    table = Table(*columns, box=None, pad_edge=False)
-    for row in rows:
-        captions = row["captions"]
-        assert isinstance(captions, dict)
-        text = "\n".join(f"{start}: {prompt}" for start, prompt in captions.items())
-        table.add_row(
-            *(text if name == "captions" else "" if row[name] is None else str(row[name]) for name in columns)
-        )
+def runs_table(runs: Sequence[Mapping[str, object]]) -> Table:
+    """A line for each run of `magi-ray list`."""
+    table = _table("run", "submitted", "videos", "done", "failed", "running", "settings")
+    for run in runs:
+        table.add_row(*("yes" if value is True else "" if value is False else str(value) for value in run.values()))
     return table
 
 
+def dry_run_table(videos: Sequence[Mapping[str, object]]) -> Table:
+    """A line for each video of `magi-ray submit --dry-run`."""
+    table = _table("job", "plan", "frames", "stages", "to render", "denoising steps")
+    for video in videos:
+        table.add_row(*(str(value) for value in video.values()))
+    return table
+
+
+def manifest_table(rows: Sequence[Mapping[str, object]]) -> Table:
+    """The rows of ``manifest.table_for_show``. What a video begins from stands above its captions, to save a column."""
+    names = ["row", "job_id", "length", "size", "fps", "seed", "num_steps", "priority"]
+    if all(row["priority"] == 0 for row in rows):
+        names.remove("priority")
+    table = _table(*("steps" if name == "num_steps" else name for name in names), "captions")
+    kinds = {"i2v": "image", "v2v": "video"}
+    for row in rows:
+        captions = row["captions"]
+        assert isinstance(captions, dict)
+        lines = [prompt if len(captions) == 1 else f"{start}: {prompt}" for start, prompt in captions.items()]
+        if row["from"] is not None:
+            lines.insert(0, f"(from {kinds[str(row['mode'])]} {row['from']})")
+        table.add_row(*(str(row[name]) for name in names), "\n".join(lines))
+    return table
+
+
+def _table(*columns: str) -> Table:
+    """Names and sentences break into several lines on a narrow terminal, numbers never do."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in columns:
+        long = name in ("job", "job_id", "run", "captions", "settings", "")
+        table.add_column(name, overflow="fold", no_wrap=not long)
+    return table
+
+
+def _steps_shown(video: VideoProgress) -> int:
+    return video.steps_total if video.phase is Phase.DONE else video.steps_done
+
+
+def _chunks(video: VideoProgress) -> str:
+    return f"{video.chunks} chunk{'s' * (video.chunks != 1)}"
+
+
+def _first_line(message: str) -> str:
+    return message.splitlines()[0] if message else ""
+
+
 def _counts(progress: RunProgress) -> str:
-    parts = [f"{progress.count(Phase.DONE)} of {len(progress.videos)} videos done"]
+    waiting = progress.count(Phase.WAITING)
+    total = len(progress.videos)
+    parts = [f"{progress.count(Phase.DONE)} of {total} video{'s' * (total != 1)} done"]
+    if waiting:
+        parts.append(f"{waiting} waiting")
     if failed := progress.count(Phase.FAILED):
         parts.append(f"{failed} failed")
     return ", ".join(parts)
