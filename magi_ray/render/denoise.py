@@ -36,7 +36,9 @@ class Denoiser:
     def __init__(self, settings: Settings, store: Store) -> None:
         weights, engine, numeric = settings.weights, settings.engine, settings.numeric
         folder = published_folder(weights.dit, fp8=engine.fp8_quant, distill=engine.distill)
-        self._model = load_dit(settings.model, folder, device=numeric.device, attention=numeric.attention)
+        self._model = load_dit(
+            settings.model, folder, device=numeric.device, attention=numeric.attention, fp8=engine.fp8_quant
+        )
         self._tokens = SpecialTokenTable.load(weights.special_tokens)
         self._store = store
 

@@ -26,7 +26,7 @@ def check(settings: Settings) -> None:
     find_ffmpeg()
     weights, engine, numeric = settings.weights, settings.engine, settings.numeric
     with torch.device("meta"):
-        dit = DiT(settings.model, attention=numeric.attention)
+        dit = DiT(settings.model, attention=numeric.attention, fp8=engine.fp8_quant)
         vae = VAE(VAEConfig.load(weights.vae / "config.json"), attention=numeric.attention)
     check_fit(dit, weight_files(published_folder(weights.dit, fp8=engine.fp8_quant, distill=engine.distill)))
     check_fit(vae, weight_files(weights.vae))
@@ -36,11 +36,6 @@ def check(settings: Settings) -> None:
 
 def _check_machine(settings: Settings) -> None:
     engine = settings.engine
-    if engine.fp8_quant:
-        raise SettingsError(
-            "fp8_quant is true, but this version computes in the checkpoint's params_dtype only.",
-            remedy="Use the config and checkpoint without fp8; fp8 comes with the next version.",
-        )
     if engine.cp_size * engine.pp_size != 1:
         raise SettingsError(
             f"cp_size {engine.cp_size} × pp_size {engine.pp_size} asks for {engine.cp_size * engine.pp_size} ranks, "

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from magi_ray.models.files import weight_files
 from magi_ray.models.vae.blocks import LAYERNORM_EPSILON, AttentionKind, Transformer
 from magi_ray.models.vae.config import VAEConfig
 from magi_ray.models.weights import load_into
@@ -104,5 +105,5 @@ def load_vae(folder: Path, *, device: str, attention: AttentionKind) -> VAE:
     config = VAEConfig.load(folder / "config.json")
     with torch.device("meta"):
         vae = VAE(config, attention=attention)
-    load_into(vae, [folder / WEIGHTS_FILE], device=device)
+    load_into(vae, weight_files(folder), device=device)
     return vae
