@@ -231,7 +231,8 @@ class _Driver:
             before = _STARTS_AFTER.get(kind)
             waits = before is not None and before not in self._ready and self._scheduler.needs(before)
             if not waits and not self._started[kind] and self._scheduler.needs(kind):
-                self._start_worker(kind)
+                for _ in range(self._run.settings.decoders if kind is Kind.DECODE else 1):
+                    self._start_worker(kind)
 
     def _start_worker(self, kind: Kind) -> None:
         name = f"{kind}-{self._started[kind]}"

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from magi_ray.errors import WeightsError
 from magi_ray.models.vae.blocks import Transformer
@@ -77,6 +80,23 @@ def test_a_tile_as_large_as_the_video_changes_nothing(tiny_weights: Path) -> Non
     vae = load_vae(tiny_weights / "vae", device="cpu", attention="sdpa")
     latent = torch.randn(1, 16, 6, 3, 4, generator=torch.Generator().manual_seed(1))
     assert torch.equal(decode_tiled(vae, latent, tiles=Tiles(frames=24)), vae.decode(latent))
+
+
+def test_tiles_of_one_chunk_may_be_spread_over_several_decoders(tiny_weights: Path) -> None:
+    several = [load_vae(tiny_weights / "vae", device="cpu", attention="sdpa") for _ in range(3)]
+    latent = torch.randn(1, 16, 6, 12, 16, generator=torch.Generator().manual_seed(1))
+    tiles, shares = Tiles(height=64, width=64, frames=12), [0, 0, 0]
+
+    def spread(cut: Sequence[Tensor]) -> list[Tensor]:
+        with ThreadPoolExecutor(3) as pool:
+            work = [(i % 3, pool.submit(several[i % 3].decode, tile)) for i, tile in enumerate(cut)]
+            for decoder, _ in work:
+                shares[decoder] += 1
+            return [future.result(timeout=60) for _, future in work]
+
+    alone = decode_tiled(several[0], latent, tiles=tiles)
+    assert torch.equal(decode_tiled(several[0], latent, tiles=tiles, run_all=spread), alone)
+    assert shares == [4, 4, 4]
 
 
 def test_a_last_tile_of_one_latent_frame_gives_one_frame(tiny_weights: Path) -> None:

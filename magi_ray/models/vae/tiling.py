@@ -7,7 +7,7 @@ encoding blends with neighbours that are blended themselves, decoding with neigh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +27,18 @@ class Tiles:
     """Share of a tile's height and width that it has in common with its neighbour."""
 
 
-def encode_tiled(vae: VAE, pixels_BCTHW: Tensor, *, tiles: Tiles) -> Tensor:
-    """As ``vae.encode``, tile by tile. A last tile of one frame is encoded as an image."""
+RunAll = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""Encodes or decodes tiles, in order. Tiles do not know each other, so they may be spread over several VAEs."""
+
+
+def encode_tiled(vae: VAE, pixels_BCTHW: Tensor, *, tiles: Tiles, run_all: RunAll | None = None) -> Tensor:
+    """As ``vae.encode``, tile by tile. A last tile of one frame is encoded as an image.
+
+    run_all: encodes the tiles of some frames; default: ``vae`` does, one after the other.
+    """
     config = vae.config
     return _run_tiled(
-        vae.encode,
+        run_all or (lambda cut: [vae.encode(tile) for tile in cut]),
         pixels_BCTHW,
         tile_THW=(tiles.frames, tiles.height, tiles.width),
         out_tile_HW=(tiles.height // config.patch_size, tiles.width // config.patch_size),
@@ -40,12 +47,15 @@ def encode_tiled(vae: VAE, pixels_BCTHW: Tensor, *, tiles: Tiles) -> Tensor:
     )
 
 
-def decode_tiled(vae: VAE, latent_BCTHW: Tensor, *, tiles: Tiles) -> Tensor:
-    """As ``vae.decode``, tile by tile. A tile of one latent frame gives one frame: 4 latents in tiles of 3 give 13."""
+def decode_tiled(vae: VAE, latent_BCTHW: Tensor, *, tiles: Tiles, run_all: RunAll | None = None) -> Tensor:
+    """As ``vae.decode``, tile by tile. A tile of one latent frame gives one frame: 4 latents in tiles of 3 give 13.
+
+    run_all: decodes the tiles of some latent frames; default: ``vae`` does, one after the other.
+    """
     config = vae.config
     height, width = tiles.height // config.patch_size, tiles.width // config.patch_size
     return _run_tiled(
-        vae.decode,
+        run_all or (lambda cut: [vae.decode(tile) for tile in cut]),
         latent_BCTHW,
         tile_THW=(tiles.frames // config.patch_length, height, width),
         out_tile_HW=(height * config.patch_size, width * config.patch_size),
@@ -55,7 +65,7 @@ def decode_tiled(vae: VAE, latent_BCTHW: Tensor, *, tiles: Tiles) -> Tensor:
 
 
 def _run_tiled(
-    run: Callable[[Tensor], Tensor],
+    run_all: RunAll,
     x_BCTHW: Tensor,
     *,
     tile_THW: tuple[int, int, int],
@@ -69,14 +79,15 @@ def _run_tiled(
     keep_H, keep_W = out_tile_HW[0] - blend_H, out_tile_HW[1] - blend_W
     slabs = []
     for slab in x_BCTHW.split(T, dim=2):
+        tops, lefts = range(0, slab.shape[3], step_H), range(0, slab.shape[4], step_W)
+        done = iter(run_all([slab[:, :, :, top : top + H, left : left + W] for top in tops for left in lefts]))
         above: list[Tensor] = []
         strips = []
-        for top in range(0, slab.shape[3], step_H):
+        for _ in tops:
             row: list[Tensor] = []  # what the tiles below and to the right blend with
             cut = []
-            for column, left in enumerate(range(0, slab.shape[4], step_W)):
-                raw = run(slab[:, :, :, top : top + H, left : left + W])
-                tile = raw
+            for column in range(len(lefts)):
+                raw = tile = next(done)
                 if above:
                     tile = _blend(above[column], tile, dim=3, extent=blend_H)
                 if row:
