@@ -118,6 +118,20 @@ class PrefixSettings(Frozen):
     fit: Literal["crop", "pad", "fit"] = Field(default="crop", description="how another aspect ratio is made to fit")
 
 
+class ChunkControl(Frozen):
+    """What a chunk does otherwise than its run; None: as the run does.
+
+    kv_range: like noise2clean_kvrange, each ≥ 1.  text_scales, prev_chunk_scales: one for each value of cfg_t_range.
+    """
+
+    kv_range: tuple[int, ...] | None = None
+    text_scales: tuple[float, ...] | None = None
+    prev_chunk_scales: tuple[float, ...] | None = None
+
+
+AS_THE_RUN = ChunkControl()
+
+
 class EncoderSettings(Frozen):
     """H.264 settings. ``threads`` is pinned: x264 gives other bytes with another thread count."""
 

@@ -5,10 +5,11 @@ Chunks are numbered absolutely here: a video prefix's whole chunks first, then t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Self
 
-from magi_ray.settings import RuntimeConfig
+from magi_ray.settings import ChunkControl, RuntimeConfig
 from magi_ray.timeline import Timeline
 
 # How far a prefix chunk reaches back when everything else sees all of history.
@@ -21,42 +22,47 @@ class KVRanges:
 
     noise2clean: chunks seen, itself included, in each equal part of the ``num_steps`` steps; empty: all of history.
     clean: chunks a clean chunk sees, itself included; −1: the last value of noise2clean.
+    own: what stands in the place of noise2clean for single chunks, never empty.
     """
 
     noise2clean: tuple[int, ...]
     clean: int
     num_steps: int
+    own: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, runtime: RuntimeConfig) -> Self:
+    def of(cls, runtime: RuntimeConfig, controls: Mapping[int, ChunkControl] | None = None, *, offset: int = 0) -> Self:
+        """controls: of the denoised chunks that differ from the run, numbered from 0.  offset: of the timeline."""
         return cls(
-            noise2clean=runtime.noise2clean_kvrange, clean=runtime.clean_chunk_kvrange, num_steps=runtime.num_steps
+            noise2clean=runtime.noise2clean_kvrange,
+            clean=runtime.clean_chunk_kvrange,
+            num_steps=runtime.num_steps,
+            own={offset + chunk: c.kv_range for chunk, c in (controls or {}).items() if c.kv_range},
         )
 
     def in_flight(self, chunk: int, step: int) -> tuple[int, int]:
         """What ``chunk`` sees in its step ``step`` (0 … num_steps − 1)."""
-        if not self.noise2clean:
-            return 0, chunk + 1
-        return _back(chunk, self.noise2clean[step * len(self.noise2clean) // self.num_steps])
+        reaches = self.own.get(chunk, self.noise2clean)
+        return _back(chunk, reaches[step * len(reaches) // self.num_steps]) if reaches else (0, chunk + 1)
 
     def clean_chunk(self, chunk: int) -> tuple[int, int]:
         """What a chunk that became clean sees when it is sent through once more."""
-        return (0, chunk + 1) if not self.noise2clean else _back(chunk, self._clean_reach)
+        reaches = self.own.get(chunk, self.noise2clean)
+        return _back(chunk, self._clean_reach(reaches)) if reaches else (0, chunk + 1)
 
     def prefix_chunk(self, chunk: int) -> tuple[int, int]:
         """What a whole chunk of a video prefix sees when it is cached."""
-        return _back(chunk, self._clean_reach)
+        return _back(chunk, self._clean_reach(self.noise2clean))
 
     @property
     def clean_chunks_see_others(self) -> bool:
         """Whether a clean chunk's keys depend on the clean chunks before it."""
-        return not self.noise2clean or self._clean_reach != 1
+        return not self.noise2clean or any(self._clean_reach(r) != 1 for r in (self.noise2clean, *self.own.values()))
 
-    @property
-    def _clean_reach(self) -> int:
+    def _clean_reach(self, reaches: tuple[int, ...]) -> int:
         if self.clean != -1:
             return self.clean
-        return self.noise2clean[-1] if self.noise2clean else _PREFIX_REACH
+        return reaches[-1] if reaches else _PREFIX_REACH
 
     def _first_seen(self, timeline: Timeline, stage: int) -> int:
         """The oldest chunk that anything sees in ``stage``."""
@@ -80,13 +86,16 @@ def _back(chunk: int, reach: int) -> tuple[int, int]:
 
 
 def cache_depth(timeline: Timeline, ranges: KVRanges) -> int:
-    """Clean chunks that must be cached at once, at least 1. It does not depend on the length of a long video,
-    unless the ranges are empty (all of history)."""
+    """Clean chunks that must be cached at once, at least 1, at most the longest range. It does not depend on the
+    length of a long video, unless the ranges are empty (all of history)."""
     if not ranges.noise2clean:
         return timeline.offset + timeline.num_chunks
-    # From this stage on, every stage looks like the one before, one chunk later.
+    # From this stage on, every stage looks like the one before, one chunk later; chunks with ranges of their own apart.
     steady = timeline.window_size + max(*ranges.noise2clean, ranges.clean, 0)
-    stages = range(min(timeline.num_stages, steady + 1))
+    stages = set(range(min(timeline.num_stages, steady + 1)))
+    for chunk in ranges.own:
+        enters = chunk - timeline.offset
+        stages.update(range(enters, min(enters + timeline.window_size + 1, timeline.num_stages)))
     return max(1, *(timeline.offset + timeline.window(s)[0] - ranges._first_seen(timeline, s) for s in stages))
 
 
@@ -94,8 +103,10 @@ def first_needed(timeline: Timeline, ranges: KVRanges, stage: int) -> int:
     """The oldest absolute chunk whose clean pass must have run before ``stage`` begins, for this and later stages."""
     if ranges.clean_chunks_see_others:
         return 0
-    # A chunk that enters later than `stage` never sees further back than the one that enters at it.
-    stages = range(stage, min(stage + timeline.window_size, timeline.num_stages))
+    # A chunk that enters later than `stage` never sees further back than the one that enters at it, unless its own
+    # range is longer.
+    further = max((reach for reaches in ranges.own.values() for reach in reaches), default=0)
+    stages = range(stage, min(stage + timeline.window_size + further, timeline.num_stages))
     return min(ranges._first_seen(timeline, s) for s in stages)
 
 

@@ -19,7 +19,7 @@ from magi_ray.sampling.ranges import KVRanges, cache_depth, clean_chunks_needed,
 from magi_ray.sampling.schedule import distilled_dt, time_grid
 from magi_ray.sampling.state import WindowState
 from magi_ray.sampling.window import chunks_under_way, forwards_per_stage
-from magi_ray.settings import EngineConfig, RuntimeConfig
+from magi_ray.settings import AS_THE_RUN, ChunkControl, EngineConfig, RuntimeConfig
 from magi_ray.timeline import LATENTS_PER_CHUNK, Timeline
 
 # A distilled model sends its oldest chunk through twice when it is nearly clean: velocity = this · seeing its history
@@ -98,6 +98,7 @@ class _Flight:
     stage: int
     step: int
     chunks: Sequence[int]
+    controls: Sequence[ChunkControl]
     x: Tensor
     t: Tensor
     delta: Tensor
@@ -112,7 +113,7 @@ class Sampler:
     null_caption: [m, caption_channels], what a chunk without caption reads.
     prefix: latents [1, 16, T, h, w] of the image or video to start from, × scale_factor; T is timeline.prefix_latents.
     noise: chunk → [1, 16, 6, h, w].  height, width: of the latents.  Chunks are numbered from 0 without the prefix.
-    observe: is called once a step.
+    controls: of the chunks that do otherwise than ``runtime``.  observe: is called once a step.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class Sampler:
         height: int,
         width: int,
         prefix: Tensor | None = None,
+        controls: Mapping[int, ChunkControl] | None = None,
         observe: Callable[[ForwardRecord], None] | None = None,
     ) -> None:
         assert (0 if prefix is None else prefix.shape[2]) == timeline.prefix_latents
@@ -135,7 +137,8 @@ class Sampler:
         self.captions, self.noise, self.observe = captions, noise, observe
         self.null_caption = self._here(null_caption)
         self.prefix = None if prefix is None else self._here(prefix)
-        self.ranges = KVRanges.of(runtime)
+        self.controls = controls or {}
+        self.ranges = KVRanges.of(runtime, self.controls, offset=timeline.offset)
         self.grid = time_grid(runtime.num_steps, shortcut_mode=engine.shortcut_mode)
         self.steps = forwards_per_stage(num_steps=runtime.num_steps, window_size=timeline.window_size)
         self.guided = runtime.cfg_number == 3
@@ -186,7 +189,10 @@ class Sampler:
     # The two ways to a velocity.  clean: the chunk to send through first, −1 for none.
 
     def _guided(self, flight: _Flight, clean: int) -> Tensor:
-        weights = [branch_weights(t, self.runtime) for t in flight.t.tolist()]
+        weights = [
+            branch_weights(t, self.runtime, control)
+            for t, control in zip(flight.t.tolist(), flight.controls, strict=True)
+        ]
         text, previous, alone = (
             self._here(torch.tensor([getattr(w, name) for w in weights])).view(-1, 1, 1, 1, 1)
             for name in ("text", "previous", "alone")
@@ -289,6 +295,7 @@ class Sampler:
             stage=stage,
             step=step,
             chunks=absolute,
+            controls=[self.controls.get(chunk, AS_THE_RUN) for chunk in window],
             x=torch.cat([self._with_prefix(chunk, self.latents[chunk]) for chunk in window]),
             t=self._here(self.grid[done]),
             delta=self._here(self.grid[[k + 1 for k in done]] - self.grid[done]),

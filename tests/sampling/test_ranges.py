@@ -54,6 +54,22 @@ def test_the_cache_does_not_grow_with_the_video_unless_all_of_history_is_seen() 
     assert cache_depth(timeline(30, 4, prefix_chunks=2), history) == 32
 
 
+def test_a_cut_makes_no_cache_deeper_and_a_far_look_back_only_as_deep_as_it_is_far() -> None:
+    def with_own(own: dict[int, tuple[int, ...]]) -> KVRanges:
+        return KVRanges(noise2clean=(5, 4, 3, 2), clean=1, num_steps=16, own=own)
+
+    assert cache_depth(timeline(40, 4), with_own({7: (1, 4, 3, 2), 20: (5, 4, 3, 1)})) == 1
+    for num_chunks in (40, 10_000):
+        # Chunk 20 in its last quarter is the oldest in flight, and sees 9 before it.
+        assert cache_depth(timeline(num_chunks, 4), with_own({20: (1, 1, 1, 10)})) == 9
+
+
+def test_a_resume_before_a_far_look_back_needs_what_it_will_see() -> None:
+    ranges = KVRanges(noise2clean=(5, 4, 3, 2), clean=1, num_steps=16, own={20: (12, 1, 1, 1)})
+    assert list(clean_chunks_needed(timeline(40, 4), ranges, 15)) == [9, 10, 11]
+    assert list(clean_chunks_needed(timeline(40, 4), ranges, 21)) == [17]
+
+
 def test_a_resume_with_published_settings_needs_only_the_chunk_that_just_became_clean() -> None:
     needed = [list(clean_chunks_needed(timeline(6, 4), PUBLISHED, stage)) for stage in range(9)]
     assert needed == [[], [], [], [], [0], [1], [2], [3], [4]]

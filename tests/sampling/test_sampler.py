@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,9 @@ from magi_ray.errors import NumericError
 from magi_ray.models.dit.model import DiT
 from magi_ray.sampling.noise import chunk_noise
 from magi_ray.sampling.ranges import KVRanges, clean_chunks_needed
-from magi_ray.sampling.sampler import Model, Sampler, StageResult
+from magi_ray.sampling.sampler import ForwardRecord, Model, Sampler, StageResult
 from magi_ray.sampling.state import START, WindowState
-from magi_ray.settings import EngineConfig, ModelConfig, RuntimeConfig
+from magi_ray.settings import ChunkControl, EngineConfig, ModelConfig, RuntimeConfig
 from magi_ray.timeline import Timeline
 
 WIDTH = 8  # of a caption
@@ -82,6 +82,8 @@ def sampler_of(
     *,
     num_steps: int = 8,
     engine: EngineConfig | None = None,
+    controls: Mapping[int, ChunkControl] | None = None,
+    observe: Callable[[ForwardRecord], None] | None = None,
     **runtime: Any,
 ) -> Sampler:
     prefix = None
@@ -98,6 +100,8 @@ def sampler_of(
         height=H,
         width=W,
         prefix=prefix,
+        controls=controls,
+        observe=observe,
     )
 
 
@@ -131,6 +135,16 @@ RANGES: dict[str, dict[str, Any]] = {
     "growing": {"noise2clean_kvrange": (1, 2, 3, 4)},
     "themselves only": {"noise2clean_kvrange": (1, 1, 1, 1)},
     "all of history": {"noise2clean_kvrange": ()},
+    "cuts": {"controls": {1: ChunkControl(kv_range=(1, 4, 3, 2)), 2: ChunkControl(kv_range=(2, 2))}},
+    "one far look back": {
+        "noise2clean_kvrange": (1, 1, 1, 1),
+        "controls": {4: ChunkControl(kv_range=(1, 9)), 5: ChunkControl(text_scales=(3.0, 3.0, 3.0, 2.0, 0.0))},
+    },
+    "clean as the last of their own": {
+        "clean_chunk_kvrange": -1,
+        "controls": {1: ChunkControl(kv_range=(1, 1, 1, 1)), 3: ChunkControl(kv_range=(3,))},
+    },
+    "a cut in all of history": {"noise2clean_kvrange": (), "controls": {2: ChunkControl(kv_range=(1, 2))}},
 }
 
 
@@ -178,7 +192,9 @@ def small_dit(*, like_24b: bool = True) -> DiT:
 
 @pytest.mark.parametrize(
     ("kind", "ranges"),
-    [(kind, "published") for kind in TIMELINES] + [("t2v, window 4", "clean chunks see each other")],
+    [(kind, "published") for kind in TIMELINES]
+    + [("t2v, window 4", ranges) for ranges in list(RANGES)[1:]]
+    + [("v2v, two chunks and a frame", "one far look back")],
 )
 def test_a_render_resumed_at_any_stage_gives_the_same_bits(kind: str, ranges: str) -> None:
     timeline, model = TIMELINES[kind], small_dit()
@@ -292,3 +308,40 @@ def test_start_refuses_a_state_that_is_not_the_window_of_its_stage() -> None:
 def test_ranges_come_from_the_published_fields() -> None:
     sampler = sampler_of(Remembering(), Timeline(num_chunks=6, window_size=4))
     assert sampler.ranges == KVRanges(noise2clean=(5, 4, 3, 2), clean=1, num_steps=8)
+
+
+def test_a_cut_hides_the_chunks_before_it_in_its_steps_and_in_no_others() -> None:
+    # With two layers and no cache a chunk's velocity tells whether it saw what differs in the chunk before it.
+    model, timeline = small_dit(), Timeline(num_chunks=3, window_size=4)
+    heard: dict[str, list[ForwardRecord]] = {"as it was": [], "another chunk 1": []}
+    for name, records in heard.items():
+        sampler = sampler_of(model, timeline, controls={2: ChunkControl(kv_range=(1, 4, 3, 2))}, observe=records.append)
+        sampler.start(START, {})
+        run(sampler, range(2))
+        if name == "another chunk 1":
+            sampler.latents[1] = sampler.latents[1] + 1
+        run(sampler, range(2, 4))
+    one, other = heard.values()
+    for a, b in zip(one[4:], other[4:], strict=True):
+        age = a.stage - 2  # stage 2 is the first quarter of chunk 2
+        in_chunks = a.kv_ranges[-1][0] // 12, a.kv_ranges[-1][1] // 12
+        assert in_chunks == ((2, 3) if age == 0 else (0, 3))
+        if age == 0:
+            assert torch.equal(a.velocity[-1], b.velocity[-1])
+        if age == 1:
+            assert not torch.equal(a.velocity[-1], b.velocity[-1])
+        assert not torch.equal(a.velocity[-2], b.velocity[-2])
+
+
+def test_guidance_scales_of_one_chunk_leave_its_neighbours_alone() -> None:
+    velocities = []
+    for controls in ({}, {1: ChunkControl(text_scales=(0.0,) * 5, prev_chunk_scales=(1.0,) * 5)}):
+        records: list[ForwardRecord] = []
+        sampler = sampler_of(
+            small_dit(), Timeline(num_chunks=2, window_size=4), controls=controls, observe=records.append
+        )
+        sampler.start(START, {})
+        run(sampler, range(2))
+        velocities.append(records[2].velocity)
+    torch.testing.assert_close(velocities[0][0], velocities[1][0])
+    assert not torch.allclose(velocities[0][1], velocities[1][1], rtol=0.1)
