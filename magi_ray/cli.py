@@ -524,7 +524,7 @@ def _instead(typed: list[str], old: Path, new: Path) -> str:
     words = [
         prefix + str(new) if Path(word.removeprefix(prefix)) == old else word
         for word in typed
-        for prefix in [next((p for p in ("--out=", "-o") if word.startswith(p)), "")]
+        for prefix in [next((p for p in ("--out=", "-o") if word.startswith(p) and word != p), "")]
     ]
     return shlex.join(["magi-ray", *words])
 
