@@ -16,10 +16,12 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from magi_ray.errors import SettingsError
+from magi_ray.errors import SettingsError, WeightsError
 from magi_ray.timeline import SIZE_MULTIPLE
 
-PRESETS = ("magi-tiny", "magi-tiny-4.5b")
+TINY = ("magi-tiny", "magi-tiny-4.5b")
+PUBLISHED = ("24B", "24B-distill", "24B-distill-fp8", "4.5B", "4.5B-distill", "4.5B-distill-fp8")
+PRESETS = TINY + PUBLISHED
 
 
 class Frozen(BaseModel):
@@ -116,6 +118,7 @@ class PrefixSettings(Frozen):
     max_frames: int = Field(default=32, ge=1, description="frames of a video prefix, after resampling to fps")
     take: Literal["start", "end"] = Field(default="start", description="which end of the clip they come from")
     fit: Literal["crop", "pad", "fit"] = Field(default="crop", description="how another aspect ratio is made to fit")
+    include: bool = Field(default=False, description="whether the finished video begins with the clip's frames")
 
 
 class ChunkControl(Frozen):
@@ -181,6 +184,37 @@ class WeightPaths(Frozen):
             made_in=root if made else None,
         )
 
+    @classmethod
+    def downloaded(cls, root: Path, *, release: str, fp8: bool, distill: bool) -> Self:
+        """The networks of a download: laid out as ``under`` does, as the published repository (``ckpt/magi/<release>``)
+        or as its example configs (``<release>``, ``t5_pretrained``). ``root`` may also be the ``ckpt`` in it.
+
+        Raises WeightsError with every place that was looked at for what is missing.
+        """
+        tokens = "special_tokens.npz"
+        places = {  # network: (folders, what must be in them)
+            "dit": (("magi", f"ckpt/magi/{release}", f"magi/{release}", release, "."),
+                    inference_folder(fp8=fp8, distill=distill)),
+            "vae": (("vae", "ckpt/vae"), "config.json"),
+            "t5": (("t5", "ckpt/t5", "t5_pretrained"), "t5-v1_1-xxl"),
+            "special_tokens": ((".", "t5", "ckpt", "ckpt/t5", "t5_pretrained", "example/assets"), tokens),
+        }  # fmt: skip
+        found: dict[str, Path] = {}
+        missing: list[str] = []
+        for network, (folders, inside) in places.items():
+            there = [root / folder for folder in folders if (root / folder / inside).exists()]
+            if there:
+                found[network] = there[0] / tokens if network == "special_tokens" else there[0]
+            else:
+                looked = ", ".join(str(Path(folder, inside)) for folder in folders)
+                missing.append(f"{network}: {looked}")
+        if missing:
+            raise WeightsError(
+                f"{root} lacks {len(missing)} of the 4 networks. Looked there for\n  " + "\n  ".join(missing),
+                remedy="Download them there, or name the folder that holds them.",
+            )
+        return cls(**found)
+
 
 class Settings(Frozen):
     """One complete run: the network, how it samples, where it computes, how the result is encoded."""
@@ -196,6 +230,7 @@ class Settings(Frozen):
     tiles: TileSettings = TileSettings()
     encoder: EncoderSettings = EncoderSettings()
     numeric: NumericProfile = NumericProfile()
+    decoders: int = Field(default=1, ge=1, description="decode workers of a run on Ray; changes no pixel")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -263,6 +298,11 @@ def _round_up(value: int, multiple: int) -> int:
 # Sources
 
 
+def inference_folder(*, fp8: bool, distill: bool) -> str:
+    """The published name of the folder with the DiT's weights (spec §2)."""
+    return "inference_weight" + ".fp8" * fp8 + ".distill" * distill
+
+
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
     """Where made weights and file digests are kept: $MAGI_RAY_CACHE, $XDG_CACHE_HOME/magi-ray or ~/.cache/magi-ray."""
     if environ.get("MAGI_RAY_CACHE"):
@@ -272,16 +312,65 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def preset(name: str, *, weights: Path | None = None) -> Settings:
-    """The settings of a named preset. ``weights``: the folder that holds its networks; default: below the cache.
+    """The settings of a named preset. ``weights``: the folder that holds its networks. magi-tiny makes them below the
+    cache if none is given; the published variants need one, on a machine with CUDA.
 
-    Raises SettingsError for a name that does not exist.
+    Raises SettingsError for a name that does not exist or a folder that is not given, WeightsError for one that lacks
+    a network.
     """
-    if name not in PRESETS:
+    if name in TINY:
+        return _tiny(name, weights)
+    if name not in PUBLISHED:
         raise SettingsError(
             f"There is no preset {name!r}.",
             remedy=f"Known presets: {', '.join(PRESETS)}.{_suggest(name, PRESETS)}",
             next_command="magi-ray submit --help",
         )
+    if weights is None:
+        raise SettingsError(
+            f"Preset {name} needs the folder that its networks were downloaded to.",
+            remedy='Give it with --weights DIR, or as weights = "DIR" in a job file.',
+            next_command=f"magi-ray submit manifest.parquet --preset {name} --weights DIR",
+        )
+    return _variant(name, weights)
+
+
+def _variant(name: str, weights: Path) -> Settings:
+    """One of the published variants (spec §1)."""
+    size, *kind = name.split("-")
+    distill, fp8, large = "distill" in kind, "fp8" in kind, size == "24B"
+    release = size + "_" + ("distill" if distill else "base") + "_quant" * fp8
+    return _build(
+        {
+            "name": name,
+            "model": {
+                "num_layers": 48 if large else 34,
+                "hidden_size": 6144 if large else 3072,
+                "ffn_hidden_size": 16384 if large else 12288,
+                "num_attention_heads": 48 if large else 24,
+                "num_query_groups": 8,
+                "kv_channels": 128,
+                "x_rescale_factor": 0.1 if large else 1.0,
+                "half_channel_vae": large,
+                "in_channels": 32 if large else 16,
+                "out_channels": 32 if large else 16,
+                "gated_linear_unit": large,
+            },
+            "runtime": {
+                "cfg_number": 1 if distill else 3,
+                "video_size_h": 720,
+                "video_size_w": 1280 if large else 720,
+                "num_steps": (16 if distill else 32) if large else 64,
+            },
+            "engine": {"fp8_quant": fp8, "distill": distill},
+            "numeric": {"device": "cuda"},
+            "weights": WeightPaths.downloaded(weights, release=release, fp8=fp8, distill=distill).model_dump(),
+        },
+        source=f"preset {name}",
+    )
+
+
+def _tiny(name: str, weights: Path | None) -> Settings:
     like_24b = name == "magi-tiny"
     return _build(
         {
@@ -309,10 +398,12 @@ def preset(name: str, *, weights: Path | None = None) -> Settings:
     )
 
 
-def published(path: Path, *, special_tokens: Path | None = None) -> Settings:
+def published(path: Path, *, special_tokens: Path | None = None, device: Literal["cpu", "cuda"] = "cpu") -> Settings:
     """Settings from a published config file, unchanged. Its ``load``, ``t5_pretrained`` and ``vae_pretrained`` are
-    taken relative to the working directory, as the reference does; the special tokens lie beside the T5 folder
-    unless given.
+    taken relative to the working directory, as the reference does; the special tokens, unless given, lie beside the
+    T5 folder, beside the config, or where the reference keeps them (``example/assets``).
+
+    device: where to compute, which the published files leave to the machine; ``t5_device`` "cuda" means this device.
 
     Raises SettingsError: unreadable, not the three published objects, an unknown field, a value that cannot work.
     """
@@ -331,26 +422,38 @@ def published(path: Path, *, special_tokens: Path | None = None) -> Settings:
             f"{path} holds {found or 'nothing'}, but a published config holds {', '.join(sections)}.",
             remedy="Use a config in the published form.",
         )
-    runtime = content["runtime_config"]
-    t5 = Path(runtime.get("t5_pretrained", ""))
-    values = {ours: content[theirs] for theirs, ours in sections.items()}
+    values: dict[str, Any] = {}
+    for theirs, ours in sections.items():
+        if not isinstance(content[theirs], dict):
+            raise SettingsError(
+                f"{theirs} of {path} is {type(content[theirs]).__name__}, but must be an object.",
+                remedy="Use a config in the published form.",
+            )
+        values[ours] = dict(content[theirs])
+    runtime = values["runtime"]
+    if device == "cpu" and "t5_device" in runtime:
+        runtime["t5_device"] = "cpu"
+    t5 = Path(str(runtime.get("t5_pretrained", "")))
+    tokens = [folder / "special_tokens.npz" for folder in (t5.parent, path.parent, Path("example/assets"))]
     values |= {
         "name": path.stem,
         "weights": {
-            "dit": Path(runtime.get("load", "")),
-            "vae": Path(runtime.get("vae_pretrained", "")),
+            "dit": runtime.get("load", ""),
+            "vae": runtime.get("vae_pretrained", ""),
             "t5": t5,
-            "special_tokens": special_tokens or t5.parent / "special_tokens.npz",
+            "special_tokens": special_tokens or next((file for file in tokens if file.is_file()), tokens[0]),
         },
+        "numeric": {"device": device},
     }
     return _build(values, source=str(path))
 
 
-def job(path: Path) -> Settings:
+def job(path: Path, *, weights: Path | None = None) -> Settings:
     """Settings from a job file: TOML that names a ``preset`` or a ``config`` (relative to the file) and overrides it
     in the tables model, runtime, engine, weights, special_tokens, prefix, tiles, encoder and numeric.
 
-    Raises SettingsError.
+    ``weights = "DIR"`` (relative to the file) instead of a table, or the argument, which wins, is the folder of the
+    preset's networks. Raises as ``preset`` and ``published``.
     """
     try:
         content = tomllib.loads(path.read_text())
@@ -364,7 +467,18 @@ def job(path: Path) -> Settings:
             f"{path} names {' and '.join(chosen) or 'neither preset nor config'}, but needs exactly one of them.",
             remedy='Begin the file with preset = "magi-tiny" or config = "24B_base_config.json".',
         )
-    base = preset(content.pop("preset")) if "preset" in content else published(path.parent / content.pop("config"))
+    if isinstance(content.get("weights"), str):
+        folder = path.parent / content.pop("weights")
+        weights = weights or folder
+    if "preset" in content:
+        base = preset(content.pop("preset"), weights=weights)
+    elif weights is not None:
+        raise SettingsError(
+            f"{path} begins with a config, which names the folders of the networks, but {weights} is given too.",
+            remedy="Leave the folder out, or name dit, vae, t5 and special_tokens in a table [weights].",
+        )
+    else:
+        base = published(path.parent / content.pop("config"))
     return override(base, {"name": path.stem} | content, source=str(path))
 
 

@@ -1,22 +1,29 @@
-"""Files of a network: where the published layout keeps them, and the digest of what they hold. No torch."""
+"""Files of a network: where the published layout keeps them, and the digest of what they hold. No torch.
+
+Any safetensors file may also be stored compressed, as ``<name>.zst``; where both lie there, the plain one is taken.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from magi_ray.errors import WeightsError
+from magi_ray.settings import inference_folder
 
 INDEX = "model.safetensors.index.json"
 SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+COMPRESSED = ".zst"
+SIDECAR = ".sha256"
 
 
 def published_folder(load: Path, *, fp8: bool, distill: bool) -> Path:
     """The DiT folder below ``load``: ``inference_weight[.fp8][.distill]`` (spec §2)."""
-    return load / ("inference_weight" + ".fp8" * fp8 + ".distill" * distill)
+    return load / inference_folder(fp8=fp8, distill=distill)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -25,15 +32,17 @@ def weight_files(folder: Path) -> list[Path]:
     Raises WeightsError: no such folder, no weights in it, a broken index, or shards that are not there.
     """
     if not folder.is_dir():
-        raise WeightsError(f"There is no weights folder {folder}.", remedy="Check `load` in the config.")
+        raise WeightsError(f"There is no weights folder {folder}.", remedy="Check `load` in the config, or --weights.")
     index = folder / INDEX
     if index.is_file():
         return _indexed(index)
     for name in SINGLE:
-        if (folder / name).is_file():
-            return [folder / name]
+        file = _stored(folder / name)
+        if file.is_file():
+            return [file]
     raise WeightsError(
-        f"{folder} holds none of {', '.join((INDEX, *SINGLE))}.", remedy="Download the checkpoint into it."
+        f"{folder} holds none of {', '.join((INDEX, *SINGLE))}, plain or {COMPRESSED}.",
+        remedy="Download the checkpoint into it.",
     )
 
 
@@ -43,7 +52,7 @@ def text_encoder_files(t5_pretrained: Path) -> list[Path]:
     Raises WeightsError when there is none.
     """
     folder = t5_pretrained / "t5-v1_1-xxl"
-    files = sorted(path for path in folder.glob("*") if path.is_file())
+    files = sorted(path for path in folder.glob("*") if path.is_file() and path.suffix != SIDECAR)
     if not files:
         raise WeightsError(f"There is no text encoder in {folder}.", remedy="Check `t5_pretrained` in the config.")
     return files
@@ -54,7 +63,7 @@ def _indexed(index: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as exc:
         raise WeightsError(f"{index} is not a safetensors index: {exc!r}", remedy="Download it again.") from exc
-    files = [index.parent / name for name in names]
+    files = [_stored(index.parent / name) for name in names]
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         raise WeightsError(
@@ -64,12 +73,20 @@ def _indexed(index: Path) -> list[Path]:
     return files
 
 
+def _stored(file: Path) -> Path:
+    """``file``, or its compressed form where only that is there."""
+    packed = file.with_name(file.name + COMPRESSED)
+    return packed if packed.is_file() and not file.is_file() else file
+
+
 def digest_files(files: Sequence[Path], *, cache: Path | None) -> str:
     """sha256 (hex) over the names and contents of ``files``; their order and folder do not matter.
 
+    It stands for the files as they are stored: the same tensors in other shards, or compressed, have another digest.
+    A file beside which ``<file>.sha256`` lies (the hex digest, alone or as ``sha256sum`` writes it) must have that one.
     cache: a JSON file that remembers the digest of each file by (resolved path, size, mtime, inode), so that
     48 GB are read once; None reads everything. A cache that cannot be read or written is only slower.
-    Raises WeightsError for a file that cannot be read.
+    Raises WeightsError for a file that cannot be read, or is not what its sidecar says.
     """
     known = _read_cache(cache)
     digests, changed = {}, False
@@ -86,7 +103,30 @@ def digest_files(files: Sequence[Path], *, cache: Path | None) -> str:
         digests[file.name] = known[key]
     if cache is not None and changed:
         _write_cache(cache, known)
+    for file in files:
+        _check_sidecar(file, digests[file.name])
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def _check_sidecar(file: Path, found: str) -> None:
+    sidecar = file.with_name(file.name + SIDECAR)
+    if not sidecar.is_file():
+        return
+    try:
+        words = sidecar.read_text().split(maxsplit=1)
+    except (OSError, UnicodeDecodeError) as exc:
+        raise WeightsError(f"{sidecar} cannot be read: {exc}", remedy="Download it again, or delete it.") from exc
+    expected = words[0].removeprefix("\\").lower() if words else ""
+    if not re.fullmatch("[0-9a-f]{64}", expected):
+        raise WeightsError(
+            f"{sidecar} does not begin with a sha256 of 64 hex digits, but with {expected[:80]!r}.",
+            remedy="Download it again, or delete it.",
+        )
+    if found != expected:
+        raise WeightsError(
+            f"{file} has sha256 {found}, but {sidecar.name} says {expected}.",
+            remedy="Download the file again; it is damaged, or belongs to another release.",
+        )
 
 
 def _read_cache(cache: Path | None) -> dict[str, str]:
