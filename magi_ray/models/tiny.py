@@ -14,11 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import zstandard
 from safetensors.torch import save_file
+from torch import Tensor
 
 from magi_ray.errors import SettingsError, WeightsError
 from magi_ray.models.dit.model import DiT
-from magi_ray.models.files import published_folder
+from magi_ray.models.files import COMPRESSED, INDEX, SINGLE, published_folder
+from magi_ray.models.fp8 import E4M3, E4M3_MAX
 from magi_ray.models.text.special_tokens import OTHER_TOKENS
 from magi_ray.models.text.t5 import T5_NAME, TOKENIZER_FILE
 from magi_ray.models.tiny_text import t5_config, t5_weights, train_tokenizer
@@ -38,6 +41,7 @@ RECIPE = 2
 """Raised with every change to what is written: a folder of another recipe is made again."""
 
 _RECIPE_FILE = "recipe.json"
+_INPUT_SCALE = 1 / 16  # of fp8 layers: inputs up to 28 fit, and what falls out of e4m3 at the other end is below 1e-4
 
 
 def ensure_tiny(folder: Path, settings: Settings, *, seed: int = 0) -> None:
@@ -49,9 +53,10 @@ def ensure_tiny(folder: Path, settings: Settings, *, seed: int = 0) -> None:
         make_tiny(folder, settings, seed=seed)
 
 
-def make_tiny(folder: Path, settings: Settings, *, seed: int = 0) -> None:
-    """Write a whole weight folder, laid out as ``WeightPaths.under(folder)`` says. Same seed, same bytes.
+def make_tiny(folder: Path, settings: Settings, *, seed: int = 0, shards: int = 1, compress: bool = False) -> None:
+    """Write a whole weight folder, laid out as ``WeightPaths.under(folder)`` says. Same arguments, same bytes.
 
+    shards: files the DiT is spread over, with an index if several.  compress: they are stored as ``.zst``.
     It appears at once or not at all: processes that make it at the same time all end with the same whole folder. One
     made by another recipe, for another model or seed is replaced.
 
@@ -61,7 +66,7 @@ def make_tiny(folder: Path, settings: Settings, *, seed: int = 0) -> None:
         raise SettingsError(
             f"No tiny weights can be made for {settings.name}: {unfit}.", remedy="Use a preset as it is."
         )
-    recipe = _recipe(settings, seed)
+    recipe = _recipe(settings, seed, shards=shards, compress=compress)
     if folder.exists() and not (folder / _RECIPE_FILE).is_file() and any(folder.iterdir()):
         raise WeightsError(
             f"{folder} exists, but was not made by magi-ray.", remedy="Move it away, or name another folder."
@@ -71,7 +76,7 @@ def make_tiny(folder: Path, settings: Settings, *, seed: int = 0) -> None:
     try:
         new = work / "new"
         new.mkdir()
-        _write(WeightPaths.under(new, made=False), settings, seed)
+        _write(WeightPaths.under(new, made=False), settings, seed, shards=shards, compress=compress)
         (new / _RECIPE_FILE).write_text(recipe)
         while not _is_made(folder, recipe):
             try:
@@ -93,41 +98,90 @@ def _is_made(folder: Path, recipe: str) -> bool:
         return False
 
 
-def _recipe(settings: Settings, seed: int) -> str:
+def _recipe(settings: Settings, seed: int, *, shards: int = 1, compress: bool = False) -> str:
     content = {
         "recipe": RECIPE,
         "seed": seed,
         "model": settings.model.model_dump(),
         "fp8_quant": settings.engine.fp8_quant,
         "distill": settings.engine.distill,
+        "shards": shards,
+        "compress": compress,
     }
     return json.dumps(content, indent=1, sort_keys=True)
 
 
-def _write(paths: WeightPaths, settings: Settings, seed: int) -> None:
+def _write(paths: WeightPaths, settings: Settings, seed: int, *, shards: int, compress: bool) -> None:
     draw = Draw(seed)
     dit = published_folder(paths.dit, fp8=settings.engine.fp8_quant, distill=settings.engine.distill)
     t5 = paths.t5 / T5_NAME
     for folder in (dit, paths.vae, t5):
         folder.mkdir(parents=True)
     with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in DiT(settings.model).state_dict().items()}
+        float_dit = DiT(settings.model).state_dict()
+        stored_dit = DiT(settings.model, fp8=settings.engine.fp8_quant).state_dict()
         vae_shapes = {
             name: tuple(tensor.shape) for name, tensor in VAE(VAE_CONFIG, attention="plain").state_dict().items()
         }
-    _save(dit / "model.safetensors", dit_weights(shapes, settings.model, draw))
-    _save(paths.vae / WEIGHTS_FILE, vae_weights(vae_shapes, draw))
+    shapes = {name: tuple(tensor.shape) for name, tensor in float_dit.items()}
+    weights = _as_stored(_tensors(dit_weights(shapes, settings.model, draw)), stored_dit)
+    _save_shards(dit, weights, shards=shards, compress=compress)
+    _save(paths.vae / WEIGHTS_FILE, _tensors(vae_weights(vae_shapes, draw)))
     (paths.vae / "config.json").write_text(json.dumps(vae_config_json(), indent=1, sort_keys=True))
 
     width = settings.model.caption_channels
     (t5 / TOKENIZER_FILE).write_bytes(train_tokenizer())
     (t5 / "config.json").write_text(json.dumps(t5_config(width), indent=1, sort_keys=True))
-    _save(t5 / "model.safetensors", t5_weights(width, draw))
+    _save(t5 / SINGLE[0], _tensors(t5_weights(width, draw)))
     counts = {"caption_token": 1, "logo_token": 1, "other_tokens": OTHER_TOKENS}
     np.savez(paths.special_tokens, **{name: draw(name, (n, width)).astype(np.float16) for name, n in counts.items()})
 
 
-def _save(path: Path, weights: Mapping[str, Array]) -> None:
+def _tensors(arrays: Mapping[str, Array]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+
+
+def _as_stored(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Float ``weights`` as a checkpoint of the names, shapes and dtypes of ``stored`` holds them.
+
+    An fp8 weight's largest value becomes the largest e4m3; its inputs are all scaled alike.
+    """
+    result = {}
+    for name, want in stored.items():
+        layer, _, field = name.rpartition(".")
+        match field:
+            case "weight_scale":
+                result[name] = (weights[f"{layer}.weight"].abs().amax() / E4M3_MAX).reshape(want.shape)
+            case "input_scale" | "smooth_scale":
+                result[name] = torch.full(want.shape, _INPUT_SCALE)
+            case "weight" if want.dtype == E4M3:
+                weight = weights[name]
+                result[name] = (weight / (weight.abs().amax() / E4M3_MAX)).to(E4M3).reshape(want.shape)
+            case _:
+                result[name] = weights[name].to(want.dtype)
+    return result
+
+
+def _save_shards(folder: Path, weights: Mapping[str, Tensor], *, shards: int, compress: bool) -> None:
+    if shards == 1:
+        _save(folder / SINGLE[0], weights, compress=compress)
+        return
+    names = [f"model-{number:05}-of-{shards:05}.safetensors" for number in range(1, shards + 1)]
+    weight_map = {name: names[i * shards // len(weights)] for i, name in enumerate(sorted(weights))}
+    for file in names:
+        part = {name: weights[name] for name, its in weight_map.items() if its == file}
+        _save(folder / file, part, compress=compress)
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in weights.values())},
+        "weight_map": weight_map,
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
+
+
+def _save(path: Path, weights: Mapping[str, Tensor], *, compress: bool = False) -> None:
     # transformers wants to be told the format.
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in weights.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file(dict(weights), path, metadata={"format": "pt"})
+    if compress:
+        packed = path.with_name(path.name + COMPRESSED)
+        packed.write_bytes(zstandard.ZstdCompressor().compress(path.read_bytes()))
+        path.unlink()
