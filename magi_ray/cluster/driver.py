@@ -122,6 +122,8 @@ class _Driver:
             self._journal.beat()
 
     def stop(self) -> None:
+        if not self._scheduler.finished:
+            self._journal.stop()
         for name in list(self._workers):
             # Where Ray itself is gone its workers are too, and the error that ended the run matters more.
             with suppress(Exception):

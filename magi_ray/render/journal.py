@@ -9,13 +9,14 @@ import io
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from magi_ray.errors import ObjectMissing
+from magi_ray.errors import MagiRayError, ObjectMissing
 from magi_ray.render.progress import Phase, RunProgress, StepDone
 from magi_ray.render.run import Run
 from magi_ray.render.scheduler import Command, Event, Row, RowFailed
@@ -75,6 +76,11 @@ class Journal:
         """Say that the run is alive, at most once a second: a step of a large model may take minutes."""
         if time.monotonic() - self._written >= INTERVAL_S:
             self._write_progress(running=True)
+
+    def stop(self) -> None:
+        """The run stops before its end; whoever looks should not wait for it."""
+        with suppress(MagiRayError):  # the error that stopped the run matters more
+            self._write_progress(running=False)
 
     def close(self) -> Outcome:
         """The run has ended: write ``progress.json``, ``results.parquet`` and ``errors.parquet``."""

@@ -45,6 +45,16 @@ def render_here(store: Store, run: Run, *, observe: Callable[[RunProgress], None
     journal = Journal(store, run, rows, observe=observe)
     tasks = _Tasks(store, run, encoder)
     scheduler = Scheduler(rows)
+    try:
+        _work(scheduler, tasks, journal)
+    except BaseException:
+        journal.stop()
+        raise
+    return journal.close()
+
+
+def _work(scheduler: Scheduler, tasks: _Tasks, journal: Journal) -> None:
+    """Carry out the scheduler's commands until it has none left."""
     # A worker of each kind, all of them this process.
     events: deque[Event] = deque(WorkerReady(worker=kind, kind=kind) for kind in Kind)
     waiting: deque[Task] = deque()
@@ -90,7 +100,6 @@ def render_here(store: Store, run: Run, *, observe: Callable[[RunProgress], None
                 journal.note(happened)
             else:
                 events.append(happened)
-    return journal.close()
 
 
 def _failed(task: Task, exc: Exception) -> TaskFailed:

@@ -1,0 +1,80 @@
+"""What a run leaves behind for people."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pyarrow.parquet as pq
+import pytest
+from runs import MakeRun
+
+from magi_ray.render.journal import read_progress
+from magi_ray.render.local import render_here
+from magi_ray.render.progress import Phase, RunProgress
+from magi_ray.storage import keys
+from magi_ray.storage.memory import MemoryStore
+
+ROWS = [
+    {"job_id": "a", "prompt": "sea", "num_chunks": 1, "tags": {"shot": "1"}, "scene": "harbour", "take": 3},
+    {"job_id": "b", "prompt": "sea", "num_chunks": 2, "scene": None, "take": 4},
+]
+
+
+def test_unknown_columns_and_tags_travel_into_the_results(make_run: MakeRun) -> None:
+    store = MemoryStore()
+    run = make_run(store, ROWS)
+    render_here(store, run)
+    first, second = pq.read_table(io.BytesIO(store.get(keys.run_results(run.run_id)))).to_pylist()
+    assert (first["scene"], first["take"], second["scene"], second["take"]) == ("harbour", 3, None, 4)
+    assert json.loads(first["tags"]) == {"shot": "1"}
+    assert (first["status"], first["frames"], first["duration_s"]) == ("done", 24, 1.0)
+    assert store.exists(second["video"])
+
+
+def test_the_record_beside_a_video_says_what_made_it(make_run: MakeRun) -> None:
+    store = MemoryStore()
+    run = make_run(store, ROWS)
+    render_here(store, run)
+    record = json.loads(store.get(keys.video_record(run.run_id, "b")))
+    assert record["stage_keys"] == list(run.plans["b"].stage_keys)
+    assert record["captions"] == ["sea", "sea"]
+    assert record["bytes"] == len(store.get(keys.video(run.run_id, "b")))
+    assert record["settings"]["runtime"]["num_steps"] == 8
+    assert record["weights"]["dit"] == run.record.digests.dit
+
+
+def test_a_run_that_was_interrupted_says_at_once_that_it_is_not_going_on(make_run: MakeRun) -> None:
+    store = MemoryStore()
+    run = make_run(store, ROWS)
+
+    def interrupt(progress: RunProgress) -> None:
+        if progress.videos["b"].step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        render_here(store, run, observe=interrupt)
+    noted = read_progress(store, run.run_id)
+    assert noted is not None
+    progress, running, _ = noted
+    assert not running
+    assert progress.videos["b"].phase is Phase.RENDERING
+    render_here(store, run)
+    noted = read_progress(store, run.run_id)
+    assert noted is not None
+    assert noted[0].count(Phase.DONE) == 2
+
+
+def test_every_step_is_seen(make_run: MakeRun) -> None:
+    store = MemoryStore()
+    run = make_run(store, ROWS)
+    seen: list[int] = []
+
+    def watch(progress: RunProgress) -> None:
+        done = progress.videos["b"].steps_done
+        if not seen or done != seen[-1]:
+            seen.append(done)
+
+    render_here(store, run, observe=watch)
+    plan = run.plans["b"]
+    assert seen == list(range(plan.timeline.num_stages * plan.forwards_per_stage + 1))
