@@ -9,11 +9,14 @@ from typing import Any
 import pydantic
 import pytest
 
-from magi_ray.errors import SettingsError
+from magi_ray.errors import SettingsError, WeightsError
 from magi_ray.settings import (
     PRESETS,
+    PUBLISHED,
+    TINY,
     RuntimeConfig,
     Settings,
+    WeightPaths,
     cache_folder,
     job,
     nearest,
@@ -42,25 +45,131 @@ def official(folder: Path, **changes: dict[str, Any]) -> Path:
     return path
 
 
+RELEASES = ("24B_base", "24B_distill", "24B_distill_quant", "4.5B_base", "4.5B_distill", "4.5B_distill_quant")
+FOLDERS = ("inference_weight", "inference_weight.distill", "inference_weight.fp8.distill") * 2
+
+
+@pytest.fixture
+def download(tmp_path: Path) -> Path:
+    """The published repository, downloaded: every release, but nothing in the files."""
+    ckpt = tmp_path / "downloads" / "ckpt"
+    for release, folder in zip(RELEASES, FOLDERS, strict=True):
+        (ckpt / "magi" / release / folder).mkdir(parents=True)
+    (ckpt / "t5" / "t5-v1_1-xxl").mkdir(parents=True)
+    (ckpt / "vae").mkdir()
+    (ckpt / "vae" / "config.json").touch()
+    (ckpt.parent / "special_tokens.npz").touch()
+    return ckpt.parent
+
+
 @pytest.mark.parametrize("path", sorted(JOBS.glob("*.toml")), ids=lambda path: path.stem)
-def test_a_job_that_ships_writes_out_what_its_preset_holds(path: Path) -> None:
-    settings = job(path)
+def test_a_job_that_ships_writes_out_what_its_preset_holds(path: Path, download: Path) -> None:
+    name = path.stem.split("_")[0]
+    weights = None if name in TINY else download
+    settings = job(path, weights=weights)
 
     assert settings.name == path.stem
-    assert settings.model_copy(update={"name": ""}) == preset(path.stem.split("_")[0]).model_copy(update={"name": ""})
+    assert settings.model_copy(update={"name": name}) == preset(name, weights=weights)
 
 
 def test_there_is_a_job_for_each_preset() -> None:
     assert {path.stem.split("_")[0] for path in JOBS.glob("*.toml")} == set(PRESETS)
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_a_whole_run_of_its_variant(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", TINY)
+def test_a_tiny_preset_is_a_whole_run_of_its_architecture(name: str, tmp_path: Path) -> None:
     settings = preset(name, weights=tmp_path)
     like_24b = name == "magi-tiny"
 
     assert settings.model.half_channel_vae is settings.model.gated_linear_unit is like_24b
     assert settings.weights.dit == tmp_path / "magi"
+
+
+@pytest.mark.parametrize(("name", "release", "steps", "size"), [
+    ("24B", "24B_base", 32, (720, 1280)),
+    ("24B-distill", "24B_distill", 16, (720, 1280)),
+    ("24B-distill-fp8", "24B_distill_quant", 16, (720, 1280)),
+    ("4.5B", "4.5B_base", 64, (720, 720)),
+    ("4.5B-distill", "4.5B_distill", 64, (720, 720)),
+    ("4.5B-distill-fp8", "4.5B_distill_quant", 64, (720, 720)),
+])  # fmt: skip
+def test_a_published_variant_needs_only_the_folder_of_its_download(
+    name: str, release: str, steps: int, size: tuple[int, int], download: Path
+) -> None:
+    settings = preset(name, weights=download)
+    model, runtime, engine = settings.model, settings.runtime, settings.engine
+
+    assert settings.weights.dit == download / "ckpt" / "magi" / release
+    assert (settings.weights.vae, settings.weights.t5) == (download / "ckpt" / "vae", download / "ckpt" / "t5")
+    assert settings.weights.made_in is None
+    assert (runtime.num_steps, (runtime.video_size_h, runtime.video_size_w)) == (steps, size)
+    assert (engine.distill, engine.fp8_quant) == ("distill" in name, "fp8" in name)
+    assert runtime.cfg_number == (1 if engine.distill else 3)
+    assert (model.params_dtype, settings.numeric.device) == ("torch.bfloat16", "cuda")
+    large = {"num_layers": 48, "hidden_size": 6144, "ffn_hidden_size": 16384, "num_attention_heads": 48,
+             "num_query_groups": 8, "kv_channels": 128, "half_channel_vae": True, "in_channels": 32,
+             "out_channels": 32, "x_rescale_factor": 0.1, "gated_linear_unit": True}  # fmt: skip
+    small = {"num_layers": 34, "hidden_size": 3072, "ffn_hidden_size": 12288, "num_attention_heads": 24,
+             "num_query_groups": 8, "kv_channels": 128, "half_channel_vae": False, "in_channels": 16,
+             "out_channels": 16, "x_rescale_factor": 1.0, "gated_linear_unit": False}  # fmt: skip
+    expected = large if name.startswith("24B") else small
+    assert {field: getattr(model, field) for field in expected} == expected
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_networks_may_also_lie_as_ours_do(name: str, tmp_path: Path) -> None:
+    paths = WeightPaths.under(tmp_path, made=False)
+    (paths.dit / dict(zip(PUBLISHED, FOLDERS, strict=True))[name]).mkdir(parents=True)
+    (paths.t5 / "t5-v1_1-xxl").mkdir(parents=True)
+    paths.vae.mkdir()
+    (paths.vae / "config.json").touch()
+    paths.special_tokens.touch()
+
+    assert preset(name, weights=tmp_path).weights == paths
+
+
+def test_the_folder_in_a_download_that_holds_the_networks_is_enough(download: Path) -> None:
+    (download / "special_tokens.npz").rename(download / "ckpt" / "special_tokens.npz")
+    settings = preset("24B", weights=download / "ckpt")
+
+    assert settings.weights.dit == download / "ckpt" / "magi" / "24B_base"
+
+
+def test_a_folder_without_a_network_is_answered_with_every_place_looked_at(download: Path) -> None:
+    (download / "ckpt" / "magi" / "4.5B_base" / "inference_weight").rmdir()
+    (download / "special_tokens.npz").unlink()
+    with pytest.raises(WeightsError) as caught:
+        preset("4.5B", weights=download)
+
+    message = str(caught.value)
+    assert f"{download} lacks 2 of the 4 networks" in message
+    assert "dit: magi/inference_weight, ckpt/magi/4.5B_base/inference_weight, " in message
+    assert "special_tokens: special_tokens.npz, " in message
+    assert "vae:" not in message
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_variant_asks_for_its_folder(name: str) -> None:
+    with pytest.raises(SettingsError, match="--weights DIR") as caught:
+        preset(name)
+    assert f"--preset {name} --weights" in caught.value.next_command
+
+
+def test_a_job_may_name_the_folder_of_the_networks(download: Path) -> None:
+    path = download.parent / "mine.toml"
+    path.write_text('preset = "24B"\nweights = "downloads"\n[numeric]\ndevice = "cpu"\n')
+    settings = job(path)
+
+    assert settings.weights == preset("24B", weights=download).weights
+    assert settings.numeric.device == "cpu"
+
+
+def test_a_folder_of_networks_does_not_stand_beside_a_config(tmp_path: Path) -> None:
+    official(tmp_path)
+    path = tmp_path / "mine.toml"
+    path.write_text('config = "24B_config.json"\nweights = "w"\n')
+    with pytest.raises(SettingsError, match="begins with a config"):
+        job(path)
 
 
 def test_settings_cannot_be_changed() -> None:
@@ -140,9 +249,39 @@ def test_another_json_is_not_taken_for_a_config(content: str, tmp_path: Path) ->
         published(path)
 
 
-def test_an_unknown_field_of_a_config_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"unknown field model\.num_layer\. Did you mean num_layers\?"):
-        published(official(tmp_path, model_config={"num_layer": 3}))
+@pytest.mark.parametrize(("section", "field", "words"), [
+    ("model_config", "num_layer", "unknown field model.num_layer. Did you mean num_layers?"),
+    ("runtime_config", "windw_size", "unknown field runtime.windw_size. Did you mean window_size?"),
+    ("engine_config", "fp8_quantize", "unknown field engine.fp8_quantize. Did you mean fp8_quant?"),
+])  # fmt: skip
+def test_an_unknown_field_of_any_section_of_a_config_is_named(
+    section: str, field: str, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        published(official(tmp_path, **{section: {field: 3}}))
+    assert words in str(caught.value)
+
+
+def test_a_published_config_computes_where_it_is_told_and_the_text_encoder_with_it(tmp_path: Path) -> None:
+    path = official(tmp_path, runtime_config={"t5_device": "cuda"})
+
+    here, there = published(path), published(path, device="cuda")
+    assert (here.numeric.device, here.runtime.t5_device) == ("cpu", "cpu")
+    assert (there.numeric.device, there.runtime.t5_device) == ("cuda", "cuda")
+
+
+def test_the_special_tokens_of_a_config_may_lie_beside_it(tmp_path: Path) -> None:
+    path = official(tmp_path)
+    (tmp_path / "special_tokens.npz").touch()
+
+    assert published(path).weights.special_tokens == tmp_path / "special_tokens.npz"
+
+
+def test_a_section_that_is_no_object_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text('{"model_config": [], "runtime_config": {}, "engine_config": {}}')
+    with pytest.raises(SettingsError, match=r"model_config of .* is list"):
+        published(path)
 
 
 def test_an_override_is_checked_like_everything_else() -> None:
