@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
@@ -27,19 +27,44 @@ import pyarrow.parquet as pq
 import yaml
 
 from magi_ray.errors import InputError, ManifestError, Problem
-from magi_ray.settings import Frozen, RuntimeConfig, Settings, nearest, step_problems
+from magi_ray.settings import (
+    AS_THE_RUN,
+    ChunkControl,
+    Frozen,
+    PrefixSettings,
+    RuntimeConfig,
+    Settings,
+    nearest,
+    step_problems,
+)
 from magi_ray.timeline import FRAMES_PER_LATENT, LATENTS_PER_CHUNK, SIZE_MULTIPLE, chunks_for_seconds
 
 SCHEMA = "magi-ray.manifest"
 VERSION = 1
 METADATA_KEY = b"magi_ray"
 
+_ENTRY = pa.struct(
+    [
+        ("start_chunk", pa.int64()),
+        ("prompt", pa.string()),
+        ("kv_range", pa.list_(pa.int64())),
+        ("text_scales", pa.list_(pa.float64())),
+        ("prev_chunk_scales", pa.list_(pa.float64())),
+    ]
+)
+# What an entry of a schedule may leave out, also as a field of the Parquet type.
+_CONTROLS = tuple(ChunkControl.model_fields)
+
 COLUMNS: Mapping[str, pa.DataType] = {
     "job_id": pa.string(),
     "prompt": pa.string(),
-    "schedule": pa.list_(pa.struct([("start_chunk", pa.int64()), ("prompt", pa.string())])),
+    "schedule": pa.list_(_ENTRY),
     "image": pa.string(),
     "video": pa.string(),
+    "prefix_from": pa.string(),
+    "prefix_frames": pa.int64(),
+    "fit": pa.string(),
+    "include_prefix": pa.bool_(),
     "seconds": pa.float64(),
     "num_chunks": pa.int64(),
     "width": pa.int64(),
@@ -57,10 +82,11 @@ MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Caption:
-    """``prompt`` holds from chunk ``start_chunk`` (from 0) until the next caption begins."""
+    """``prompt`` and ``control`` hold from chunk ``start_chunk`` (from 0) until the next caption begins."""
 
     start_chunk: int
     prompt: str
+    control: ChunkControl = AS_THE_RUN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +95,7 @@ class Row:
 
     number: from 1.  captions: at least one, the first at chunk 0, strictly rising.
     image, video: as written, at most one of them; prefix_location: where it lies, an absolute path or an s3:// URI.
+    prefix: the run's, with the row's own values.
     seconds (> 0), num_chunks (≥ 1): exactly one is set.  width, height: pixels, multiples of 16.  fps: 1…120.
     seed: 0…2^63−1.  num_steps: fits the run's window and KV ranges.  priority: higher first.
     extra: the columns magi-ray does not know, for the results.
@@ -80,6 +107,7 @@ class Row:
     image: str | None
     video: str | None
     prefix_location: str | None
+    prefix: PrefixSettings
     seconds: float | None
     num_chunks: int | None
     width: int
@@ -114,6 +142,7 @@ class Defaults(Frozen):
     num_steps: int
     num_chunks: int
     runtime: RuntimeConfig
+    prefix: PrefixSettings
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
@@ -127,6 +156,7 @@ class Defaults(Frozen):
             num_steps=runtime.num_steps,
             num_chunks=max(1, math.ceil(runtime.num_frames // FRAMES_PER_LATENT / LATENTS_PER_CHUNK)),
             runtime=runtime,
+            prefix=settings.prefix,
         )
 
 
@@ -368,6 +398,7 @@ def _typed(name: str, cell: str) -> Any:
         return None
     if wanted is None or pa.types.is_string(wanted):
         return cell
+    # JSON has the words true and false for a bool too.
     parse = int if pa.types.is_integer(wanted) else float if pa.types.is_floating(wanted) else json.loads
     try:
         return parse(cell)
@@ -419,8 +450,8 @@ def _is(value: Any, wanted: pa.DataType | None) -> bool:
         if wanted is not None and not isinstance(value, str):
             return False
         return not isinstance(value, str) or not re.search("[\ud800-\udfff]", value)
-    if isinstance(value, bool):
-        return False
+    if isinstance(value, bool) or pa.types.is_boolean(wanted):
+        return isinstance(value, bool) and bool(pa.types.is_boolean(wanted))
     if pa.types.is_integer(wanted):
         return isinstance(value, int) and -(2**63) <= value < 2**63
     if pa.types.is_floating(wanted):
@@ -429,13 +460,16 @@ def _is(value: Any, wanted: pa.DataType | None) -> bool:
         return isinstance(value, dict) and all(
             isinstance(key, str) and (item is None or _is(item, pa.string())) for key, item in value.items()
         )
-    fields = {field.name: field.type for field in wanted.value_type}
-    return isinstance(value, list) and all(
-        isinstance(entry, dict)
-        and entry.keys() <= fields.keys()
-        and all(item is None or _is(item, fields[key]) for key, item in entry.items())
-        for entry in value
-    )
+    if pa.types.is_struct(wanted):
+        fields = {field.name: field.type for field in wanted}
+        return (
+            isinstance(value, dict)
+            and value.keys() <= fields.keys()
+            and all(item is None or _is(item, fields[key]) for key, item in value.items())
+        )
+    # A null where an entry of a schedule should be is not a value; in a list of numbers a rule speaks of it.
+    nulls = not pa.types.is_struct(wanted.value_type)
+    return isinstance(value, list) and all((nulls and item is None) or _is(item, wanted.value_type) for item in value)
 
 
 def _words(wanted: pa.DataType) -> str:
@@ -445,7 +479,11 @@ def _words(wanted: pa.DataType) -> str:
         return "a whole number below 2^63"
     if pa.types.is_floating(wanted):
         return "a number"
-    return "a map from text to text" if pa.types.is_map(wanted) else "a list of {start_chunk, prompt}"
+    if pa.types.is_boolean(wanted):
+        return "true or false"
+    if pa.types.is_map(wanted):
+        return "a map from text to text"
+    return f"a list of {{start_chunk, prompt}}, each with or without {', '.join(_CONTROLS)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -517,6 +555,57 @@ def _schedule_complaints(schedule: Sequence[Mapping[str, Any] | None]) -> Iterat
             rule = f"{where} does not come after start_chunk {before} of the entry before it"
             yield "schedule", f"start_chunk {start}", rule, "sort the entries, one caption per chunk"
         before = start if start is not None else before
+
+
+def _control_complaints(values: Values, number: int, context: _Context) -> Iterator[Complaint]:
+    """KV ranges and guidance scales that an entry of the schedule brings."""
+    runtime = context.defaults.runtime
+    steps = values["num_steps"] if values["num_steps"] is not None else runtime.num_steps
+    intervals = len(runtime.cfg_t_range)
+    for place, entry in enumerate(values["schedule"] or (), 1):
+        where = f"of entry {place}"
+        reaches = (entry or {}).get("kv_range")
+        if reaches is not None:
+            shown = f"kv_range {_text(reaches)}"
+            if not reaches:
+                yield "schedule", shown, f"{where} is empty", "leave it null, or write how many chunks are seen"
+            elif steps >= 1 and steps % len(reaches):
+                rule = f"{where} has {len(reaches)} values, but the {steps} steps are not divisible by that"
+                yield "schedule", shown, rule, f"write as many as noise2clean_kvrange has, for example {_like(runtime)}"
+            if any(reach is None or reach < 1 for reach in reaches):
+                rule = f"{where} has a value below 1, but a chunk always sees itself"
+                yield "schedule", shown, rule, "use 1 for the chunk alone, 2 for one more, and so on"
+        for name in ("text_scales", "prev_chunk_scales"):
+            scales = (entry or {}).get(name)
+            if scales is None:
+                continue
+            shown = f"{name} {_text(scales)}"
+            if runtime.cfg_number != 3:
+                rule = f"{where} asks for guidance, but this model has none (cfg_number {runtime.cfg_number})"
+                yield "schedule", shown, rule, "leave it null, or use a base model"
+                continue
+            if len(scales) != intervals:
+                rule = f"{where} has {len(scales)} values, but cfg_t_range has {intervals}"
+                yield "schedule", shown, rule, f"write one for each of {_text(list(runtime.cfg_t_range))}"
+            if any(scale is None or not math.isfinite(scale) or scale < 0 for scale in scales):
+                rule = f"{where} has a value that is not a number from 0 on"
+                yield "schedule", shown, rule, f"write numbers, as the run's {_text(list(getattr(runtime, name)))}"
+
+
+def _like(runtime: RuntimeConfig) -> str:
+    return _text(list(runtime.noise2clean_kvrange) or [5, 4, 3, 2])
+
+
+def _prefix_complaints(values: Values, number: int, context: _Context) -> Iterator[Complaint]:
+    frames = values["prefix_frames"]
+    if frames is not None and frames < FRAMES_PER_LATENT:
+        rule = f"is shorter than one latent frame, which is {FRAMES_PER_LATENT} frames"
+        yield "prefix_frames", _text(frames), rule, f"use {FRAMES_PER_LATENT} or more, or an image"
+    for column, field in (("prefix_from", "take"), ("fit", "fit")):
+        value, known = values[column], get_args(PrefixSettings.model_fields[field].annotation)
+        if value is not None and value not in known:
+            close = difflib.get_close_matches(value.strip().lower(), known, n=1, cutoff=0.5)
+            yield column, _text(value), f"is none of {', '.join(known)}", f"use {close[0] if close else known[0]}"
 
 
 def _reach_complaints(values: Values, number: int, context: _Context) -> Iterator[Complaint]:
@@ -618,12 +707,17 @@ def _tag_complaints(values: Values, number: int, context: _Context) -> Iterator[
             yield "tags", _text(key), "has no value", "give it one, or leave the tag out"
 
 
+# Columns that say of one row what the run's table [prefix] says of all.
+_PREFIX_COLUMNS = {"prefix_from": "take", "prefix_frames": "max_frames", "fit": "fit", "include_prefix": "include"}
+
 # Each rule with the cells it needs.
 _CHECKS: Sequence[tuple[Sequence[str], Callable[[Values, int, _Context], Iterator[Complaint]]]] = (
     (("job_id",), _job_id_complaints),
     (("prompt", "schedule"), _caption_complaints),
+    (("schedule", "num_steps"), _control_complaints),
     (("schedule", "video", "seconds", "num_chunks", "fps"), _reach_complaints),
     (("image", "video"), _media_complaints),
+    (("prefix_from", "prefix_frames", "fit"), _prefix_complaints),
     (("seconds", "num_chunks"), _length_complaints),
     (("width", "height"), _size_complaints),
     (("fps", "seed"), _range_complaints),
@@ -657,13 +751,15 @@ def _row(number: int, values: Values, extra: dict[str, Any], context: _Context) 
         name: values[name] if values[name] is not None else getattr(defaults, name)
         for name in ("width", "height", "fps", "seed", "num_steps")
     }
+    prefix = {field: values[column] for column, field in _PREFIX_COLUMNS.items() if values[column] is not None}
     return Row(
         number=number,
         job_id=values["job_id"],
-        captions=tuple(Caption(**entry) for entry in schedule),
+        captions=tuple(_caption(entry) for entry in schedule),
         image=values["image"],
         video=values["video"],
         prefix_location=None if written is None else _location(written, context.base),
+        prefix=defaults.prefix.model_copy(update=prefix),
         seconds=None if seconds is None else float(seconds),
         num_chunks=num_chunks,
         priority=values["priority"] or 0,
@@ -673,11 +769,23 @@ def _row(number: int, values: Values, extra: dict[str, Any], context: _Context) 
     )
 
 
-def _notes(rows: Sequence[Row], unknown: Iterable[str]) -> Iterator[str]:
+def _caption(entry: Mapping[str, Any]) -> Caption:
+    control = {name: tuple(entry[name]) for name in _CONTROLS if entry.get(name) is not None}
+    return Caption(start_chunk=entry["start_chunk"], prompt=entry["prompt"], control=ChunkControl(**control))
+
+
+def _notes(rows: Sequence[Row], logical: Sequence[Values], unknown: Iterable[str]) -> Iterator[str]:
     for name in unknown:
         close = difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.7)
         if close:
             yield f"Column {name} is not one of ours and only travels into the results. Did you mean {close[0]}?"
+    for column in _PREFIX_COLUMNS:
+        modes = ("t2v",) if column == "fit" else ("t2v", "i2v")
+        idle = [row for row, values in zip(rows, logical, strict=True) if values[column] and row.mode in modes]
+        if idle:
+            count = f" ({len(idle)} rows)" if len(idle) > 1 else ""
+            what = "an image or a clip" if column == "fit" else "a clip"
+            yield f"Row {idle[0].number}{count} says {column}, which counts only where a video begins from {what}."
     remote = [row for row in rows if (row.prefix_location or "").startswith("s3://")]
     if remote:
         count = f" ({len(remote)} rows)" if len(remote) > 1 else ""
@@ -710,6 +818,8 @@ def _fits(found: pa.DataType, wanted: pa.DataType) -> bool:
         return bool(types.is_string(found) or types.is_large_string(found) or types.is_string_view(found))
     if types.is_integer(wanted):
         return bool(types.is_integer(found))
+    if types.is_boolean(wanted):
+        return bool(types.is_boolean(found))
     if types.is_floating(wanted):
         return bool(types.is_floating(found) or types.is_integer(found))
     if types.is_map(wanted):
@@ -719,8 +829,9 @@ def _fits(found: pa.DataType, wanted: pa.DataType) -> bool:
     if types.is_struct(wanted):
         return bool(
             types.is_struct(found)
-            and {field.name for field in found} == {field.name for field in wanted}
-            and all(_fits(found.field(field.name).type, field.type) for field in wanted)
+            and {field.name for field in wanted} - {field.name for field in found} <= set(_CONTROLS)
+            and {field.name for field in found} <= {field.name for field in wanted}
+            and all(_fits(field.type, wanted.field(field.name).type) for field in found)
         )
     is_list = types.is_list(found) or types.is_large_list(found) or types.is_fixed_size_list(found)
     return bool(is_list and _fits(found.value_type, wanted.value_type))
@@ -763,14 +874,19 @@ def _validate(
         _row(number, values, {column: extra[number - 1] for column, extra in extras.items()}, context)
         for number, values in enumerate(logical, 1)
     ]
-    return Manifest(rows=tuple(rows), digest=_digest(rows, logical), table=table, notes=tuple(_notes(rows, extras)))
+    return Manifest(
+        rows=tuple(rows), digest=_digest(rows, logical), table=table, notes=tuple(_notes(rows, logical, extras))
+    )
 
 
 def _digest(rows: Sequence[Row], logical: Sequence[Values]) -> str:
     """See ``Manifest.digest``. ``logical``: the values as written, without the run's defaults."""
     content = []
     for row, values in zip(rows, logical, strict=True):
-        captions = [[caption.start_chunk, caption.prompt] for caption in row.captions]
+        captions = [
+            [caption.start_chunk, caption.prompt, *filter(None, [caption.control.model_dump(exclude_none=True)])]
+            for caption in row.captions
+        ]
         whole = {
             **values, **row.extra, "prompt": captions, "schedule": None,
             "seconds": row.seconds, "priority": row.priority, "tags": row.tags,
@@ -839,6 +955,11 @@ def table_for_show(manifest: Manifest) -> list[dict[str, Any]]:
             "job_id": row.job_id,
             "mode": row.mode,
             "captions": {str(caption.start_chunk): caption.prompt for caption in row.captions},
+            "controls": {
+                str(caption.start_chunk): caption.control.model_dump(mode="json", exclude_none=True)
+                for caption in row.captions
+                if caption.control != AS_THE_RUN
+            },
             "from": row.image if row.image is not None else row.video,
             "length": f"{row.seconds:g} s" if row.seconds is not None else f"{row.num_chunks} chunks",
             "size": f"{row.width}×{row.height}",

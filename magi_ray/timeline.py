@@ -23,11 +23,13 @@ class Timeline:
 
     num_chunks: denoised chunks, ≥ 1.  window_size: chunks in flight, ≥ 1.
     prefix_latents: latent frames of the prefix: 0 for text, 1 for an image, frames // 4 for a video.
+    include_prefix: whether the finished video begins with the prefix's frames.
     """
 
     num_chunks: int
     window_size: int
     prefix_latents: int = 0
+    include_prefix: bool = False
 
     @property
     def offset(self) -> int:
@@ -49,9 +51,14 @@ class Timeline:
         return 0 if self.prefix_latents == 1 else self.prefix_latents_in_first_chunk * FRAMES_PER_LATENT
 
     @property
+    def included_frames(self) -> int:
+        """Frames of a video prefix that the finished video begins with. One latent frame is in its chunk already."""
+        return self.prefix_latents * FRAMES_PER_LATENT if self.include_prefix and self.prefix_latents > 1 else 0
+
+    @property
     def num_frames(self) -> int:
-        """Frames of the finished video (the prefix left out)."""
-        return self.num_chunks * FRAMES_PER_CHUNK - self.dropped_frames
+        """Frames of the finished video."""
+        return self.included_frames + self.num_chunks * FRAMES_PER_CHUNK - self.dropped_frames
 
     def chunk_frames(self, chunk: int) -> int:
         """Frames that chunk ``chunk`` contributes to the finished video."""
@@ -59,7 +66,7 @@ class Timeline:
 
     def first_frame(self, chunk: int) -> int:
         """Index in the finished video of the first frame that ``chunk`` contributes."""
-        return chunk * FRAMES_PER_CHUNK - (self.dropped_frames if chunk else 0)
+        return self.included_frames + chunk * FRAMES_PER_CHUNK - (self.dropped_frames if chunk else 0)
 
     def window(self, stage: int) -> range:
         """Chunks in flight during ``stage``, oldest first."""

@@ -20,7 +20,7 @@ from magi_ray.render.plan import RowPlan
 from magi_ray.render.progress import StepDone
 from magi_ray.render.scheduler import StageCommitted
 from magi_ray.sampling.noise import chunk_noise
-from magi_ray.sampling.ranges import KVRanges, clean_chunks_needed
+from magi_ray.sampling.ranges import clean_chunks_needed
 from magi_ray.sampling.sampler import Sampler, StageResult
 from magi_ray.sampling.state import WindowState, chunk_shape
 from magi_ray.settings import Settings
@@ -52,7 +52,7 @@ class Denoiser:
         timeline = plan.timeline
         sampler = self._sampler(plan)
         latents = load_window(self._store, plan, first_stage - 1) if first_stage else {}
-        needed = clean_chunks_needed(timeline, KVRanges.of(plan.settings.runtime), first_stage)
+        needed = clean_chunks_needed(timeline, sampler.ranges, first_stage)
         clean = {chunk: load_clean_chunk(self._store, plan, chunk) for chunk in needed}
         sampler.start(WindowState(stage=first_stage, latents=latents), clean)
         writer = _Writer()
@@ -106,6 +106,7 @@ class Denoiser:
             height=height // SPATIAL_FACTOR,
             width=width // SPATIAL_FACTOR,
             prefix=prefix,
+            controls=plan.controls,
         )
 
 

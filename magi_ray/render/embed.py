@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
 import time
-from pathlib import Path
 
 from torch import Tensor
 
-from magi_ray.errors import MediaError
-from magi_ray.media.reader import read_image, read_video
 from magi_ray.models.text.t5 import TextEncoder, load_t5
 from magi_ray.models.vae.model import VAE, load_vae
 from magi_ray.models.vae.tiling import Tiles, encode_tiled
@@ -18,12 +13,11 @@ from magi_ray.render import identity
 from magi_ray.render.durable import commit
 from magi_ray.render.latents import pack, require_finite
 from magi_ray.render.pixels import pixels_to_tensor
-from magi_ray.render.plan import Media, RowPlan
+from magi_ray.render.plan import RowPlan
+from magi_ray.render.prefix import prefix_pixels
 from magi_ray.settings import Settings
-from magi_ray.storage import keys
 from magi_ray.storage.records import verified_commit
 from magi_ray.storage.store import Store
-from magi_ray.timeline import FRAMES_PER_LATENT
 
 
 class Embedder:
@@ -52,7 +46,7 @@ class Embedder:
         key = plan.prefix_digest
         if media is not None and key is not None and verified_commit(self._store, "prefix", key) is None:
             begun = time.monotonic()
-            latent = self._encode(media, plan.settings)
+            latent = self._encode(plan)
             require_finite(latent, what=f"row {plan.row} (job {plan.job_id}): latent of its {media.kind}")
             pre_image = identity.prefix_pre_image(media.kind, media.sha256, plan.settings, plan.digests)
             payloads = {"prefix": pack({"prefix": latent})}
@@ -68,34 +62,12 @@ class Embedder:
             )
         return self._text_encoder.encode([caption])[0].float().cpu()
 
-    def _encode(self, media: Media, settings: Settings) -> Tensor:
+    def _encode(self, plan: RowPlan) -> Tensor:
         """[1, 16, latents, h, w] float32, times scale_factor as the DiT wants it."""
-        runtime, prefix = settings.runtime, settings.prefix
+        settings = plan.settings
         if self._vae is None:
             numeric = self._settings.numeric
             self._vae = load_vae(self._settings.weights.vae, device=numeric.device, attention=numeric.attention)
-        with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
-            path = Path(folder) / "media"
-            self._store.get_to_file(keys.media(media.sha256), path)
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != media.sha256:
-                raise MediaError(
-                    f"The {media.kind} kept by {self._store.uri} has sha256 {found[:12]}…, not {media.sha256[:12]}….",
-                    remedy=f"Delete {keys.media(media.sha256)} there and submit the manifest again.",
-                )
-            width, height = runtime.video_size_w, runtime.video_size_h
-            if media.kind == "image":
-                frames = read_image(path, width=width, height=height, fit=prefix.fit)[None]
-            else:
-                frames = read_video(
-                    path,
-                    width=width,
-                    height=height,
-                    fps=runtime.fps,
-                    max_frames=prefix.max_frames,
-                    take=prefix.take,
-                    fit=prefix.fit,
-                )[: media.latents * FRAMES_PER_LATENT]
+        frames = prefix_pixels(self._store, plan)
         latent = encode_tiled(self._vae, pixels_to_tensor(frames), tiles=Tiles(**settings.tiles.model_dump()))
-        return (latent * runtime.scale_factor).float().cpu()
+        return (latent * settings.runtime.scale_factor).float().cpu()

@@ -10,14 +10,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from magi_ray.media.encoder import find_ffmpeg
+from magi_ray.media.encoder import encode_segment, find_ffmpeg
 from magi_ray.media.joiner import join, verify
 from magi_ray.render.durable import committed, segment_pre_image
 from magi_ray.render.plan import RowPlan
+from magi_ray.render.prefix import prefix_pixels
 from magi_ray.render.provenance import provenance
 from magi_ray.storage import keys
 from magi_ray.storage.records import digest, payload_to_file
 from magi_ray.storage.store import Store
+from magi_ray.timeline import FRAMES_PER_CHUNK
 
 FORMAT = 1
 
@@ -30,7 +32,7 @@ def finish(store: Store, run_id: str, plan: RowPlan, encoder: str) -> None:
     begun = time.monotonic()
     runtime, timeline = plan.settings.runtime, plan.timeline
     with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
-        segments: list[Path] = []
+        segments = _prefix_segments(store, plan, Path(folder))
         for chunk in range(timeline.num_chunks):
             key = digest(segment_pre_image(store, plan, chunk, encoder))
             segments.append(Path(folder) / f"{chunk:08d}.mp4")
@@ -53,6 +55,26 @@ def finish(store: Store, run_id: str, plan: RowPlan, encoder: str) -> None:
     store.put(keys.video_record(run_id, plan.job_id), json.dumps(record, indent=1, allow_nan=False).encode())
 
 
+def _prefix_segments(store: Store, plan: RowPlan, folder: Path) -> list[Path]:
+    """The frames of a clip that the video is to begin with, in segments of a chunk's length. They are not kept in the
+    store: encoding them again costs no more than reading them."""
+    segments: list[Path] = []
+    if not plan.timeline.included_frames:
+        return segments
+    pixels = prefix_pixels(store, plan)
+    for first in range(0, len(pixels), FRAMES_PER_CHUNK):
+        segments.append(folder / f"prefix-{first:08d}.mp4")
+        encode_segment(
+            pixels[first : first + FRAMES_PER_CHUNK],
+            ffmpeg=find_ffmpeg(),
+            fps=plan.settings.runtime.fps,
+            frame_offset=first,
+            settings=plan.settings.encoder,
+            out=segments[-1],
+        )
+    return segments
+
+
 def published(store: Store, run_id: str, plan: RowPlan) -> dict[str, Any] | None:
     """The record of ``plan``'s video, if it is published and made of these very stages."""
     key = keys.video_record(run_id, plan.job_id)
@@ -69,6 +91,7 @@ def _what_made_it(plan: RowPlan, encoder: str) -> dict[str, Any]:
         "job_id": plan.job_id,
         "row": plan.row,
         "frames": timeline.num_frames,
+        "prefix_frames": timeline.included_frames,
         "chunks": timeline.num_chunks,
         "width": runtime.video_size_w,
         "height": runtime.video_size_h,
@@ -76,6 +99,7 @@ def _what_made_it(plan: RowPlan, encoder: str) -> dict[str, Any]:
         "duration_s": timeline.num_frames / runtime.fps,
         "seed": runtime.seed,
         "captions": list(plan.captions),
+        "controls": {str(c): control.model_dump(exclude_none=True) for c, control in plan.controls.items()},
         "media": None if plan.media is None else {"kind": plan.media.kind, "sha256": plan.media.sha256},
         "encoder": encoder,
         "settings": plan.settings.model_dump(mode="json"),

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from magi_ray.settings import Settings
+from magi_ray.settings import AS_THE_RUN, ChunkControl, Settings
 from magi_ray.storage.records import digest
 from magi_ray.timeline import Timeline
 
@@ -52,13 +52,15 @@ def text_pre_image(caption: str, settings: Settings, digests: Digests) -> dict[s
 def prefix_pre_image(kind: str, media_sha256: str, settings: Settings, digests: Digests) -> dict[str, Any]:
     """What the latent of an image or video prefix is a function of. ``settings`` carries the row's size and fps."""
     runtime = settings.runtime
-    return {
+    # Which frames of a clip that does not divide into latent frames are left over: those far from the join.
+    law = {"left_over": "at the start"} if kind == "video" and settings.prefix.take == "end" else {}
+    return law | {
         "format": FORMAT,
         "kind": kind,
         "media": media_sha256,
         "size": [runtime.video_size_h, runtime.video_size_w],
         "fps": runtime.fps if kind == "video" else None,
-        "prefix": settings.prefix.model_dump(mode="json"),
+        "prefix": settings.prefix.model_dump(mode="json", exclude={"include"}),
         "tiles": settings.tiles.model_dump(mode="json"),
         "scale_factor": runtime.scale_factor,
         "vae": digests.vae,
@@ -72,6 +74,7 @@ def stage_pre_image(
     timeline: Timeline,
     *,
     caption_digests: Sequence[str],
+    controls: Mapping[int, ChunkControl],
     prefix_digest: str | None,
     stage: int,
     previous: str | None,
@@ -79,6 +82,7 @@ def stage_pre_image(
     """What the window after ``stage``, and the chunk it completes, are a function of.
 
     settings: carries the row's own size, steps and seed.  caption_digests: one per denoised chunk.
+    controls: of the chunks that differ from the run.
     previous: key of the stage before, None for the first.
     """
     runtime, engine = settings.runtime.model_dump(mode="json"), settings.engine.model_dump(mode="json")
@@ -86,7 +90,8 @@ def stage_pre_image(
     entering = None
     if chunk is not None:
         duration = timeline.duration_index(chunk) if settings.special_tokens.duration else None
-        entering = {"chunk": chunk, "caption": caption_digests[chunk], "duration": duration}
+        own = controls.get(chunk, AS_THE_RUN).model_dump(mode="json", exclude_none=True)
+        entering = {"chunk": chunk, "caption": caption_digests[chunk], "duration": duration} | own
     return {
         "format": FORMAT,
         "kind": "stage",
@@ -131,8 +136,8 @@ def segment_pre_image(
 
 def run_digest(manifest_digest: str, media: Mapping[str, str], settings: Settings, digests: Digests) -> str:
     """What makes two submissions the same run: rows, contents of their media, settings and weights."""
-    # Paths of weights may differ between machines; their contents may not.
-    values = settings.model_dump(mode="json", exclude={"weights": True, "name": True})
+    # Paths of weights and numbers of workers may differ between machines; contents may not.
+    values = settings.model_dump(mode="json", exclude={"weights", "name", "decoders"})
     for paths in ("load", "t5_pretrained", "vae_pretrained"):
         del values["runtime"][paths]
     inputs = {"manifest": manifest_digest, "media": dict(media), "settings": values, "digests": asdict(digests)}

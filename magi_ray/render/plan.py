@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from magi_ray.manifest import Row
+from magi_ray.manifest import Caption, Row
 from magi_ray.models.text.prompt import clean_caption
 from magi_ray.render import identity
 from magi_ray.render.identity import Digests
-from magi_ray.settings import Settings, override
+from magi_ray.settings import AS_THE_RUN, ChunkControl, RuntimeConfig, Settings, override
 from magi_ray.storage.records import digest
 from magi_ray.timeline import Timeline
 
@@ -31,7 +32,8 @@ class Media:
 class RowPlan:
     """One video to be. Small, picklable, and a function of the row, the settings and the weights alone.
 
-    settings: with the row's own size, fps, seed and steps.  captions: cleaned, one per denoised chunk.
+    settings: with the row's own size, fps, seed, steps and prefix.  captions: cleaned, one per denoised chunk.
+    controls: of the denoised chunks that differ from ``settings``, in no other.
     stage_keys: identity of every stage, in order.
     """
 
@@ -43,6 +45,7 @@ class RowPlan:
     timeline: Timeline
     captions: tuple[str, ...]
     caption_digests: tuple[str, ...]
+    controls: Mapping[int, ChunkControl]
     media: Media | None
     prefix_digest: str | None
     stage_keys: tuple[str, ...]
@@ -54,6 +57,7 @@ class RowPlan:
             self.digests,
             self.timeline,
             caption_digests=self.caption_digests,
+            controls=self.controls,
             prefix_digest=self.prefix_digest,
             stage=stage,
             previous=self.stage_keys[stage - 1] if stage else None,
@@ -74,15 +78,20 @@ def plan_row(row: Row, settings: Settings, digests: Digests, media: Media | None
         "seed": row.seed,
         "num_steps": row.num_steps,
     }
-    settings = override(settings, {"runtime": own}, source=f"row {row.number}")
+    changes = {"runtime": own, "prefix": row.prefix.model_dump()}
+    settings = override(settings, changes, source=f"row {row.number}")
     prefix_latents = media.latents if media else 0
     timeline = Timeline(
         num_chunks=row.chunks(prefix_latents),
         window_size=settings.runtime.window_size,
         prefix_latents=prefix_latents,
+        include_prefix=row.prefix.include,
     )
 
-    captions = _captions_per_chunk(row, timeline.num_chunks)
+    per_chunk = _entries_per_chunk(row, timeline.num_chunks)
+    cleaned = {entry.prompt: clean_caption(entry.prompt) for entry in row.captions}
+    captions = tuple(cleaned[entry.prompt] for entry in per_chunk)
+    controls = _controls(per_chunk, settings.runtime)
     embedded = {c: digest(identity.text_pre_image(c, settings, digests)) for c in set(captions)}
     caption_digests = tuple(embedded[caption] for caption in captions)
     prefix_digest = None
@@ -96,6 +105,7 @@ def plan_row(row: Row, settings: Settings, digests: Digests, media: Media | None
             digests,
             timeline,
             caption_digests=caption_digests,
+            controls=controls,
             prefix_digest=prefix_digest,
             stage=stage,
             previous=stage_keys[-1] if stage_keys else None,
@@ -110,6 +120,7 @@ def plan_row(row: Row, settings: Settings, digests: Digests, media: Media | None
         timeline=timeline,
         captions=captions,
         caption_digests=caption_digests,
+        controls=controls,
         media=media,
         prefix_digest=prefix_digest,
         stage_keys=tuple(stage_keys),
@@ -123,11 +134,23 @@ def plan_rows(
     return {row.job_id: plan_row(row, settings, digests, media.get(row.job_id)) for row in rows}
 
 
-def _captions_per_chunk(row: Row, num_chunks: int) -> tuple[str, ...]:
-    cleaned = [(caption.start_chunk, clean_caption(caption.prompt)) for caption in row.captions]
-    captions: list[str] = []
-    for chunk in range(num_chunks):
-        if len(cleaned) > 1 and cleaned[1][0] <= chunk:
-            cleaned.pop(0)
-        captions.append(cleaned[0][1])
-    return tuple(captions)
+def _entries_per_chunk(row: Row, num_chunks: int) -> list[Caption]:
+    """Which entry of the row's schedule holds for each chunk."""
+    starts = [entry.start_chunk for entry in row.captions]
+    return [row.captions[bisect_right(starts, chunk) - 1] for chunk in range(num_chunks)]
+
+
+def _controls(per_chunk: Sequence[Caption], runtime: RuntimeConfig) -> dict[int, ChunkControl]:
+    """What differs from ``runtime``: saying what the run does anyway makes no other video."""
+    run = {
+        "kv_range": runtime.noise2clean_kvrange,
+        "text_scales": runtime.text_scales,
+        "prev_chunk_scales": runtime.prev_chunk_scales,
+    }
+    controls: dict[int, ChunkControl] = {}
+    for chunk, entry in enumerate(per_chunk):
+        same = {name: None for name, value in run.items() if getattr(entry.control, name) == value}
+        control = entry.control.model_copy(update=same)
+        if control != AS_THE_RUN:
+            controls[chunk] = control
+    return controls

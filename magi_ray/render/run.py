@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -100,7 +100,8 @@ def prepare(data: bytes, *, name: str, base: Path, settings: Settings) -> tuple[
     from magi_ray.render import preflight  # needs torch, which reading a run does not
 
     manifest = parse_manifest(data, Defaults.of(settings), base=base, name=name)
-    media, files = _inspect_media(manifest, settings, name)
+    media, files, notes = _inspect_media(manifest, name)
+    manifest = replace(manifest, notes=(*manifest.notes, *notes))
     digests = weight_digests(settings)
     preflight.check(settings)
     digest = run_digest(manifest.digest, {job: medium.sha256 for job, medium in media.items()}, settings, digests)
@@ -170,10 +171,12 @@ def _with_plans(record: RunRecord, manifest: Manifest) -> Run:
     return Run(record=record, manifest=manifest, plans=plans)
 
 
-def _inspect_media(manifest: Manifest, settings: Settings, name: str) -> tuple[dict[str, Media], dict[str, Path]]:
-    """What each row begins from, opened once so that an unreadable file is found now. Raises ManifestError."""
+def _inspect_media(manifest: Manifest, name: str) -> tuple[dict[str, Media], dict[str, Path], list[str]]:
+    """What each row begins from, opened once so that an unreadable file is found now, by job_id; the files by sha256;
+    and notes. Raises ManifestError."""
     media: dict[str, Media] = {}
     files: dict[str, Path] = {}
+    notes: list[str] = []
     problems: list[Problem] = []
 
     def complain(row: Row, column: str, value: object, rule: str, remedy: str) -> None:
@@ -187,7 +190,8 @@ def _inspect_media(manifest: Manifest, settings: Settings, name: str) -> tuple[d
         kind: Literal["image", "video"] = "image" if row.image is not None else "video"
         try:
             path = _local(row.prefix_location)
-            latents = _latents(row, path, settings)
+            latents, note = _latents(row, path)
+            notes += note
             with path.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         except InputError as exc:
@@ -209,7 +213,7 @@ def _inspect_media(manifest: Manifest, settings: Settings, name: str) -> tuple[d
             problems,
             next_command=f"magi-ray manifest validate {name}",
         )
-    return media, files
+    return media, files, notes
 
 
 def _local(location: str) -> Path:
@@ -218,15 +222,19 @@ def _local(location: str) -> Path:
     return Path(location)
 
 
-def _latents(row: Row, path: Path, settings: Settings) -> int:
-    """Latent frames of the row's prefix. Raises MediaError."""
+def _latents(row: Row, path: Path) -> tuple[int, list[str]]:
+    """Latent frames of the row's prefix, and what should be said of it. Raises MediaError."""
     if row.image is not None:
-        read_image(path, width=row.width, height=row.height, fit=settings.prefix.fit)
-        return 1
-    frames = count_frames(path, fps=row.fps, max_frames=settings.prefix.max_frames)
+        read_image(path, width=row.width, height=row.height, fit=row.prefix.fit)
+        return 1, []
+    wanted = row.prefix.max_frames
+    frames = count_frames(path, fps=row.fps, max_frames=wanted)
     if frames < FRAMES_PER_LATENT:
         raise MediaError(
             f"has {frames} frames at {row.fps} fps, but a prefix needs at least {FRAMES_PER_LATENT}",
             remedy="give a longer clip, or an image",
         )
-    return frames // FRAMES_PER_LATENT
+    note = (
+        f"Row {row.number} begins from {frames} frames: its clip has no more at {row.fps} fps, and {wanted} were asked."
+    )
+    return frames // FRAMES_PER_LATENT, [note] if frames < wanted else []

@@ -26,7 +26,7 @@ from magi_ray.manifest import (
     table_for_show,
     write_manifest,
 )
-from magi_ray.settings import override, preset
+from magi_ray.settings import ChunkControl, PrefixSettings, override, preset
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 MARK = {"magi_ray": '{"schema": "magi-ray.manifest", "version": 1}'}
@@ -381,7 +381,12 @@ def test_a_manifest_without_names_is_refused_once_and_not_for_each_row() -> None
         ("seconds", ["2"], "type string is not double"),
         ("prompt", [1], "type int64 is not string"),
         ("tags", [["a"]], "type list<element: string> is not map<string, string>"),
-        ("schedule", ["[]"], "type string is not list<item: struct<start_chunk: int64, prompt: string>>"),
+        (
+            "schedule",
+            ["[]"],
+            "type string is not list<item: struct<start_chunk: int64, prompt: string, kv_range: list<item: int64>, "
+            "text_scales: list<item: double>, prev_chunk_scales: list<item: double>>>",
+        ),
     ],
 )
 def test_a_column_of_the_wrong_type_is_named_with_both_types(column: str, found: Any, types: str) -> None:
@@ -425,6 +430,118 @@ def test_the_widths_that_other_tools_give_their_types_do_not_matter() -> None:
     (row,) = parse(parquet(pa.table(columns).replace_schema_metadata(MARK))).rows
 
     assert (row.job_id, row.width, row.seconds, row.captions[1].start_chunk) == ("cat", 32, 2.0, 1)
+
+
+# What an entry of a schedule may bring
+
+
+def controlled(**control: Any) -> dict[str, Any]:
+    return {"job_id": "cat", "schedule": [schedule(0)[0], {"start_chunk": 2, "prompt": "A cat"} | control]}
+
+
+def test_an_entry_brings_its_own_ranges_and_scales_and_others_keep_the_run_s() -> None:
+    scales = [5, 5, 5, 1, 0]
+    (row,) = of(controlled(kv_range=[1, 4, 3, 2], text_scales=scales)).rows
+
+    assert row.captions[0].control == ChunkControl()
+    assert row.captions[1].control == ChunkControl(kv_range=(1, 4, 3, 2), text_scales=(5.0, 5.0, 5.0, 1.0, 0.0))
+    assert table_for_show(of(controlled(kv_range=[1])))[0]["controls"] == {"2": {"kv_range": [1]}}
+
+
+@pytest.mark.parametrize(
+    ("control", "words"),
+    [
+        ({"kv_range": []}, "kv_range [] of entry 2 is empty"),
+        ({"kv_range": [5, 4, 3]}, "of entry 2 has 3 values, but the 16 steps are not divisible by that"),
+        ({"kv_range": [5, 4, 3, 0]}, "kv_range [5, 4, 3, 0] of entry 2 has a value below 1"),
+        ({"kv_range": [5, None]}, "kv_range [5, null] of entry 2 has a value below 1"),
+        ({"text_scales": [7.5]}, "text_scales [7.5] of entry 2 has 1 values, but cfg_t_range has 5"),
+        ({"prev_chunk_scales": [1, 1, 1, 1, -1]}, "of entry 2 has a value that is not a number from 0 on"),
+        ({"text_scales": [1, 1, 1, 1, float("nan")]}, "of entry 2 has a value that is not a number from 0 on"),
+        ({"text_scales": [1, 1, 1, 1, None]}, "of entry 2 has a value that is not a number from 0 on"),
+        ({"kv_range": 1}, "must be a list of {start_chunk, prompt}, each with or without kv_range"),
+        ({"kv_range": [1.5]}, "must be a list of {start_chunk, prompt}, each with or without kv_range"),
+    ],
+)  # fmt: skip
+def test_ranges_and_scales_that_cannot_be_are_named(control: dict[str, Any], words: str) -> None:
+    (line,) = complaints(controlled(**control))
+
+    assert words in line
+
+
+def test_a_model_without_guidance_takes_no_scales() -> None:
+    distilled = override(preset("magi-tiny"), {"runtime": {"cfg_number": 1}, "engine": {"distill": True}})
+
+    with pytest.raises(ManifestError, match=r"asks for guidance, but this model has none \(cfg_number 1\)"):
+        manifest_of([controlled(text_scales=[1] * 5)], Defaults.of(distilled), base=MANIFESTS)
+    assert manifest_of([controlled(kv_range=[1])], Defaults.of(distilled), base=MANIFESTS).rows
+
+
+def test_a_schedule_without_the_newer_fields_is_as_valid_as_ever_and_the_same_manifest() -> None:
+    entry = pa.struct([("start_chunk", pa.int64()), ("prompt", pa.string())])
+    old = pa.table({"job_id": ["cat"], "schedule": pa.array([schedule(0, 2)], pa.list_(entry))})
+    found = parse(parquet(old.replace_schema_metadata(MARK)))
+
+    assert found.digest == of({"job_id": "cat", "schedule": schedule(0, 2)}).digest
+    # As it was before entries could bring more.
+    assert found.digest == "10bdc7a5d84400fc8eba11d087d3fce7f52ad75958a797d8e50acb9793b52a65"
+    assert found.digest != of(controlled(kv_range=[1])).digest != of(controlled(kv_range=[2])).digest
+
+
+@pytest.mark.parametrize(
+    "fields", [[("start_chunk", pa.int64())], [("start_chunk", pa.int64()), ("prompt", pa.string()), ("x", pa.int64())]]
+)
+def test_a_schedule_with_other_fields_is_of_the_wrong_type(fields: list[tuple[str, pa.DataType]]) -> None:
+    column = pa.array([[]], pa.list_(pa.struct(fields)))
+    (line,) = refused(parquet(pa.table({"job_id": ["cat"], "schedule": column}).replace_schema_metadata(MARK)))
+
+    assert line.startswith("column schedule: type list<element: struct<")
+
+
+def test_the_transitions_explained_are_valid(folder: Path) -> None:
+    (block,) = [b for b in (MANIFESTS / "README.md").read_text().split("```json\n") if '"new-shot"' in b]
+    shot, look = build(folder, "rows.jsonl", block.split("```")[0]).rows
+
+    assert [caption.control.kv_range for caption in shot.captions] == [None, (1, 1, 3, 2), None]
+    assert [caption.control.kv_range for caption in look.captions] == [None, (5, 4, 1, 1), None]
+
+
+# Prefixes
+
+
+def test_what_a_row_says_of_its_prefix_wins_over_the_run() -> None:
+    run = Defaults.of(override(preset("magi-tiny"), {"prefix": {"take": "end", "max_frames": 48, "include": True}}))
+    own = {"prefix_from": "start", "prefix_frames": 4, "fit": "pad", "include_prefix": False}
+    clip = CAT | {"video": "quickstart-clip.mp4"}
+    of_run, of_row = manifest_of([clip, clip | own | {"job_id": "b"}], run, base=MANIFESTS).rows
+
+    assert of_run.prefix == PrefixSettings(take="end", max_frames=48, include=True)
+    assert of_row.prefix == PrefixSettings(take="start", max_frames=4, fit="pad", include=False)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("prefix_frames", 3, "3 is shorter than one latent frame, which is 4 frames; use 4 or more, or an image"),
+        ("prefix_frames", -32, "-32 is shorter than one latent frame"),
+        ("prefix_from", "End", '"End" is none of start, end; use end'),
+        ("fit", "stretch", '"stretch" is none of crop, pad, fit; use crop'),
+        ("include_prefix", 1, "1 must be true or false"),
+        ("include_prefix", "yes", '"yes" must be true or false'),
+    ],
+)
+def test_a_prefix_that_cannot_be_is_named(column: str, value: Any, words: str) -> None:
+    assert complaint(video="quickstart-clip.mp4", **{column: value}).startswith(f"column {column}: {words}")
+
+
+def test_a_prefix_column_that_counts_for_nothing_is_noted() -> None:
+    image = CAT | {"image": "quickstart-image.png", "fit": "pad"}
+
+    assert of(image).notes == ()
+    assert of(image | {"prefix_frames": 8}, CAT | {"job_id": "b", "prefix_frames": 8, "fit": "pad"}).notes == (
+        "Row 1 (2 rows) says prefix_frames, which counts only where a video begins from a clip.",
+        "Row 2 says fit, which counts only where a video begins from an image or a clip.",
+    )
 
 
 # What unknown columns bring
@@ -504,9 +621,14 @@ FULL: list[dict[str, Any]] = [
     {
         "job_id": "cat", "prompt": "Eine Katze, „still“\u2028und froh", "image": "quickstart-image.png", "seconds": 2.5,
         "width": 32, "height": 48, "fps": 30, "seed": 2**63 - 1, "num_steps": 8, "priority": 2,
-        "tags": {"team": "film", "ä": ""}, "note": "x, \"y\"", "score": 0.5, "nested": {"list": [1, 2]}, "flag": True,
+        "fit": "pad", "tags": {"team": "film", "ä": ""},
+        "note": "x, \"y\"", "score": 0.5, "nested": {"list": [1, 2]}, "flag": True,
     },
-    {"job_id": "day", "schedule": schedule(0, 2), "num_chunks": 3, "video": "quickstart-clip.mp4", "note": None},
+    {
+        "job_id": "day", "num_chunks": 3, "video": "quickstart-clip.mp4", "prefix_from": "end", "prefix_frames": 16,
+        "include_prefix": True, "note": None,
+        "schedule": [schedule(0)[0], {"start_chunk": 2, "prompt": "A cat", "kv_range": [1, 4, 3, 2]}],
+    },
 ]  # fmt: skip
 
 
@@ -516,7 +638,9 @@ def check_full(manifest: Manifest) -> None:
         assert getattr(cat, name) == FULL[0][name]
     assert cat.captions[0].prompt == FULL[0]["prompt"]
     assert [caption.start_chunk for caption in day.captions] == [0, 2]
+    assert day.captions[1].control == ChunkControl(kv_range=(1, 4, 3, 2))
     assert (day.num_chunks, day.video, day.image, day.tags) == (3, "quickstart-clip.mp4", None, {})
+    assert (cat.prefix.fit, day.prefix) == ("pad", PrefixSettings(take="end", max_frames=16, include=True))
 
 
 @pytest.fixture
@@ -559,7 +683,7 @@ def test_yaml_becomes_the_same_manifest_as_json_lines(folder: Path) -> None:
 
 def test_csv_cells_get_the_types_of_their_columns(folder: Path) -> None:
     known = [{key: value for key, value in row.items() if key not in ("score", "nested", "flag")} for row in FULL]
-    header = [*known[0], "schedule", "num_chunks", "video"]
+    header = [*known[0], *(key for key in known[1] if key not in known[0])]
 
     def cell(value: Any) -> str:
         text = "" if value is None else value if isinstance(value, str) else json.dumps(value)
@@ -603,7 +727,8 @@ def test_a_csv_cell_that_is_no_number_is_named_with_its_line(folder: Path) -> No
 
     assert build_complaints(folder, "rows.csv", content) == [
         'row 2 (job "b"), column width: "wide" must be a whole number below 2^63 (rows.csv:4); correct the value',
-        'row 3 (job "c"), column schedule: [0] must be a list of {start_chunk, prompt} (rows.csv:5); correct the value',
+        'row 3 (job "c"), column schedule: [0] must be a list of {start_chunk, prompt}, each with or without '
+        "kv_range, text_scales, prev_chunk_scales (rows.csv:5); correct the value",
     ]
 
 
@@ -671,8 +796,8 @@ def test_a_row_is_shown_as_plain_data() -> None:
     (shown,) = table_for_show(of(CAT | {"seconds": 2.5, "tags": {"a": "b"}, "note": "x"}))
 
     assert shown == {
-        "row": 1, "job_id": "cat", "mode": "t2v", "captions": {"0": "A cat"}, "from": None, "length": "2.5 s",
-        "size": "64×64", "fps": 24, "seed": 1234, "num_steps": 16, "priority": 0, "tags": {"a": "b"},
+        "row": 1, "job_id": "cat", "mode": "t2v", "captions": {"0": "A cat"}, "controls": {}, "from": None,
+        "length": "2.5 s", "size": "64×64", "fps": 24, "seed": 1234, "num_steps": 16, "priority": 0, "tags": {"a": "b"},
         "extra": {"note": "x"},
     }  # fmt: skip
 

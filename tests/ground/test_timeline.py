@@ -61,6 +61,23 @@ def test_the_frames_of_the_chunks_follow_each_other_and_fill_the_video(prefix: i
     assert frame == timeline.num_frames
 
 
+@pytest.mark.parametrize("prefix", [2, 5, 6, 8, 13])
+def test_a_video_that_includes_its_prefix_is_longer_by_the_prefix_s_frames(prefix: int) -> None:
+    without = Timeline(num_chunks=4, window_size=2, prefix_latents=prefix)
+    included = Timeline(num_chunks=4, window_size=2, prefix_latents=prefix, include_prefix=True)
+
+    assert included.num_frames - without.num_frames == included.included_frames == 4 * prefix
+    for chunk in range(4):
+        assert included.first_frame(chunk) - without.first_frame(chunk) == 4 * prefix
+        assert included.chunk_frames(chunk) == without.chunk_frames(chunk)
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_one_latent_frame_is_in_its_chunk_already_and_is_not_included_once_more(prefix: int) -> None:
+    one, other = (Timeline(num_chunks=2, window_size=2, prefix_latents=prefix, include_prefix=i) for i in (True, False))
+    assert (one.num_frames, one.first_frame(0)) == (other.num_frames, 0)
+
+
 def test_the_duration_token_counts_what_remains_up_to_eight() -> None:
     timeline = Timeline(num_chunks=10, window_size=4)
 

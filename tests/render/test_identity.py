@@ -108,3 +108,46 @@ def test_the_pre_image_of_a_stage_names_the_stage_before(settings: Settings) -> 
     assert image["previous"] == made.stage_keys[2]
     assert image["noise"] == {"law": NOISE_LAW, "seed": settings.runtime.seed}
     assert made.captions[6:8] == ("a boat", "a storm")
+
+
+# What entries of a schedule may bring, and what must not change because they may
+
+
+def controlled(**control: object) -> list[dict[str, object]]:
+    return [SCHEDULE[0], SCHEDULE[1] | control]
+
+
+def test_keys_of_what_was_rendered_before_entries_could_bring_more_are_as_they_were(settings: Settings) -> None:
+    assert plan(settings).stage_keys[9] == "672af35d2570594a274cd9e5c2d5b43e4f577d60a094c98cdc82fb1482bdfb46"
+    made = plan(settings, media=Media(kind="video", sha256="0" * 64, latents=8), video=str(Path(__file__)))
+    assert made.prefix_digest == "3a8bef382f4bc10d3e67cc7ce036207c627fe3e4114b8b33e9fcdc9a2e86cff1"
+    assert made.stage_keys[9] == "f0f343e03b94cbebe0bea903772f3c082bc7075ff0eddbf73a25d47393a7a6bc"
+
+
+@pytest.mark.parametrize(
+    "control", [{"kv_range": [1, 4, 3, 2]}, {"text_scales": [5] * 5}, {"prev_chunk_scales": [1] * 5}]
+)
+def test_what_holds_from_chunk_7_on_keeps_the_stages_before_it(settings: Settings, control: dict) -> None:
+    changed = plan(settings, schedule=controlled(**control))
+    assert shared(plan(settings), changed) == 7
+    assert list(changed.controls) == [7, 8, 9]
+    assert changed.pre_image(7)["entering"] | control == changed.pre_image(7)["entering"]
+
+
+def test_saying_what_the_run_does_anyway_is_no_other_video(settings: Settings) -> None:
+    runtime = settings.runtime
+    control = {"kv_range": list(runtime.noise2clean_kvrange), "text_scales": list(runtime.text_scales)}
+    assert plan(settings, schedule=controlled(**control)) == plan(settings)
+
+
+@pytest.mark.parametrize("column", [{"prefix_from": "end"}, {"prefix_frames": 48}, {"fit": "pad"}])
+def test_how_a_clip_is_taken_is_in_the_identity_of_its_prefix(settings: Settings, column: dict) -> None:
+    video = {"video": str(Path(__file__)), "media": Media(kind="video", sha256="0" * 64, latents=8)}
+    assert plan(settings, **video).prefix_digest != plan(settings, **video, **column).prefix_digest
+
+
+def test_including_the_prefix_renders_no_stage_again(settings: Settings) -> None:
+    video = {"video": str(Path(__file__)), "media": Media(kind="video", sha256="0" * 64, latents=8)}
+    included = plan(settings, **video, include_prefix=True)
+    assert included.stage_keys == plan(settings, **video).stage_keys
+    assert included.timeline.num_frames == plan(settings, **video).timeline.num_frames + 32

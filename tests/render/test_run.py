@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
+import torch
 from runs import MakeRun
 
 from magi_ray.errors import InputError, ManifestError, RunNotFound, WeightsError
+from magi_ray.media.reader import read_video
+from magi_ray.render.latents import load_clean_chunk
 from magi_ray.render.local import render_here
+from magi_ray.render.prefix import prefix_pixels
 from magi_ray.render.run import list_runs, open_run
 from magi_ray.settings import Settings, override
 from magi_ray.storage import keys
@@ -75,6 +83,70 @@ def test_a_clip_shorter_than_a_latent_frame_is_refused(settings: Settings, make_
     short = override(settings, {"prefix": {"max_frames": 3}})
     with pytest.raises(ManifestError, match="has 3 frames at 24 fps, but a prefix needs at least 4"):
         make_run(MemoryStore(), [CLIP | {"prompt": "on", "num_chunks": 1}], settings=short)
+
+
+def frames_of(store: MemoryStore, run_id: str, tmp_path: Path) -> np.ndarray:
+    path = tmp_path / f"{run_id}.mp4"
+    path.write_bytes(store.get(keys.video(run_id, "clip")))
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@pytest.mark.parametrize(("prefix_frames", "dropped"), [(48, 0), (52, 4), (32, 8), (4, 0)])
+def test_a_clip_goes_on_with_the_very_next_frame_and_can_be_included(
+    make_run: MakeRun, tmp_path: Path, prefix_frames: int, dropped: int
+) -> None:
+    # 52 frames are 13 latent frames: two whole chunks and one of the six of the first new chunk.
+    store = MemoryStore()
+    row = CLIP | {"prompt": "on", "num_chunks": 2, "prefix_frames": prefix_frames, "prefix_from": "end", "fps": 48}
+    videos = []
+    for include in (False, True):
+        run = make_run(store, [row | {"include_prefix": include}])
+        assert render_here(store, run).published == ("clip",)
+        videos.append(frames_of(store, run.run_id, tmp_path))
+        record = json.loads(store.get(keys.video_record(run.run_id, "clip")))
+        assert record["frames"] == len(videos[-1])
+        assert record["prefix_frames"] == len(videos[-1]) - len(videos[0])
+    new, included = videos
+    assert len(new) == 48 - dropped
+    if prefix_frames == 4:  # one latent frame is in its chunk already
+        assert np.array_equal(included, new)
+        return
+    assert len(included) == prefix_frames + len(new)
+    clip = read_video(
+        Path(CLIP["video"]), width=32, height=32, fps=48, max_frames=prefix_frames, take="end", fit="crop"
+    )
+    distance = np.abs(included[:prefix_frames].astype(int) - clip).mean(axis=(1, 2, 3))
+    assert distance.max() < 8
+    assert np.abs(included[prefix_frames:].astype(int) - new).mean() < 1
+
+
+def test_frames_that_make_no_latent_frame_are_left_out_far_from_the_join(make_run: MakeRun) -> None:
+    for take, kept in (("start", slice(0, 28)), ("end", slice(2, 30))):
+        store = MemoryStore()
+        row = CLIP | {"prompt": "on", "num_chunks": 1, "prefix_frames": 30, "prefix_from": take}
+        found = prefix_pixels(store, make_run(store, [row]).plans["clip"])
+        all_30 = read_video(Path(CLIP["video"]), width=32, height=32, fps=24, max_frames=30, take=take, fit="crop")
+        assert np.array_equal(found, all_30[kept])
+
+
+def test_a_clip_shorter_than_asked_gives_what_it_has_and_says_so(make_run: MakeRun) -> None:
+    run = make_run(MemoryStore(), [CLIP | {"prompt": "on", "num_chunks": 1, "prefix_frames": 5000}])
+    [note] = run.manifest.notes
+    assert re.fullmatch(r"Row 1 begins from \d+ frames: its clip has no more at 24 fps, and 5000 were asked\.", note)
+    assert make_run(MemoryStore(), [CLIP | {"prompt": "on", "num_chunks": 1}]).manifest.notes == ()
+
+
+def test_a_shot_transition_of_a_manifest_reaches_the_latents_from_its_chunk_on(make_run: MakeRun) -> None:
+    store = MemoryStore()
+    chunks = []
+    for kv_range in (None, [1, 1, 3, 2]):
+        entries = [{"start_chunk": 0, "prompt": "a"}, {"start_chunk": 1, "prompt": "b", "kv_range": kv_range}]
+        run = make_run(store, [{"job_id": "cut", "schedule": entries, "num_chunks": 2}])
+        assert render_here(store, run).published == ("cut",)
+        chunks.append([load_clean_chunk(store, run.plans["cut"], chunk) for chunk in range(2)])
+    assert torch.equal(chunks[0][0], chunks[1][0])
+    assert not torch.equal(chunks[0][1], chunks[1][1])
 
 
 def test_a_run_that_does_not_exist_is_an_error_that_names_those_that_do(make_run: MakeRun) -> None:
