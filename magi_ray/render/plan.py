@@ -147,10 +147,12 @@ def _controls(per_chunk: Sequence[Caption], runtime: RuntimeConfig) -> dict[int,
         "text_scales": runtime.text_scales,
         "prev_chunk_scales": runtime.prev_chunk_scales,
     }
-    controls: dict[int, ChunkControl] = {}
-    for chunk, entry in enumerate(per_chunk):
-        same = {name: None for name, value in run.items() if getattr(entry.control, name) == value}
-        control = entry.control.model_copy(update=same)
-        if control != AS_THE_RUN:
-            controls[chunk] = control
-    return controls
+    # By start_chunk, so that the chunks of an entry share one value.
+    own = {
+        entry.start_chunk: entry.control.model_copy(
+            update={name: None for name, value in run.items() if getattr(entry.control, name) == value}
+        )
+        for entry in set(per_chunk)
+    }
+    controls = {chunk: own[entry.start_chunk] for chunk, entry in enumerate(per_chunk)}
+    return {chunk: control for chunk, control in controls.items() if control != AS_THE_RUN}

@@ -117,7 +117,15 @@ row 28 (job "negative-seed"), column seed: -1 is not between 0 and 2^63 - 1; use
 row 29 (job "odd-steps"), column num_steps: 10 must be divisible by window_size 4; use 12
 row 29 (job "odd-steps"), column num_steps: 10 must be divisible by the 4 values of noise2clean_kvrange; use 12
 row 30 (job "no-steps"), column num_steps: 0 is below 1; use the run's 16
-row 31 (job "null-tag"), column tags: "team" has no value; give it one, or leave the tag out"""  # noqa: E501
+row 31 (job "null-tag"), column tags: "team" has no value; give it one, or leave the tag out
+row 32 (job "odd-range"), column schedule: kv_range [5, 4, 3] of entry 1 has 3 values, but the 16 steps are not divisible by that; write as many as noise2clean_kvrange has, for example [5, 4, 3, 2]
+row 33 (job "blind-range"), column schedule: kv_range [1, 0, 1, 1] of entry 1 has a value below 1, but a chunk always sees itself; use 1 for the chunk alone, 2 for one more, and so on
+row 34 (job "no-range"), column schedule: kv_range [] of entry 1 is empty; leave it null, or write how many chunks are seen
+row 35 (job "few-scales"), column schedule: text_scales [7.5, 0.0] of entry 1 has 2 values, but cfg_t_range has 5; write one for each of [0.0, 0.0217, 0.1, 0.3, 0.999]
+row 36 (job "negative-scale"), column schedule: prev_chunk_scales [1.5, 1.5, 1.5, 1.0, -1.0] of entry 1 has a value that is not a number from 0 on; write numbers, as the run's [1.5, 1.5, 1.5, 1.0, 1.0]
+row 37 (job "short-prefix"), column prefix_frames: 3 is shorter than one latent frame, which is 4 frames; use 4 or more, or an image
+row 38 (job "middle-prefix"), column prefix_from: "middle" is none of start, end; use start
+row 39 (job "stretched"), column fit: "stretch" is none of crop, pad, fit; use crop"""  # noqa: E501
 
 
 def test_every_mistake_of_a_manifest_is_reported_at_once_with_a_remedy() -> None:
@@ -127,7 +135,7 @@ def test_every_mistake_of_a_manifest_is_reported_at_once_with_a_remedy() -> None
 
     error = caught.value
     assert explain(error.problems) == MISTAKES.format(folder=MANIFESTS)
-    assert error.message.split("\n")[0] == f"{path} cannot be used: 31 problems in 30 of 31 rows."
+    assert error.message.split("\n")[0] == f"{path} cannot be used: 39 problems in 38 of 39 rows."
     assert error.next_command == f"magi-ray manifest validate {path}"
     assert error.exit_code == 3
     assert error.problems[24] == Problem(
