@@ -1,6 +1,6 @@
 """Draws docs/quickstart.png: eight frames of each quickstart video, magnified, one video a line.
 
-    .venv/bin/python docs/make_picture.py magi-ray-store/runs/quickstart-*/videos docs/quickstart.png
+.venv/bin/python docs/make_picture.py magi-ray-store/runs/quickstart-*/videos docs/quickstart.png
 """
 
 from __future__ import annotations
