@@ -165,7 +165,10 @@ class NumericProfile(Frozen):
 
 
 class WeightPaths(Frozen):
-    """Folders and files of the four networks, in the published layout (spec §2)."""
+    """Folders and files of the four networks, in the published layout (spec §2).
+
+    Relative paths are made absolute where settings are read: a run may be resumed from another folder.
+    """
 
     dit: Path
     vae: Path
@@ -176,6 +179,7 @@ class WeightPaths(Frozen):
     @classmethod
     def under(cls, root: Path, *, made: bool) -> Self:
         """Everything below one folder, as ``magi_ray.models.tiny`` writes it. ``made``: it may write it."""
+        root = root.absolute()
         return cls(
             dit=root / "magi",
             vae=root / "vae",
@@ -191,7 +195,7 @@ class WeightPaths(Frozen):
 
         Raises WeightsError with every place that was looked at for what is missing.
         """
-        tokens = "special_tokens.npz"
+        root, tokens = root.absolute(), "special_tokens.npz"
         places = {  # network: (folders, what must be in them)
             "dit": (("magi", f"ckpt/magi/{release}", f"magi/{release}", release, "."),
                     inference_folder(fp8=fp8, distill=distill)),
@@ -433,15 +437,17 @@ def published(path: Path, *, special_tokens: Path | None = None, device: Literal
     runtime = values["runtime"]
     if device == "cpu" and "t5_device" in runtime:
         runtime["t5_device"] = "cpu"
-    t5 = Path(str(runtime.get("t5_pretrained", "")))
+    dit, vae, t5 = (Path(str(runtime.get(key, ""))).absolute() for key in ("load", "vae_pretrained", "t5_pretrained"))
     tokens = [folder / "special_tokens.npz" for folder in (t5.parent, path.parent, Path("example/assets"))]
     values |= {
         "name": path.stem,
         "weights": {
-            "dit": runtime.get("load", ""),
-            "vae": runtime.get("vae_pretrained", ""),
+            "dit": dit,
+            "vae": vae,
             "t5": t5,
-            "special_tokens": special_tokens or next((file for file in tokens if file.is_file()), tokens[0]),
+            "special_tokens": (
+                special_tokens or next((file for file in tokens if file.is_file()), tokens[0])
+            ).absolute(),
         },
         "numeric": {"device": device},
     }

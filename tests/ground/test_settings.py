@@ -183,17 +183,18 @@ def test_a_misspelt_preset_is_answered_with_the_right_one() -> None:
     assert caught.value.exit_code == 2
 
 
-def test_a_published_config_is_read_as_it_is(tmp_path: Path) -> None:
+def test_a_published_config_is_read_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     settings = published(official(tmp_path, runtime_config={"num_steps": 64, "fps": 12}))
 
     assert settings.name == "24B_config"
     assert (settings.runtime.num_steps, settings.runtime.fps) == (64, 12)
     assert (settings.weights.dit, settings.weights.t5, settings.weights.vae) == (
-        Path("w/dit"),
-        Path("w/t5"),
-        Path("w/vae"),
+        tmp_path / "w/dit",
+        tmp_path / "w/t5",
+        tmp_path / "w/vae",
     )
-    assert settings.weights.special_tokens == Path("w/special_tokens.npz")
+    assert settings.weights.special_tokens == tmp_path / "w/special_tokens.npz"
 
 
 def test_a_job_lays_its_tables_over_a_published_config_beside_it(tmp_path: Path) -> None:
@@ -316,3 +317,13 @@ def test_the_cache_lies_where_the_environment_says() -> None:
     assert cache_folder({"MAGI_RAY_CACHE": "/a", "XDG_CACHE_HOME": "/b"}) == Path("/a")
     assert cache_folder({"XDG_CACHE_HOME": "/b"}) == Path("/b/magi-ray")
     assert cache_folder({}) == Path.home() / ".cache" / "magi-ray"
+
+
+def test_a_run_can_be_resumed_from_another_folder_than_its_weights_were_named_in(
+    download: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(download.parent)
+    for name, weights in (("24B", "downloads"), ("magi-tiny", "tiny")):
+        paths = preset(name, weights=Path(weights)).weights
+        assert paths.dit.is_absolute()
+        assert paths.special_tokens.is_absolute()

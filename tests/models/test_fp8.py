@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from magi_ray.errors import WeightsError
 from magi_ray.models.dit.model import DiT
-from magi_ray.models.fp8 import E4M3, E4M3_MAX, Fp8Linear, Kind, fp8_matmul
+from magi_ray.models.fp8 import E4M3, E4M3_MAX, Fp8Linear, Kind, _hardware, _plain, fp8_matmul
 from magi_ray.models.weights import check_fit
 from magi_ray.settings import override, preset
 
@@ -69,6 +69,16 @@ def test_each_input_channel_of_a_smooth_layer_has_its_own_scale() -> None:
     assert made.smooth_scale is not None
     made.smooth_scale.data = torch.tensor([[1.0, 4.0]])
     assert made(torch.tensor([[2.0, 8.0]])).item() == (2 + 2) * SCALE * 2
+
+
+@pytest.mark.parametrize("leading", [(16,), (2, 5), (3, 16), (1,)])
+def test_the_matmul_of_the_hardware_is_asked_for_the_same_sums(leading: tuple[int, ...]) -> None:
+    # A CPU knows the operation too, if slowly.
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(*leading, 64, generator=generator) * 20).to(E4M3)
+    weight = (torch.randn(32, 64, generator=generator) * 100).to(E4M3)
+    scales = torch.tensor([0.3]), torch.tensor([0.01])
+    torch.testing.assert_close(_hardware(x, weight, *scales), _plain(x, weight, *scales), rtol=1e-5, atol=1e-3)
 
 
 def test_a_cpu_takes_the_plain_path() -> None:
