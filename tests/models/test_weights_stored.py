@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from magi_ray.models.dit.model import load_dit
 from magi_ray.models.files import digest_files, published_folder, text_encoder_files, weight_files
 from magi_ray.models.safetensors_stream import read_header, read_tensors
 from magi_ray.models.tiny import make_tiny
+from magi_ray.models.vae.model import load_vae
 from magi_ray.models.weights import check_fit, load_into
 from magi_ray.render import preflight
 from magi_ray.settings import override, preset
@@ -165,6 +167,16 @@ def test_a_whole_frame_of_a_file_that_was_cut_short_before_is_told_with_both_siz
         load_into(Same(), [file])
 
 
+def test_a_byte_flipped_in_a_frame_with_a_checksum_is_found_while_loading(tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors.zst"
+    data = bytearray(packed(save(content()), write_checksum=True))
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    check_fit(Same(), [file])
+    with pytest.raises(WeightsError, match=r"m\.safetensors\.zst is not a readable safetensors file"):
+        load_into(Same(), [file])
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -276,6 +288,14 @@ def test_a_tiny_checkpoint_is_the_same_in_every_form(fp8: bool, tmp_path: Path) 
     assert all(name.endswith(".safetensors.zst") for name in files[2])
     for other in states[1:]:
         assert all(same_bits(other[name], tensor) for name, tensor in states[0].items())
+
+
+def test_the_vae_may_be_compressed_too(tiny_weights: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_weights / "vae" / "config.json", tmp_path)
+    plain = tiny_weights / "vae" / "diffusion_pytorch_model.safetensors"
+    (tmp_path / f"{plain.name}.zst").write_bytes(packed(plain.read_bytes()))
+    ours, theirs = (load_vae(folder, device="cpu", attention="plain") for folder in (tmp_path, plain.parent))
+    assert all(same_bits(ours.state_dict()[name], tensor) for name, tensor in theirs.state_dict().items())
 
 
 def test_tiny_fp8_weights_use_the_whole_range_of_e4m3(tmp_path: Path) -> None:
