@@ -771,7 +771,8 @@ def _row(number: int, values: Values, extra: dict[str, Any], context: _Context) 
 
 def _caption(entry: Mapping[str, Any]) -> Caption:
     control = {name: tuple(entry[name]) for name in _CONTROLS if entry.get(name) is not None}
-    return Caption(start_chunk=entry["start_chunk"], prompt=entry["prompt"], control=ChunkControl(**control))
+    caption = Caption(start_chunk=entry["start_chunk"], prompt=entry["prompt"])
+    return replace(caption, control=ChunkControl(**control)) if control else caption
 
 
 def _notes(rows: Sequence[Row], logical: Sequence[Values], unknown: Iterable[str]) -> Iterator[str]:

@@ -149,6 +149,21 @@ def test_a_shot_transition_of_a_manifest_reaches_the_latents_from_its_chunk_on(m
     assert not torch.equal(chunks[0][1], chunks[1][1])
 
 
+@pytest.mark.parametrize("stage", [3, 5, 7])
+def test_a_video_whose_last_chunk_looks_far_back_is_resumed_to_the_same_bits(make_run: MakeRun, stage: int) -> None:
+    store = MemoryStore()
+    entries = [{"start_chunk": 0, "prompt": "a"}, {"start_chunk": 5, "prompt": "b", "kv_range": [1, 6]}]
+    run = make_run(store, [{"job_id": "far", "schedule": entries, "num_chunks": 6}])
+    render_here(store, run)
+    plan = run.plans["far"]
+    expected = [load_clean_chunk(store, plan, chunk) for chunk in range(6)]
+    for key in [key for key in store.list("") if "videos/" in key or any(k in key for k in plan.stage_keys[stage:])]:
+        store.delete(key)
+    assert render_here(store, run).published == ("far",)
+    for chunk in range(6):
+        assert torch.equal(load_clean_chunk(store, plan, chunk), expected[chunk])
+
+
 def test_a_run_that_does_not_exist_is_an_error_that_names_those_that_do(make_run: MakeRun) -> None:
     store = MemoryStore()
     with pytest.raises(RunNotFound, match="no run 'x'"):
