@@ -28,7 +28,7 @@ from rich.console import Console, RenderableType
 
 from magi_ray import __version__
 from magi_ray.errors import InputError, MagiRayError, ManifestError, RunNotFound, SettingsError
-from magi_ray.settings import PRESETS, Settings, cache_folder, job, preset, published
+from magi_ray.settings import PRESETS, Settings, cache_folder, device_here, job, override, preset, published
 
 if TYPE_CHECKING:
     from magi_ray.render.journal import Outcome
@@ -163,27 +163,31 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
         preset_name: str | None,
         config_file: Path | None,
         weights: Path | None,
+        device: Literal["cpu", "cuda"] | None,
         **others: Any,
     ) -> Any:
         sources = {"--job": job_file, "--preset": preset_name, "--config": config_file}
         given = [name for name, value in sources.items() if value is not None]
         if len(given) > 1:
             raise SettingsError(f"{' and '.join(given)} stand beside each other.", remedy="Give one of them.")
-        if weights is not None and (job_file or config_file):
+        if weights is not None and config_file is not None:
             raise SettingsError(
-                f"--weights stands beside {given[0]}.", remedy="Name the folders of the networks in that file."
+                "--weights stands beside --config.", remedy="Name the folders of the networks in that file."
             )
         if job_file is not None:
-            settings = job(job_file)
+            settings = job(job_file, weights=weights)
         elif config_file is not None:
-            settings = published(config_file)
+            settings = published(config_file, device=device or device_here())
         else:
             settings = preset(PRESETS[0] if preset_name is None else preset_name, weights=weights)
+        if device is not None:
+            settings = override(settings, {"numeric": {"device": device}}, source="--device")
         return command(*args, settings=settings, **others)
 
     path = click.Path(path_type=Path)
     for option in (
-        click.option("--weights", type=path, metavar="FOLDER", help="Where the preset's networks lie."),
+        click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where to compute; default: as set."),
+        click.option("--weights", type=path, metavar="FOLDER", help="Where the networks of a preset or job lie."),
         click.option("--config", "config_file", type=path, metavar="FILE", help="A published MAGI-1 config (JSON)."),
         click.option(
             "--preset", "preset_name", metavar="NAME", help=f"One of {', '.join(PRESETS)}; default {PRESETS[0]}."

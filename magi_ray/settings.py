@@ -529,6 +529,11 @@ def _suggest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
+def device_here() -> Literal["cpu", "cuda"]:
+    """Where this machine computes: "cuda" if it has NVIDIA's driver. Asks no library, so it costs nothing."""
+    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+
+
 def prepare_ray_environment() -> None:
     """What Ray reads from the environment when it starts. What the user has set stays."""
     for name, value in {

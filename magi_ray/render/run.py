@@ -60,14 +60,18 @@ class Run:
         return self.record.settings
 
 
-def weight_digests(settings: Settings) -> Digests:
-    """Digests of all weight files; weights that a preset makes itself are made first. Raises WeightsError."""
-    weights, engine = settings.weights, settings.engine
-    if weights.made_in is not None:
+def make_weights(settings: Settings) -> None:
+    """Make the weights that a preset makes itself, unless they are there. Raises WeightsError."""
+    if settings.weights.made_in is not None:
         # Imported here: other settings need no torch to be planned.
         from magi_ray.models.tiny import ensure_tiny
 
-        ensure_tiny(weights.made_in, settings)
+        ensure_tiny(settings.weights.made_in, settings)
+
+
+def weight_digests(settings: Settings) -> Digests:
+    """Digests of all weight files. Raises WeightsError."""
+    weights, engine = settings.weights, settings.engine
     cache = cache_folder() / "digests.json"
     return Digests(
         dit=digest_files(
@@ -81,6 +85,7 @@ def weight_digests(settings: Settings) -> Digests:
 
 def require_same_weights(run: Run) -> None:
     """Raises WeightsError when the weights on this machine are not those ``run`` was submitted with."""
+    make_weights(run.settings)
     found = asdict(weight_digests(run.settings))
     for network, submitted in asdict(run.record.digests).items():
         if found[network] != submitted:
@@ -102,8 +107,10 @@ def prepare(data: bytes, *, name: str, base: Path, settings: Settings) -> tuple[
     manifest = parse_manifest(data, Defaults.of(settings), base=base, name=name)
     media, files, notes = _inspect_media(manifest, name)
     manifest = replace(manifest, notes=(*manifest.notes, *notes))
-    digests = weight_digests(settings)
+    make_weights(settings)
+    # Before the digests, which read every byte: a shard cut short is told in a second.
     preflight.check(settings)
+    digests = weight_digests(settings)
     digest = run_digest(manifest.digest, {job: medium.sha256 for job, medium in media.items()}, settings, digests)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).stem).strip(".-")[:40] or "run"
     record = RunRecord(
