@@ -235,12 +235,13 @@ def submit(
 
     _require_manifest(manifest, typed)
     # Rows first: this takes a moment, what follows loads torch.
-    for note in read_manifest(manifest, Defaults.of(settings)).notes:
-        _say(f"note: {note}", style="yellow")
+    read_manifest(manifest, Defaults.of(settings))
     store = _store_to_write(store_uri)
     from magi_ray.render.run import create, prepare
 
     run, files = prepare(manifest.read_bytes(), name=str(manifest), base=manifest.parent, settings=settings)
+    for note in run.manifest.notes:
+        _say(f"note: {note}", style="yellow")
     if dry_run:
         _dry_run(store, run, as_json=as_json)
         return

@@ -176,7 +176,7 @@ WRONG: list[tuple[tuple[str, ...], int, str, tuple[str, ...]]] = [
     (("submit", "m.parquet", "--job", "no.toml"), 2, "no job file no.toml", ("submit", "--help")),
     (("submit", "m.parquet", "--job", "."), 2, "Is a directory", ("submit", "--help")),
     (("submit", "m.parquet", "--job", "a", "--config", "b"), 2, "--job and --config stand", ("submit", "--help")),
-    (("submit", "m.parquet", "--job", "a", "--weights", "b"), 2, "--weights stands beside --config", ("submit", "--help")),
+    (("submit", "m.parquet", "--config", "a", "--weights", "b"), 2, "--weights stands beside --config", ("submit", "--help")),
     (("submit", "m.parquet", "--config", "field.json"), 2, "unknown field model.colour", ("submit", "--help")),
     (("submit", "m.parquet", "--config", "cfg.json"), 2, "cfg_number is 1, but a base model needs 3",
      ("submit", "--help")),

@@ -27,8 +27,9 @@ def check(settings: Settings) -> None:
     weights, engine, numeric = settings.weights, settings.engine, settings.numeric
     with torch.device("meta"):
         dit = DiT(settings.model, attention=numeric.attention, fp8=engine.fp8_quant)
-        vae = VAE(VAEConfig.load(weights.vae / "config.json"), attention=numeric.attention)
     check_fit(dit, weight_files(published_folder(weights.dit, fp8=engine.fp8_quant, distill=engine.distill)))
+    with torch.device("meta"):
+        vae = VAE(VAEConfig.load(weights.vae / "config.json"), attention=numeric.attention)
     check_fit(vae, weight_files(weights.vae))
     _check_width("The special tokens", SpecialTokenTable.load(weights.special_tokens).width, settings)
     _check_width("The text encoder's embeddings", _text_width(settings), settings)
