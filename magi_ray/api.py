@@ -1,0 +1,198 @@
+"""MAGI-1 from Python, without a manifest: the same plans, tasks and numbers as a run.
+
+import magi_ray
+
+model = magi_ray.load("4.5B-distill", weights="~/MAGI-1")
+frames = model(prompt="a boat on calm water", num_frames=96, seed=7).frames
+for chunk in model.stream(prompt="a boat on calm water", num_frames=2400):
+    show(chunk)
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from magi_ray.errors import SettingsError
+from magi_ray.manifest import Defaults, manifest_of
+from magi_ray.settings import PRESETS, PUBLISHED, Settings, device_here, job, override, preset, published
+from magi_ray.timeline import FRAMES_PER_CHUNK
+
+if TYPE_CHECKING:
+    import torch
+
+    from magi_ray.models.vae.model import VAE
+    from magi_ray.render.denoise import Denoiser
+    from magi_ray.render.embed import Embedder
+    from magi_ray.render.plan import RowPlan
+
+Frames = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Video:
+    """``frames``: uint8 RGB [T, H, W, 3], frames of a clip to start from left out.  ``fps``: frames per second."""
+
+    frames: Frames
+    fps: int
+
+
+def load(
+    name: str | Path,
+    *,
+    weights: str | Path | None = None,
+    device: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Model:
+    """A model by the name of a preset, a published config (.json), a job file (.toml), or the folder of a download.
+
+    weights: the folder of a preset's networks.  device: "cpu" or "cuda"; default: as the preset or the machine says.
+    settings: laid over what was named, nested as ``magi_ray.settings.Settings`` is.
+    Networks are loaded when they are first needed, and stay. Raises SettingsError, WeightsError.
+    """
+    folder = None if weights is None else Path(weights).expanduser()
+    path = Path(name).expanduser()
+    if str(name) in PRESETS:
+        base = preset(str(name), weights=folder)
+    elif path.suffix == ".json":
+        base = published(path, device=device_here())
+    elif path.suffix == ".toml":
+        base = job(path, weights=folder)
+    elif path.is_dir():
+        base = _downloaded(path)
+    else:
+        base = preset(str(name))  # raises, naming those that exist
+    changes = dict(settings or {})
+    if device is not None:
+        changes["numeric"] = {**changes.get("numeric", {}), "device": device}
+    return Model(override(base, changes, source="settings") if changes else base)
+
+
+def _downloaded(folder: Path) -> Settings:
+    """The settings of the one published variant whose networks lie in ``folder``."""
+    found: list[Settings] = []
+    for name in PUBLISHED:
+        try:
+            found.append(preset(name, weights=folder))
+        except SettingsError:
+            raise
+        except Exception:  # noqa: BLE001 - not this one; the error for all is below
+            continue
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(settings.name for settings in found) or "no whole variant"
+    raise SettingsError(
+        f"{folder} holds {names}, but load needs to know which one.",
+        remedy=f'Name it: magi_ray.load("{found[0].name if found else PUBLISHED[0]}", weights="{folder}").',
+    )
+
+
+class Model:
+    """Called like a diffusers pipeline. Keeps its networks and the embeddings of captions it has seen."""
+
+    def __init__(self, settings: Settings) -> None:
+        from magi_ray.storage.memory import MemoryStore
+
+        self.settings = settings
+        self._store = MemoryStore()
+        self._embedder: Embedder | None = None
+        self._denoiser: Denoiser | None = None
+        self._vae: VAE | None = None
+
+    def __call__(self, prompt: str | None = None, **options: Any) -> Video:
+        """The whole video; options as for ``stream``. Holds all frames in memory."""
+        plan = self._plan(prompt, **options)
+        return Video(frames=np.concatenate(list(self._render(plan))), fps=plan.settings.runtime.fps)
+
+    def stream(self, prompt: str | None = None, **options: Any) -> Iterator[Frames]:
+        """The video chunk by chunk, each uint8 RGB [≤ 24, H, W, 3] as soon as it is clean; constant memory.
+
+        prompt: what is to be seen, or ``schedule``: entries as in a manifest ({"start_chunk", "prompt", …}).
+        image: path or uint8 [H, W, 3] (anything that numpy reads as such) to begin from; video: path of a clip to
+        continue.  num_frames, or num_chunks or seconds: length of new video; num_frames is rounded up to whole chunks.
+        height, width: pixels, multiples of 16.  num_inference_steps, fps.  seed, or generator: a torch.Generator,
+        whose initial seed is taken.
+        What is left out takes the settings' value. Mistakes are told at once, before the first chunk is asked for:
+        ManifestError, SettingsError, WeightsError.
+        """
+        return self._render(self._plan(prompt, **options))
+
+    def _plan(
+        self,
+        prompt: str | None = None,
+        *,
+        schedule: Sequence[Mapping[str, Any]] | None = None,
+        image: Any = None,
+        video: str | Path | None = None,
+        num_frames: int | None = None,
+        num_chunks: int | None = None,
+        seconds: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        fps: int | None = None,
+        num_inference_steps: int | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> RowPlan:
+        from magi_ray.media.preview import write_png
+        from magi_ray.render.run import create, prepare
+
+        if num_frames is not None:
+            if num_chunks is not None:
+                raise SettingsError("num_frames stands beside num_chunks.", remedy="Give one of them.")
+            num_chunks = -(-num_frames // FRAMES_PER_CHUNK)
+        if generator is not None:
+            seed = generator.initial_seed() % 2**63
+        with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
+            if image is not None and not isinstance(image, str | Path):
+                write_png(Path(folder) / "image.png", np.ascontiguousarray(np.asarray(image, dtype=np.uint8)))
+                image = Path(folder) / "image.png"
+            row = {
+                "job_id": "video",
+                "prompt": prompt,
+                "schedule": None if schedule is None else [dict(entry) for entry in schedule],
+                "image": None if image is None else str(image),
+                "video": None if video is None else str(video),
+                "num_chunks": num_chunks,
+                "seconds": seconds,
+                "height": height,
+                "width": width,
+                "fps": fps,
+                "num_steps": num_inference_steps,
+                "seed": seed,
+            }
+            manifest = manifest_of([row], Defaults.of(self.settings), base=Path.cwd(), name="the call")
+            run, files = prepare(manifest.parquet(), name="call", base=Path.cwd(), settings=self.settings)
+            create(self._store, run, files)
+        return run.plans["video"]
+
+    def _render(self, plan: RowPlan) -> Iterator[Frames]:
+        from magi_ray.models.vae.model import load_vae
+        from magi_ray.render.decode import decode_chunk
+        from magi_ray.render.denoise import Denoiser
+        from magi_ray.render.embed import Embedder
+        from magi_ray.render.latents import load_clean_chunk, use_threads
+        from magi_ray.render.scheduler import StageCommitted
+        from magi_ray.storage import keys
+
+        numeric = self.settings.numeric
+        use_threads(numeric.cpu_threads)
+        self._embedder = self._embedder or Embedder(self.settings, self._store)
+        self._denoiser = self._denoiser or Denoiser(self.settings, self._store)
+        self._vae = self._vae or load_vae(self.settings.weights.vae, device=numeric.device, attention=numeric.attention)
+        self._embedder.embed(plan)
+        for happened in self._denoiser.render(plan, 0):
+            if not isinstance(happened, StageCommitted):
+                continue
+            if happened.chunk is not None:
+                latent = load_clean_chunk(self._store, plan, happened.chunk)
+                yield decode_chunk(self._vae, latent, plan, happened.chunk)
+            # Nobody resumes a stream: what was shown may go.
+            for key in list(self._store.list(keys.commit_folder("stage", plan.stage_keys[happened.stage]))):
+                self._store.delete(key)
