@@ -112,6 +112,12 @@ class SpecialTokens(Frozen):
     two_d_anime: bool = False
 
 
+class TextSettings(Frozen):
+    """How T5 computes. The published scripts use float32; bfloat16 halves its memory and gives other embeddings."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
 class PrefixSettings(Frozen):
     """How a row's image or video becomes the clean start of its video."""
 
@@ -230,6 +236,7 @@ class Settings(Frozen):
     weights: WeightPaths
     special_tokens: SpecialTokens = SpecialTokens()
     negative_prompt: bool = False
+    text: TextSettings = TextSettings()
     prefix: PrefixSettings = PrefixSettings()
     tiles: TileSettings = TileSettings()
     encoder: EncoderSettings = EncoderSettings()
@@ -456,7 +463,7 @@ def published(path: Path, *, special_tokens: Path | None = None, device: Literal
 
 def job(path: Path, *, weights: Path | None = None) -> Settings:
     """Settings from a job file: TOML that names a ``preset`` or a ``config`` (relative to the file) and overrides it
-    in the tables model, runtime, engine, weights, special_tokens, prefix, tiles, encoder and numeric.
+    in the tables model, runtime, engine, weights, special_tokens, text, prefix, tiles, encoder and numeric.
 
     ``weights = "DIR"`` (relative to the file) instead of a table, or the argument, which wins, is the folder of the
     preset's networks. Raises as ``preset`` and ``published``.

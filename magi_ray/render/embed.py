@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import torch
 from torch import Tensor
 
 from magi_ray.models.text.t5 import TextEncoder, load_t5
@@ -58,6 +59,7 @@ class Embedder:
             self._text_encoder = load_t5(
                 self._settings.weights.t5,
                 device=self._settings.runtime.t5_device,
+                dtype=getattr(torch, self._settings.text.dtype),
                 max_length=self._settings.model.caption_max_length,
             )
         return self._text_encoder.encode([caption])[0].float().cpu()

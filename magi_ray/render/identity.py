@@ -39,7 +39,9 @@ class Digests:
 
 def text_pre_image(caption: str, settings: Settings, digests: Digests) -> dict[str, Any]:
     """What the embedding of a cleaned ``caption`` is a function of."""
-    return {
+    # Only what is not published is named, so that embeddings from before this setting keep their keys.
+    dtype = {} if settings.text.dtype == "float32" else {"dtype": settings.text.dtype}
+    return dtype | {
         "format": FORMAT,
         "kind": "text",
         "caption": caption,

@@ -102,7 +102,7 @@ def prepare(data: bytes, *, name: str, base: Path, settings: Settings) -> tuple[
     name: of the manifest.  base: folder its relative paths start from.  Nothing is written but made weights.
     Raises ManifestError with every bad row; SettingsError, WeightsError, MediaError as ``preflight.check``.
     """
-    from magi_ray.render import preflight  # needs torch, which reading a run does not
+    from magi_ray.render import memory, preflight  # they need torch, which reading a run does not
 
     manifest = parse_manifest(data, Defaults.of(settings), base=base, name=name)
     media, files, notes = _inspect_media(manifest, name)
@@ -123,7 +123,9 @@ def prepare(data: bytes, *, name: str, base: Path, settings: Settings) -> tuple[
         digests=digests,
         media=media,
     )
-    return _with_plans(record, manifest), files
+    run = _with_plans(record, manifest)
+    memory.require(run.plans.values(), memory.available(settings))
+    return run, files
 
 
 def create(store: Store, run: Run, files: dict[str, Path]) -> bool:

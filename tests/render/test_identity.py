@@ -91,6 +91,12 @@ def test_the_vae_concerns_latents_only_through_a_prefix(settings: Settings) -> N
     assert shared(plan(settings, media=image), plan(settings, media=image, digests=other)) == 0
 
 
+def test_t5_in_bfloat16_is_another_embedding_and_float32_keeps_its_key(settings: Settings) -> None:
+    bfloat16 = override(settings, {"text": {"dtype": "bfloat16"}})
+    assert shared(plan(settings), plan(bfloat16)) == 0
+    assert "dtype" not in identity.text_pre_image("sea", settings, DIGESTS)
+
+
 def test_the_encoder_concerns_segments_alone(settings: Settings) -> None:
     other = override(settings, {"encoder": {"crf": 40}})
     assert plan(settings).stage_keys == plan(other).stage_keys
