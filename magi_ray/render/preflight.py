@@ -41,7 +41,8 @@ def _check_machine(settings: Settings) -> None:
         raise SettingsError(
             f"cp_size {engine.cp_size} × pp_size {engine.pp_size} asks for {engine.cp_size * engine.pp_size} ranks, "
             "but a group has 1 in this version.",
-            remedy="Set cp_size and pp_size to 1.",
+            remedy="Set cp_size and pp_size to 1: the video is the same. Without editing the file: a job file with "
+            'config = "FILE.json" and, under [engine], cp_size = 1 and pp_size = 1.',
         )
     wanted = {settings.numeric.device, settings.runtime.t5_device.split(":")[0]}
     if "cuda" in wanted and not torch.cuda.is_available():
