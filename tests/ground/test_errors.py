@@ -11,7 +11,9 @@ from magi_ray.errors import FailureClass, InputError, MagiRayError, ManifestErro
 
 
 def kinds(root: type[MagiRayError]) -> list[type[MagiRayError]]:
-    return [root, *(kind for child in root.__subclasses__() for kind in kinds(child))]
+    # Ray derives classes of its own from ours when an error crosses it.
+    children = [child for child in root.__subclasses__() if child.__module__ == errors.__name__]
+    return [root, *(kind for child in children for kind in kinds(child))]
 
 
 def example(kind: type[MagiRayError]) -> MagiRayError:
