@@ -1,9 +1,30 @@
-"""The type of the fixture ``make_run``: in a module of its own, since several conftest.py bear one name."""
+"""Runs in tests: the type of the fixture ``make_run``, and what a rendered run holds.
+
+A module of its own, since several conftest.py bear one name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from magi_ray.render.latents import load_clean_chunk
 from magi_ray.render.run import Run
+from magi_ray.storage import keys
+from magi_ray.storage.store import Store
 
 MakeRun = Callable[..., Run]
+
+
+def contents(store: Store, run: Run) -> dict[str, bytes]:
+    """Every clean latent and every mp4 of ``run``, by name."""
+    found = {}
+    for job_id, plan in run.plans.items():
+        found[f"{job_id}.mp4"] = store.get(keys.video(run.run_id, job_id))
+        for chunk in range(plan.timeline.num_chunks):
+            found[f"{job_id}/{chunk}"] = load_clean_chunk(store, plan, chunk).numpy().tobytes()
+    return found
+
+
+def stage_commits(store: Store) -> dict[str, bytes]:
+    """The commit object of every stage in ``store``."""
+    return {key: store.get(key) for key in store.list("stages/") if key.endswith("/commit.json")}

@@ -15,12 +15,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import MakeRun
+from runs import MakeRun, contents, stage_commits
 from safetensors.torch import load_file, save_file
 
 from magi_ray.errors import ManifestError, MediaError, SettingsError, StoreError, WeightsError
 from magi_ray.manifest import write_manifest
-from magi_ray.render.latents import load_clean_chunk
 from magi_ray.render.local import render_here
 from magi_ray.render.progress import RunProgress
 from magi_ray.render.run import Run
@@ -72,17 +71,7 @@ def render_through_deaths(store: Store, run: Run, reaper: Reaper) -> None:
             return
         except Death:
             assert {key: store.get(key) for key in kept} == kept
-            kept = {key: store.get(key) for key in store.list("stages/") if key.endswith("commit.json")}
-
-
-def contents(store: Store, run: Run) -> dict[str, bytes]:
-    """Every clean latent and every mp4 of ``run``, by name."""
-    found = {}
-    for job_id, plan in run.plans.items():
-        found[f"{job_id}.mp4"] = store.get(keys.video(run.run_id, job_id))
-        for chunk in range(plan.timeline.num_chunks):
-            found[f"{job_id}/{chunk}"] = load_clean_chunk(store, plan, chunk).numpy().tobytes()
-    return found
+            kept = stage_commits(store)
 
 
 # 1 Same bytes ---------------------------------------------------------------------------------------------------

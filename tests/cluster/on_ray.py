@@ -8,28 +8,7 @@ from typing import Any
 
 import psutil
 
-from magi_ray.render.latents import load_clean_chunk
-from magi_ray.render.run import Run
-from magi_ray.storage import keys
-from magi_ray.storage.store import Store
-
-MakeRun = Callable[..., Run]
 SMALL = {"width": 32, "height": 32, "num_steps": 8}
-
-
-def contents(store: Store, run: Run) -> dict[str, bytes]:
-    """Every clean latent and every mp4 of ``run``, by name."""
-    found = {}
-    for job_id, plan in run.plans.items():
-        found[f"{job_id}.mp4"] = store.get(keys.video(run.run_id, job_id))
-        for chunk in range(plan.timeline.num_chunks):
-            found[f"{job_id}/{chunk}"] = load_clean_chunk(store, plan, chunk).numpy().tobytes()
-    return found
-
-
-def stage_commits(store: Store) -> dict[str, bytes]:
-    """The commit object of every stage in ``store``."""
-    return {key: store.get(key) for key in store.list("stages/") if key.endswith("/commit.json")}
 
 
 def wait_until(condition: Callable[[], Any], what: str, *, within_s: float = 60.0) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from on_ray import SMALL, MakeRun, contents, processes_with, stage_commits, wait_until
+from on_ray import SMALL, processes_with, wait_until
+from runs import MakeRun, contents, stage_commits
 
 from magi_ray.cli import FAILED_ROWS, INTERRUPTED, cli
 from magi_ray.manifest import write_manifest

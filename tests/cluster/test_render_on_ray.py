@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import ray
-from on_ray import MakeRun, contents, stage_commits, wait_until, working_actors
+from on_ray import wait_until, working_actors
+from runs import MakeRun, contents, stage_commits
 
 from magi_ray.cluster.actors import WORKERS, DecodeWorker, DenoiseWorker, FinishWorker, TaskWorker
 from magi_ray.cluster.driver import MAX_FAILED_STARTS, Deadlines, render_on_ray
