@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from magi_ray.errors import SettingsError
+from magi_ray.errors import SettingsError, WeightsError
 from magi_ray.manifest import Defaults, manifest_of
 from magi_ray.settings import PRESETS, PUBLISHED, Settings, device_here, job, override, preset, published
 from magi_ray.timeline import FRAMES_PER_CHUNK
@@ -78,12 +79,8 @@ def _downloaded(folder: Path) -> Settings:
     """The settings of the one published variant whose networks lie in ``folder``."""
     found: list[Settings] = []
     for name in PUBLISHED:
-        try:
+        with suppress(WeightsError):  # not this one
             found.append(preset(name, weights=folder))
-        except SettingsError:
-            raise
-        except Exception:  # noqa: BLE001 - not this one; the error for all is below
-            continue
     if len(found) == 1:
         return found[0]
     names = ", ".join(settings.name for settings in found) or "no whole variant"

@@ -108,6 +108,18 @@ def test_load_of_an_unknown_name_or_folder_says_what_there_is(tmp_path: Path) ->
         magi_ray.load(tmp_path)
 
 
+def test_load_takes_the_folder_of_a_download(tiny_weights: Path, tmp_path: Path) -> None:
+    release = tmp_path / "ckpt" / "magi" / "4.5B_distill"
+    release.mkdir(parents=True)
+    (release / "inference_weight.distill").symlink_to(tiny_weights / "magi" / "inference_weight")
+    for network in ("vae", "t5"):
+        (tmp_path / "ckpt" / network).symlink_to(tiny_weights / network)
+    (tmp_path / "special_tokens.npz").symlink_to(tiny_weights / "special_tokens.npz")
+    assert magi_ray.load(tmp_path).settings.name == "4.5B-distill"
+    with pytest.raises(SettingsError, match=r"holds 24B, 4.5B, but load needs to know which one"):
+        magi_ray.load(tiny_weights)
+
+
 def test_importing_magi_ray_costs_nothing() -> None:
     code = "import sys, magi_ray; sys.exit(bool({'torch', 'ray', 'numpy', 'pyarrow', 'pydantic'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
