@@ -1,16 +1,17 @@
 """Batch rendering of long AI videos with MAGI-1 on Ray."""
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from magi_ray.api import load
+    from magi_ray.api import load as load
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    # Only when asked for: it imports torch, and most commands of the command line do not.
+    # The command line imports this package too, and needs none of it.
     if name == "load":
         from magi_ray.api import load
 

@@ -1,8 +1,8 @@
-"""Videos without a manifest, called like a diffusers pipeline."""
+"""MAGI-1 from Python: the same frames as a run, chunk by chunk."""
 
 from __future__ import annotations
 
-import json
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +15,11 @@ from runs import MakeRun
 
 import magi_ray
 from magi_ray.api import Model
-from magi_ray.errors import InputError, ManifestError, MediaError, SettingsError
-from magi_ray.media.reader import read_image, read_video
-from magi_ray.render import decode
+from magi_ray.errors import ManifestError, SettingsError
+from magi_ray.media.reader import read_image
+from magi_ray.models.vae.model import load_vae
+from magi_ray.render.decode import decode_chunk
+from magi_ray.render.latents import load_clean_chunk
 from magi_ray.render.local import render_here
 from magi_ray.settings import Settings
 from magi_ray.storage.memory import MemoryStore
@@ -26,147 +28,98 @@ MANIFESTS = Path(__file__).parents[1] / "manifests"
 IMAGE, CLIP = MANIFESTS / "quickstart-image.png", MANIFESTS / "quickstart-clip.mp4"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(settings: Settings) -> Model:
-    return Model(settings, store=None)
+    return Model(settings)
 
 
-@pytest.fixture
-def submitted(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``submitted(row)``: the very frames that rendering that row hands to the encoder."""
-    encoded: list[np.ndarray] = []
-    encode = decode.encode_segment
-
-    def keep(frames: np.ndarray, **rest: Any) -> None:
-        encoded.append(frames)
-        encode(frames, **rest)
-
-    monkeypatch.setattr(decode, "encode_segment", keep)
-
-    def render(**row: Any) -> np.ndarray:
-        store = MemoryStore()
-        assert not render_here(store, make_run(store, [{"job_id": "row", **row}])).failed
-        return np.concatenate(encoded)
-
-    return render
+@pytest.mark.parametrize("start", [{}, {"image": str(IMAGE)}, {"video": str(CLIP)}], ids=["text", "image", "video"])
+def test_a_call_gives_the_very_frames_that_a_run_encodes(
+    start: dict[str, str], model: Model, settings: Settings, make_run: MakeRun
+) -> None:
+    store = MemoryStore()
+    run = make_run(store, [{"job_id": "a", "prompt": "sea", "num_chunks": 2, "seed": 5} | start])
+    assert not render_here(store, run).failed
+    plan = run.plans["a"]
+    vae = load_vae(settings.weights.vae, device="cpu", attention=settings.numeric.attention)
+    encoded = np.concatenate([decode_chunk(vae, load_clean_chunk(store, plan, i), plan, i) for i in range(2)])
+    video = model(prompt="sea", num_chunks=2, seed=5, **start)
+    assert video.fps == 24
+    assert video.frames.dtype == np.uint8
+    assert video.frames.shape == (plan.timeline.num_frames, 32, 32, 3)
+    assert np.array_equal(video.frames, encoded)
 
 
-def test_import_of_the_package_loads_neither_torch_nor_ray() -> None:
-    watch = "import sys, magi_ray; print('torch' in sys.modules, 'ray' in sys.modules, callable(magi_ray.load))"
-    ended = subprocess.run([sys.executable, "-c", watch], capture_output=True, text=True, timeout=120, check=True)
-    assert ended.stdout.split() == ["False", "False", "True"]
-    with pytest.raises(AttributeError, match="laod"):
-        magi_ray.laod  # noqa: B018
+def test_chunks_are_streamed_and_are_the_video(model: Model) -> None:
+    options: dict[str, Any] = {"prompt": "sea", "num_frames": 60, "generator": torch.Generator().manual_seed(11)}
+    chunks = list(model.stream(**options))
+    assert [len(chunk) for chunk in chunks] == [24, 24, 24]
+    assert np.array_equal(np.concatenate(chunks), model(prompt="sea", num_frames=60, seed=11).frames)
 
 
-def test_frames_are_those_that_a_submitted_row_encodes(model: Model, submitted: Any) -> None:
-    schedule = [{"start_chunk": 0, "prompt": "sea"}, {"start_chunk": 1, "prompt": "storm"}]
-    video = model(schedule=schedule, num_frames=72, height=48, width=32, seed=5, num_inference_steps=4)
-    assert (video.frames.dtype, video.frames.shape, video.fps, video.seed) == (np.uint8, (72, 48, 32, 3), 24, 5)
-    row = submitted(schedule=schedule, num_chunks=3, height=48, width=32, seed=5, num_steps=4)
-    assert np.array_equal(video.frames, row)
+def test_a_stream_keeps_nothing_of_what_it_has_shown(settings: Settings) -> None:
+    model = Model(settings)
+    sizes = []
+    for _ in model.stream(prompt="sea", num_chunks=6):
+        gc.collect()
+        sizes.append(sum(len(model._store.get(key)) for key in model._store.list("stages/")))
+    assert len(sizes) == 6
+    # The window of at most three chunks in flight and the chunk just shown, twice: the next stage may be written.
+    assert max(sizes[1:]) <= 2 * max(sizes[:1])
+    assert not list(model._store.list("stages/"))
 
 
-def test_a_clip_is_continued_as_in_a_submitted_row(model: Model, submitted: Any) -> None:
-    chunks = list(model.stream("it sails on", video=CLIP, num_frames=30))
-    assert [len(chunk) for chunk in chunks] == [16, 24]
-    assert np.array_equal(np.concatenate(chunks), submitted(prompt="it sails on", video=str(CLIP), num_chunks=2))
+def test_a_mistake_is_told_before_the_first_chunk_is_asked_for(model: Model) -> None:
+    with pytest.raises(ManifestError, match="100 is not a multiple of 16; use 96 or 112"):
+        model.stream(prompt="sea", width=100)
+    with pytest.raises(ManifestError, match="prompt"):
+        model.stream()
+    with pytest.raises(SettingsError, match="num_frames stands beside num_chunks"):
+        model.stream(prompt="sea", num_frames=24, num_chunks=1)
 
 
-def test_a_result_can_begin_with_the_frames_of_its_clip(model: Model) -> None:
-    first, *rest = model.stream("it sails on", video=CLIP, num_frames=16, include_prefix=True)
-    assert np.array_equal(first, read_video(CLIP, width=32, height=32, fps=24, max_frames=32, take="start", fit="crop"))
-    assert [len(chunk) for chunk in rest] == [16]
-
-
-def test_pixels_in_memory_give_what_the_file_gives(model: Model) -> None:
+def test_an_image_may_be_an_array_of_pixels(model: Model) -> None:
     pixels = read_image(IMAGE, width=32, height=32, fit="crop")
-    assert np.array_equal(model("x", image=pixels, num_frames=24).frames, model("x", image=IMAGE, num_frames=24).frames)
-    clip = read_video(CLIP, width=32, height=32, fps=24, max_frames=32, take="start", fit="crop")
-    assert np.array_equal(model("x", video=clip, num_frames=16).frames, model("x", video=CLIP, num_frames=16).frames)
+    from_array = model(prompt="sea", image=pixels, num_chunks=1).frames
+    assert from_array.shape == (24, 32, 32, 3)
+    assert not np.array_equal(from_array, model(prompt="sea", num_chunks=1).frames)
 
 
-def test_a_generator_stands_for_its_seed(model: Model) -> None:
-    seeded = model("sea", num_frames=24, seed=9)
-    assert np.array_equal(model("sea", num_frames=24, generator=torch.Generator().manual_seed(9)).frames, seeded.frames)
-    assert not np.array_equal(model("sea", num_frames=24, seed=10).frames, seeded.frames)
-
-
-def test_a_stream_keeps_no_stage_behind_it(model: Model) -> None:
-    kept = []
-    for _ in model.stream("sea", num_frames=144):
-        kept.append(len([key for key in model._store.list("stages/") if key.endswith("commit.json")]))
-    assert kept == [1] * 6
-    assert list(model._store.list("stages/")) == []
-
-
-def test_a_prompt_is_embedded_once_and_the_networks_stay_loaded(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = model("sea", num_frames=24)
-    for network in ("embed.load_t5", "denoise.load_dit"):
-        monkeypatch.setattr(f"magi_ray.render.{network}", None)
-    assert np.array_equal(model("sea", num_frames=24).frames, first.frames)
-
-
-def test_with_a_store_a_stopped_stream_goes_on_where_it_stopped(
-    settings: Settings, tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, whole = tmp_path / "store", model("sea", num_frames=72).frames
-    weights = settings.weights.dit.parent
-    runtime = {"video_size_h": 32, "video_size_w": 32, "num_steps": 8}
-    kept = magi_ray.load("magi-tiny", weights=weights, store=folder, runtime=runtime)
-    stream = kept.stream("sea", num_frames=72)
-    assert np.array_equal(next(stream), whole[:24])
-    stream.close()  # type: ignore[attr-defined]
-    again = magi_ray.load("magi-tiny", weights=weights, store=folder, runtime=runtime)
-    assert np.array_equal(again("sea", num_frames=72).frames, whole)
-    monkeypatch.setattr("magi_ray.render.denoise.load_dit", None)
-    assert np.array_equal(
-        magi_ray.load("magi-tiny", weights=weights, store=folder, runtime=runtime)("sea", num_frames=72).frames, whole
+def test_a_schedule_reaches_the_chunks(model: Model) -> None:
+    schedule = [{"start_chunk": 0, "prompt": "sea"}, {"start_chunk": 1, "prompt": "a red desert"}]
+    told, plain = (
+        model(num_chunks=2, seed=1, **options).frames for options in ({"schedule": schedule}, {"prompt": "sea"})
     )
+    assert not np.array_equal(told[24:], plain[24:])
 
 
-def test_the_callers_number_of_threads_is_back_between_chunks(model: Model) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        assert [torch.get_num_threads() for _ in model.stream("sea", num_frames=48)] == [2, 2]
-    finally:
-        torch.set_num_threads(before)
+def test_load_takes_a_preset_a_job_and_settings_of_its_own(tiny_weights: Path, tmp_path: Path) -> None:
+    small = {"runtime": {"video_size_h": 32, "video_size_w": 32, "num_steps": 8}}
+    model = magi_ray.load("magi-tiny", weights=tiny_weights, settings=small, device="cpu")
+    assert model(prompt="sea", num_chunks=1).frames.shape == (24, 32, 32, 3)
+    (tmp_path / "mine.toml").write_text('preset = "magi-tiny"\n[runtime]\nnum_steps = 8\n')
+    assert magi_ray.load(tmp_path / "mine.toml", weights=tiny_weights).settings.runtime.num_steps == 8
 
 
-def test_the_negative_prompt_changes_the_result(model: Model) -> None:
-    other = Model(model.settings.model_copy(update={"negative_prompt": True}), store=None)
-    assert not np.array_equal(other("sea", num_frames=24).frames, model("sea", num_frames=24).frames)
-
-
-def test_a_folder_with_a_published_config_is_all_that_load_needs(
-    settings: Settings, tmp_path: Path, model: Model
-) -> None:
-    for path in settings.weights.dit.parent.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    sections = {"model_config": settings.model, "runtime_config": settings.runtime, "engine_config": settings.engine}
-    with pytest.raises(SettingsError, match="holds no published config, but must hold exactly one"):
+def test_load_of_an_unknown_name_or_folder_says_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no preset 'magi-tny'"):
+        magi_ray.load("magi-tny")
+    with pytest.raises(SettingsError, match="holds no whole variant"):
         magi_ray.load(tmp_path)
-    (tmp_path / "tiny_config.json").write_text(json.dumps({k: v.model_dump(mode="json") for k, v in sections.items()}))
-    assert np.array_equal(magi_ray.load(tmp_path)("sea", num_frames=24).frames, model("sea", num_frames=24).frames)
-    with pytest.raises(SettingsError, match="There is no nowhere"):
-        magi_ray.load("nowhere")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "kind", "message"),
-    [
-        ({"prompt": "sea", "width": 100}, ManifestError, "100 is not a multiple of 16; use 96 or 112"),
-        ({"prompt": "sea", "num_inference_steps": 9}, ManifestError, "divisible by window_size 4"),
-        ({"prompt": "sea", "seed": 1, "generator": torch.Generator()}, InputError, "Both seed 1 and a generator"),
-        ({"prompt": "sea", "image": np.zeros((8, 8, 4), np.uint8)}, MediaError, r"\[8, 8, 4\], but must be uint8"),
-        ({"prompt": "sea", "image": "missing.png"}, ManifestError, "missing.png"),
-        ({}, ManifestError, "prompt"),
-    ],
-)
-def test_a_call_that_cannot_work_is_refused_before_a_network_is_loaded(
-    arguments: dict[str, Any], kind: type[Exception], message: str, model: Model
-) -> None:
-    with pytest.raises(kind, match=message):
-        model.stream(**arguments)
-    assert model._denoiser is None
+def test_load_takes_the_folder_of_a_download(tiny_weights: Path, tmp_path: Path) -> None:
+    release = tmp_path / "ckpt" / "magi" / "4.5B_distill"
+    release.mkdir(parents=True)
+    (release / "inference_weight.distill").symlink_to(tiny_weights / "magi" / "inference_weight")
+    for network in ("vae", "t5"):
+        (tmp_path / "ckpt" / network).symlink_to(tiny_weights / network)
+    (tmp_path / "special_tokens.npz").symlink_to(tiny_weights / "special_tokens.npz")
+    assert magi_ray.load(tmp_path).settings.name == "4.5B-distill"
+    with pytest.raises(SettingsError, match=r"holds 24B, 4.5B, but load needs to know which one"):
+        magi_ray.load(tiny_weights)
+
+
+def test_importing_magi_ray_costs_nothing() -> None:
+    code = "import sys, magi_ray; sys.exit(bool({'torch', 'ray', 'numpy', 'pyarrow', 'pydantic'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -1,6 +1,6 @@
 """Imports point down. Reads every import of magi_ray, those inside functions too, and a few more promises of the text.
 
-api cli report > cluster > render > {sampling models storage media} > parallel > {errors timeline manifest settings}
+cli report > cluster > render > {sampling models storage media} > parallel > {errors timeline manifest settings}
 """
 
 from __future__ import annotations
@@ -67,9 +67,6 @@ def import_faults(module: str, tree: ast.AST, is_package: bool) -> Iterator[str]
             other = part_of(name)
             # ``from magi_ray import __version__`` is of the package itself.
             if other == part or other not in HEIGHT:
-                continue
-            # The package hands out api's function; test_api sees to it that this imports nothing early.
-            if (part, other) == ("", "api"):
                 continue
             if (part, other) == ("", "api"):
                 continue  # magi_ray.load, fetched when it is asked for
