@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from magi_ray.errors import SettingsError, WeightsError
+from magi_ray.errors import MediaError, SettingsError, WeightsError
 from magi_ray.manifest import Defaults, manifest_of
 from magi_ray.settings import PRESETS, PUBLISHED, Settings, device_here, job, override, preset, published
 from magi_ray.timeline import FRAMES_PER_CHUNK
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from magi_ray.models.vae.model import VAE
     from magi_ray.render.denoise import Denoiser
-    from magi_ray.render.embed import Embedder
     from magi_ray.render.plan import RowPlan
 
 Frames = npt.NDArray[np.uint8]
@@ -38,7 +37,8 @@ Frames = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True)
 class Video:
-    """``frames``: uint8 RGB [T, H, W, 3], frames of a clip to start from left out.  ``fps``: frames per second."""
+    """``frames``: uint8 RGB [T, H, W, 3]; those of a clip to start from only with ``include_prefix``.
+    ``fps``: frames per second."""
 
     frames: Frames
     fps: int
@@ -98,7 +98,6 @@ class Model:
 
         self.settings = settings
         self._store = MemoryStore()
-        self._embedder: Embedder | None = None
         self._denoiser: Denoiser | None = None
         self._vae: VAE | None = None
 
@@ -111,8 +110,9 @@ class Model:
         """The video chunk by chunk, each uint8 RGB [≤ 24, H, W, 3] as soon as it is clean; constant memory.
 
         prompt: what is to be seen, or ``schedule``: entries as in a manifest ({"start_chunk", "prompt", …}).
-        image: path or uint8 [H, W, 3] (anything that numpy reads as such) to begin from; video: path of a clip to
-        continue.  num_frames, or num_chunks or seconds: length of new video; num_frames is rounded up to whole chunks.
+        image: path, or uint8 RGB [H, W, 3] (anything that numpy reads as such), to begin from; video: path of a clip
+        to continue, with prefix_from, prefix_frames and include_prefix as in a manifest; fit for both.
+        num_frames, num_chunks or seconds: at least so much new video, in whole chunks.
         height, width: pixels, multiples of 16.  num_inference_steps, fps.  seed, or generator: a torch.Generator,
         whose initial seed is taken.
         What is left out takes the settings' value. Mistakes are told at once, before the first chunk is asked for:
@@ -136,19 +136,23 @@ class Model:
         num_inference_steps: int | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
+        prefix_from: str | None = None,
+        prefix_frames: int | None = None,
+        include_prefix: bool | None = None,
+        fit: str | None = None,
     ) -> RowPlan:
         from magi_ray.media.preview import write_png
         from magi_ray.render.run import create, prepare
 
+        _one_of(num_frames=num_frames, num_chunks=num_chunks, seconds=seconds)
+        _one_of(seed=seed, generator=generator)
         if num_frames is not None:
-            if num_chunks is not None:
-                raise SettingsError("num_frames stands beside num_chunks.", remedy="Give one of them.")
-            num_chunks = -(-num_frames // FRAMES_PER_CHUNK)
+            seconds = num_frames / (fps or self.settings.runtime.fps)
         if generator is not None:
             seed = generator.initial_seed() % 2**63
         with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
             if image is not None and not isinstance(image, str | Path):
-                write_png(Path(folder) / "image.png", np.ascontiguousarray(np.asarray(image, dtype=np.uint8)))
+                write_png(Path(folder) / "image.png", _pixels(image))
                 image = Path(folder) / "image.png"
             row = {
                 "job_id": "video",
@@ -163,6 +167,10 @@ class Model:
                 "fps": fps,
                 "num_steps": num_inference_steps,
                 "seed": seed,
+                "prefix_from": prefix_from,
+                "prefix_frames": prefix_frames,
+                "include_prefix": include_prefix,
+                "fit": fit,
             }
             manifest = manifest_of([row], Defaults.of(self.settings), base=Path.cwd(), name="the call")
             run, files = prepare(manifest.parquet(), name="call", base=Path.cwd(), settings=self.settings)
@@ -170,20 +178,36 @@ class Model:
         return run.plans["video"]
 
     def _render(self, plan: RowPlan) -> Iterator[Frames]:
+        from magi_ray.render.latents import threads
+        from magi_ray.render.prefix import prefix_pixels
+
+        if plan.timeline.included_frames:
+            clip = prefix_pixels(self._store, plan)
+            for first in range(0, len(clip), FRAMES_PER_CHUNK):
+                yield clip[first : first + FRAMES_PER_CHUNK]
+        chunks = self._chunks(plan)
+        while True:
+            # Only while we compute: between two chunks the caller has the number of threads it had.
+            with threads(self.settings.numeric.cpu_threads):
+                frames = next(chunks, None)
+            if frames is None:
+                return
+            yield frames
+
+    def _chunks(self, plan: RowPlan) -> Iterator[Frames]:
         from magi_ray.models.vae.model import load_vae
         from magi_ray.render.decode import decode_chunk
         from magi_ray.render.denoise import Denoiser
         from magi_ray.render.embed import Embedder
-        from magi_ray.render.latents import load_clean_chunk, use_threads
+        from magi_ray.render.latents import load_clean_chunk
         from magi_ray.render.scheduler import StageCommitted
         from magi_ray.storage import keys
 
+        # T5 is let go again at once; what it said of a caption stays in the store.
+        Embedder(self.settings, self._store).embed(plan)
         numeric = self.settings.numeric
-        use_threads(numeric.cpu_threads)
-        self._embedder = self._embedder or Embedder(self.settings, self._store)
         self._denoiser = self._denoiser or Denoiser(self.settings, self._store)
         self._vae = self._vae or load_vae(self.settings.weights.vae, device=numeric.device, attention=numeric.attention)
-        self._embedder.embed(plan)
         for happened in self._denoiser.render(plan, 0):
             if not isinstance(happened, StageCommitted):
                 continue
@@ -193,3 +217,20 @@ class Model:
             # Nobody resumes a stream: what was shown may go.
             for key in list(self._store.list(keys.commit_folder("stage", plan.stage_keys[happened.stage]))):
                 self._store.delete(key)
+
+
+def _one_of(**options: object) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise SettingsError(f"{' stands beside '.join(given[:2])}.", remedy="Give one of them.")
+
+
+def _pixels(image: Any) -> Frames:
+    """uint8 [H, W, 3], or MediaError with what was found."""
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise MediaError(
+            f"The image is {pixels.dtype} {list(pixels.shape)}, but must be uint8 [height, width, 3].",
+            remedy="Convert it to RGB with values 0 to 255.",
+        )
+    return np.ascontiguousarray(pixels)

@@ -15,7 +15,7 @@ from runs import MakeRun
 
 import magi_ray
 from magi_ray.api import Model
-from magi_ray.errors import ManifestError, SettingsError
+from magi_ray.errors import ManifestError, MediaError, SettingsError
 from magi_ray.media.reader import read_image
 from magi_ray.models.vae.model import load_vae
 from magi_ray.render.decode import decode_chunk
@@ -76,6 +76,36 @@ def test_a_mistake_is_told_before_the_first_chunk_is_asked_for(model: Model) -> 
         model.stream()
     with pytest.raises(SettingsError, match="num_frames stands beside num_chunks"):
         model.stream(prompt="sea", num_frames=24, num_chunks=1)
+    with pytest.raises(SettingsError, match="seed stands beside generator"):
+        model.stream(prompt="sea", seed=1, generator=torch.Generator())
+
+
+def test_a_stream_leaves_the_callers_threads_alone(model: Model) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert [torch.get_num_threads() for _ in model.stream(prompt="sea", num_chunks=2)] == [2, 2]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_frames_of_new_video_are_counted_after_a_clip_and_the_clip_may_be_included(model: Model) -> None:
+    options: dict[str, Any] = {"prompt": "on", "video": CLIP, "num_frames": 20, "seed": 3}
+    # 32 frames of the clip leave 16 new ones in the first chunk: 20 take a second.
+    alone = model(**options).frames
+    assert len(alone) == 16 + 24
+    both = model(**options, include_prefix=True).frames
+    assert len(both) == 32 + 16 + 24
+    assert np.array_equal(both[32:], alone)
+
+
+@pytest.mark.parametrize(
+    "pixels", [np.zeros((32, 32, 4), np.uint8), np.zeros((32, 32, 3)), np.zeros((32, 32), np.uint8)]
+)
+def test_other_pixels_than_rgb_bytes_are_refused(model: Model, pixels: np.ndarray) -> None:
+    with pytest.raises(MediaError, match=r"must be uint8 \[height, width, 3\]"):
+        model.stream(prompt="sea", image=pixels)
 
 
 def test_an_image_may_be_an_array_of_pixels(model: Model) -> None:

@@ -65,6 +65,17 @@ def telling_out_of_memory(what: str) -> Iterator[None]:
         ) from exc
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """``use_threads`` for a while."""
+    before = torch.get_num_threads()
+    use_threads(count)
+    try:
+        yield
+    finally:
+        use_threads(before)
+
+
 def use_threads(count: int) -> None:
     """How many threads this process computes with from now on. Sums are split by it, so it is part of the identity."""
     torch.set_num_threads(count)

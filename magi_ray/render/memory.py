@@ -97,7 +97,9 @@ def require(plans: Iterable[RowPlan], available: int) -> None:
     seen = set()
     for plan in plans:
         runtime = plan.settings.runtime
-        shape = (runtime.video_size_h, runtime.video_size_w, plan.timeline.offset, tuple(sorted(plan.controls.items())))
+        in_flight = min(runtime.window_size, plan.timeline.num_chunks)
+        size = runtime.video_size_h, runtime.video_size_w
+        shape = (*size, in_flight, plan.timeline.offset, repr(sorted(plan.controls.items())))
         if shape not in seen:
             seen.add(shape)
             _require(plan, available)
@@ -119,7 +121,7 @@ def _require(plan: RowPlan, available: int) -> None:
 def available(settings: Settings) -> int:
     """Bytes that the device has in all, or that the cgroup allows."""
     if settings.numeric.device == "cuda":
-        return int(torch.cuda.mem_get_info()[1])
+        return int(torch.cuda.get_device_properties(0).total_memory)
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
