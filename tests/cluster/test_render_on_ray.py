@@ -108,6 +108,27 @@ def test_rows_become_the_same_bytes_as_without_ray(
     assert (again.stages_rendered, again.already_published) == (0, 3)
 
 
+def test_several_decoders_share_the_chunks_and_change_no_byte(
+    make_run: MakeRun,
+    settings: Settings,
+    store: LocalStore,
+    undisturbed: Callable[..., dict[str, bytes]],
+    tmp_path: Path,
+) -> None:
+    class Waiting(DecodeWorker):
+        def load(self) -> None:
+            super().load()
+            (tmp_path / self._name).touch()
+            while len(list(tmp_path.glob("decode-*"))) < 2:  # both are there before the first chunk is decoded
+                time.sleep(0.05)
+
+    run = make_run(store, [TEXT], settings=override(settings, {"decoders": 2}))
+    assert run.run_id == make_run(MemoryStore(), [TEXT]).run_id
+    deadlines = Deadlines(load_s=60)
+    assert not render_on_ray(store, run, workers=WORKERS | {Kind.DECODE: Waiting}, deadlines=deadlines).failed
+    assert contents(store, run) == undisturbed([TEXT])
+
+
 def test_a_denoise_worker_killed_in_mid_video_loses_nothing_that_was_committed(
     make_run: MakeRun, store: LocalStore, undisturbed: Callable[..., dict[str, bytes]], tmp_path: Path
 ) -> None:
