@@ -16,6 +16,7 @@ from magi_ray.errors import WeightsError
 from magi_ray.settings import inference_folder
 
 INDEX = "model.safetensors.index.json"
+_TEXT_SIZES = ("vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_layers")
 SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 COMPRESSED = ".zst"
 SIDECAR = ".sha256"
@@ -56,6 +57,21 @@ def text_encoder_files(t5_pretrained: Path) -> list[Path]:
     if not files:
         raise WeightsError(f"There is no text encoder in {folder}.", remedy="Check `t5_pretrained` in the config.")
     return files
+
+
+def text_encoder_sizes(t5_pretrained: Path) -> dict[str, int]:
+    """vocab_size, d_model, d_ff, d_kv, num_heads and num_layers of the encoder's config.json.
+
+    Raises WeightsError when it is not the config of a T5.
+    """
+    path = text_encoder_files(t5_pretrained)[0].parent / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        return {
+            name: int(config[name]) for name in ("vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_layers")
+        }
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise WeightsError(f"{path} is not the config of a T5: {exc!r}", remedy="Download it again.") from exc
 
 
 def _indexed(index: Path) -> list[Path]:

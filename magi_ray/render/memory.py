@@ -12,7 +12,6 @@ An upper estimate, in bytes of one rank, which has everything in this version:
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from magi_ray.errors import SettingsError, WeightsError
+from magi_ray.errors import SettingsError
 from magi_ray.models.dit.model import DiT
-from magi_ray.models.files import text_encoder_files
+from magi_ray.models.files import text_encoder_sizes
 from magi_ray.models.vae.config import VAEConfig
 from magi_ray.models.vae.model import VAE
 from magi_ray.render.plan import RowPlan
@@ -137,11 +136,7 @@ def _bytes(module: nn.Module) -> int:
 
 def _text_bytes(settings: Settings) -> int:
     """The encoder, by its config: embeddings, and per layer four projections and a gated MLP of three."""
-    path = text_encoder_files(settings.weights.t5)[0].parent / "config.json"
-    try:
-        c = json.loads(path.read_text())
-        layer = 4 * c["d_model"] * c["num_heads"] * c["d_kv"] + 3 * c["d_model"] * c["d_ff"]
-        itemsize = getattr(torch, settings.text.dtype).itemsize
-        return int(c["vocab_size"] * c["d_model"] + c["num_layers"] * layer) * int(itemsize)
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise WeightsError(f"{path} is not the config of a T5: {exc!r}", remedy="Download it again.") from exc
+    c = text_encoder_sizes(settings.weights.t5)
+    layer = 4 * c["d_model"] * c["num_heads"] * c["d_kv"] + 3 * c["d_model"] * c["d_ff"]
+    itemsize = getattr(torch, settings.text.dtype).itemsize
+    return (c["vocab_size"] * c["d_model"] + c["num_layers"] * layer) * int(itemsize)

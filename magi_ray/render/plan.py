@@ -11,6 +11,7 @@ from magi_ray.manifest import Caption, Row
 from magi_ray.models.text.prompt import clean_caption
 from magi_ray.render import identity
 from magi_ray.render.identity import Digests
+from magi_ray.sampling.window import forwards_per_stage
 from magi_ray.settings import AS_THE_RUN, ChunkControl, RuntimeConfig, Settings, override
 from magi_ray.storage.records import digest
 from magi_ray.timeline import Timeline
@@ -66,7 +67,8 @@ class RowPlan:
     @property
     def forwards_per_stage(self) -> int:
         """Denoising steps between two chunks becoming clean."""
-        return self.settings.runtime.num_steps // self.settings.runtime.window_size
+        runtime = self.settings.runtime
+        return forwards_per_stage(num_steps=runtime.num_steps, window_size=runtime.window_size)
 
 
 def plan_row(row: Row, settings: Settings, digests: Digests, media: Media | None) -> RowPlan:

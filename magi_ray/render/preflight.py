@@ -5,14 +5,12 @@ Reads headers and small files only; no weights are loaded.
 
 from __future__ import annotations
 
-import json
-
 import torch
 
 from magi_ray.errors import SettingsError, WeightsError
 from magi_ray.media.encoder import find_ffmpeg
 from magi_ray.models.dit.model import DiT
-from magi_ray.models.files import published_folder, text_encoder_files, weight_files
+from magi_ray.models.files import published_folder, text_encoder_sizes, weight_files
 from magi_ray.models.text.special_tokens import SpecialTokenTable
 from magi_ray.models.vae.config import VAEConfig
 from magi_ray.models.vae.model import VAE
@@ -32,7 +30,7 @@ def check(settings: Settings) -> None:
         vae = VAE(VAEConfig.load(weights.vae / "config.json"), attention=numeric.attention)
     check_fit(vae, weight_files(weights.vae))
     _check_width("The special tokens", SpecialTokenTable.load(weights.special_tokens).width, settings)
-    _check_width("The text encoder's embeddings", _text_width(settings), settings)
+    _check_width("The text encoder's embeddings", text_encoder_sizes(weights.t5)["d_model"], settings)
 
 
 def _check_machine(settings: Settings) -> None:
@@ -50,14 +48,6 @@ def _check_machine(settings: Settings) -> None:
             "The settings compute on cuda, but torch finds no CUDA device here.",
             remedy='Set device = "cpu" in the table [numeric] and t5_device = "cpu" in [runtime], or install CUDA.',
         )
-
-
-def _text_width(settings: Settings) -> int:
-    config = text_encoder_files(settings.weights.t5)[0].parent / "config.json"
-    try:
-        return int(json.loads(config.read_text())["d_model"])
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise WeightsError(f"{config} is not the config of a T5: {exc!r}", remedy="Download it again.") from exc
 
 
 def _check_width(what: str, found: int, settings: Settings) -> None:
