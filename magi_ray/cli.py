@@ -577,7 +577,7 @@ def _note_made_weights(settings: Settings) -> None:
 def _store_to_read(uri: str) -> Store:
     """The store at ``uri``, which must be there. Nothing is written."""
     from magi_ray.storage.local import LocalStore
-    from magi_ray.storage.store import open_store
+    from magi_ray.storage.opening import open_store
 
     store = open_store(uri)
     if isinstance(store, LocalStore):
@@ -596,7 +596,7 @@ def _store_to_read(uri: str) -> Store:
 def _store_to_write(uri: str) -> Store:
     """The store at ``uri``, as far as one can tell without writing; ``_check`` does the rest."""
     from magi_ray.storage.local import LocalStore
-    from magi_ray.storage.store import open_store
+    from magi_ray.storage.opening import open_store
 
     store = open_store(uri)
     if isinstance(store, LocalStore):
@@ -612,7 +612,7 @@ def _store_to_write(uri: str) -> Store:
 
 def _check(store: Store) -> None:
     """Only when the run is sure to be written: this leaves a folder behind."""
-    from magi_ray.storage.store import check_store
+    from magi_ray.storage.probe import check_store
 
     check_store(store)
 

@@ -9,7 +9,10 @@ MagiRayError
 │   └── RunNotFound           no such run in this store
 ├── StoreError                the store failed; trying again may help                   (class "store")
 │   ├── ObjectMissing         there is no object under that key
-│   └── ObjectDamaged         the bytes do not match the digest recorded for them
+│   ├── ObjectDamaged         the bytes do not match the digest recorded for them
+│   ├── StoreUnavailable      busy, throttled, timed out or gone; the call may have landed all the same
+│   └── StoreDenied           credentials or permissions                                (exit code 7)
+├── Superseded                another driver or group has taken over                    (exit code 8)
 ├── NumericError              the model gave NaN or infinity                            (class "numeric")
 ├── OutputError               a finished video is not what was planned                  (class "code")
 ├── DeviceOutOfMemory         the accelerator has too little memory                     (class "out_of_memory")
@@ -124,6 +127,19 @@ class ObjectMissing(StoreError):
 
 class ObjectDamaged(StoreError):
     pass
+
+
+class StoreUnavailable(StoreError):
+    pass
+
+
+class StoreDenied(StoreError):
+    exit_code = 7
+
+
+class Superseded(MagiRayError):
+    exit_code = 8
+    failure_class = FailureClass.PREEMPTED
 
 
 class NumericError(MagiRayError):

@@ -27,7 +27,8 @@ from magi_ray.settings import Settings, override, preset
 from magi_ray.storage import keys
 from magi_ray.storage.local import LocalStore
 from magi_ray.storage.memory import MemoryStore
-from magi_ray.storage.store import Store, check_store
+from magi_ray.storage.probe import check_store
+from magi_ray.storage.store import Store
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 ROWS: list[dict[str, Any]] = [

@@ -19,6 +19,11 @@
 └── runs/<run>/
     ├── run.json                       create-only: what was submitted
     ├── manifest.parquet               the manifest as submitted
+    ├── epoch/<000001>.json            create-only: each driver takes the next one; the highest is the run's driver
+    ├── lease.json                     swapped: the driver that renders the run now, and its beat
+    ├── wanted.json                    overwritten: what people want of the run: that it pauses, or is cancelled
+    ├── jobs/<job_id>/lease.json       swapped: the group that denoises the row now, and its beat
+    ├── takes/<0001>.json              create-only: one row, to be rendered anew from a chunk on
     ├── progress.json                  overwritten as the run goes on; may be lost
     ├── results.parquet                one row per video
     ├── errors.parquet                 one row per failure
@@ -102,6 +107,36 @@ def run_results(run_id: str) -> str:
 
 def run_errors(run_id: str) -> str:
     return f"{run(run_id)}errors.parquet"
+
+
+def epochs(run_id: str) -> str:
+    """Prefix of the epochs of a run."""
+    return f"{run(run_id)}epoch/"
+
+
+def epoch(run_id: str, number: int) -> str:
+    return f"{epochs(run_id)}{number:06d}.json"
+
+
+def run_lease(run_id: str) -> str:
+    return f"{run(run_id)}lease.json"
+
+
+def row_lease(run_id: str, job_id: str) -> str:
+    return f"{run(run_id)}jobs/{job_id}/lease.json"
+
+
+def run_wanted(run_id: str) -> str:
+    return f"{run(run_id)}wanted.json"
+
+
+def takes(run_id: str) -> str:
+    """Prefix of the takes of a run."""
+    return f"{run(run_id)}takes/"
+
+
+def take(run_id: str, number: int) -> str:
+    return f"{takes(run_id)}{number:04d}.json"
 
 
 def videos(run_id: str) -> str:

@@ -2,15 +2,19 @@
 
 An object is first written whole under ``<root>/.tmp/``, flushed to the disk, and then given its name in one step:
 ``rename`` to overwrite, ``link`` to create only, which fails if the name is taken. A crash leaves at most a nameless
-file in ``.tmp``, which no key can reach and anybody may delete while nothing runs.
+file in ``.tmp``, which no key can reach; ``leftovers`` lists them. To swap, a file in ``.locks`` is locked while the
+object is compared and renamed; the system lets go of it however the process ends.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import hashlib
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,8 +22,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
-from magi_ray.errors import ObjectMissing, StoreError
+from magi_ray.errors import ObjectMissing, StoreDenied, StoreError
 from magi_ray.storage.keys import check_key
+from magi_ray.storage.store import Entry
 
 _REMEDIES = {
     errno.ENOSPC: "The disk is full: free some space, then resume; nothing that was committed is lost.",
@@ -27,6 +32,7 @@ _REMEDIES = {
     errno.EACCES: "Allow this user to read and write the folder, or choose another with --store.",
     errno.EPERM: "The file system must allow hard links, and this user must own the folder; or choose another.",
     errno.EOPNOTSUPP: "This file system has no hard links; choose a folder on another one with --store.",
+    errno.ENOLCK: "This file system has no locks; choose a folder on another one with --store.",
     errno.EROFS: "The file system is mounted read-only; choose another folder with --store.",
 }
 
@@ -60,6 +66,21 @@ class LocalStore:
         with self._reading(key) as source, path.open("wb") as target:
             shutil.copyfileobj(source, target)
 
+    def get_versioned(self, key: str) -> tuple[bytes, str]:
+        data = self.get(key)
+        return data, _version(data)
+
+    def swap(self, key: str, data: bytes, version: str) -> str | None:
+        with self._locked(key):
+            try:
+                found = self.get(key)
+            except ObjectMissing:
+                return None
+            if _version(found) != version:
+                return None
+            self.put(key, data)
+            return _version(data)
+
     def exists(self, key: str) -> bool:
         with self._translated(key):
             return self._path(key).is_file()
@@ -70,10 +91,25 @@ class LocalStore:
             check_key(folder)
         return (key for key in self._walk(folder) if key.startswith(prefix))
 
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        for key in self.list(prefix):
+            with self._translated(key), contextlib.suppress(FileNotFoundError):
+                yield _entry(key, self._path(key).stat())
+
     def delete(self, key: str) -> None:
         # Emptied folders stay: removing one could race with a writer that is about to use it.
         with self._translated(key), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             self._path(key).unlink()
+
+    def leftovers(self) -> Iterator[Entry]:
+        with self._translated(".tmp"), contextlib.suppress(FileNotFoundError):
+            for found in sorted(os.scandir(self.root / ".tmp"), key=lambda entry: entry.name):
+                with contextlib.suppress(FileNotFoundError):
+                    yield _entry(found.name, found.stat())
+
+    def sweep(self, name: str) -> None:
+        with self._translated(".tmp"):
+            (self.root / ".tmp" / check_key(name)).unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
@@ -101,6 +137,16 @@ class LocalStore:
             return True
 
     @contextlib.contextmanager
+    def _locked(self, key: str) -> Iterator[None]:
+        # A few names for all keys: a lock file can never be removed safely.
+        name = hashlib.sha256(check_key(key).encode()).hexdigest()[:2]
+        with self._translated(key):
+            _make_folder(self.root / ".locks")
+            with (self.root / ".locks" / name).open("ab") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield
+
+    @contextlib.contextmanager
     def _reading(self, key: str) -> Iterator[BinaryIO]:
         with self._translated(key):
             try:
@@ -121,7 +167,7 @@ class LocalStore:
         for name in names:
             key = f"{folder}/{name}" if folder else name
             if name.endswith("/"):
-                if key != ".tmp/":
+                if not key.startswith("."):
                     yield from self._walk(key[:-1])
             else:
                 yield key
@@ -131,10 +177,19 @@ class LocalStore:
         try:
             yield
         except OSError as exc:
-            raise StoreError(
+            kind = StoreDenied if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else StoreError
+            raise kind(
                 f"The store at {self.uri} failed on {key or 'its root'}: {exc.strerror or exc}",
                 remedy=_REMEDIES.get(exc.errno or 0, "Check the disk or the mount, then resume."),
             ) from exc
+
+
+def _version(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _entry(key: str, found: os.stat_result) -> Entry:
+    return Entry(key=key, size=found.st_size, age_s=max(0.0, time.time() - found.st_mtime))
 
 
 def _make_folder(folder: Path) -> None:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import unquote, urlsplit
 
-from magi_ray.errors import InputError, StoreError
-from magi_ray.storage.local import LocalStore
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One object as a listing shows it. ``size`` in bytes; ``age_s``: seconds since it was written, by the store's own
+    clock, so that no two machines' clocks are compared."""
+
+    key: str
+    size: int
+    age_s: float
 
 
 class Store(Protocol):
     """What every store does. All of them pass ``tests/storage/contract.py``.
 
     An object is visible whole or not at all, and once a write returned it survives the death of this process.
-    Failures of the store itself raise StoreError; keys that ``check_key`` refuses raise ValueError.
+    Failures of the store itself raise StoreError; keys that ``check_key`` refuses raise ValueError. After
+    StoreUnavailable a write may have landed all the same, or may land later.
     """
 
     @property
@@ -44,64 +51,36 @@ class Store(Protocol):
         """``get`` into a file, in constant memory. Raises ObjectMissing; a failure may leave the file half written."""
         ...
 
+    def get_versioned(self, key: str) -> tuple[bytes, str]:
+        """``get``, and the version that ``swap`` wants to hear. Raises ObjectMissing."""
+        ...
+
+    def swap(self, key: str, data: bytes, version: str) -> str | None:
+        """Writes ``data`` if the object is still the one of ``version``; the new version, or None when it is not.
+
+        Of racing callers with one version exactly one succeeds. An object that is swapped is never ``put``, and its
+        data holds an id of the write, so that no two writes are alike.
+        """
+        ...
+
     def exists(self, key: str) -> bool: ...
 
     def list(self, prefix: str) -> Iterator[str]:
         """Every key that begins with the string ``prefix`` ('' for all), in the order of the strings."""
         ...
 
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        """``list`` with sizes and ages."""
+        ...
+
     def delete(self, key: str) -> None:
         """Removes the object; a missing one is fine."""
         ...
 
+    def leftovers(self) -> Iterator[Entry]:
+        """What killed writers left behind and no key reaches; ``key`` is a name for ``sweep`` alone."""
+        ...
 
-def open_store(uri: str) -> Store:
-    """The store at ``uri``: a path or ``file:///…``. Nothing is read or written yet; see ``check_store``.
-
-    Raises InputError for any other kind of address.
-    """
-    scheme, separator, _ = uri.partition("://")
-    if not separator:
-        path = Path(uri)
-    elif scheme == "file":
-        address = urlsplit(uri)
-        if address.netloc not in ("", "localhost") or not address.path:
-            raise InputError(
-                f"{uri} is not a local folder.", remedy="Write file:/// with three slashes, or a plain path."
-            )
-        path = Path(unquote(address.path))
-    elif scheme == "s3":
-        raise InputError(
-            f"{uri}: S3 stores come with the next release.",
-            remedy="Until then give a folder that all machines mount, for example --store /mnt/shared/magi-ray-store.",
-        )
-    else:
-        raise InputError(f"{uri}: stores of kind {scheme!r} are not known.", remedy="Give a folder or file:///….")
-    if not uri:
-        raise InputError(
-            "The address of the store is empty.", remedy="Give a folder, for example --store ./magi-ray-store."
-        )
-    # Absolute, because workers have another working directory.
-    return LocalStore(root=path.expanduser().absolute())
-
-
-def check_store(store: Store) -> None:
-    """Writes, reads, refuses to create twice, lists and deletes one small object: is this store good enough?
-
-    Raises StoreError with a reason. Called before anything is computed.
-    """
-    key, data = f"probes/{uuid.uuid4().hex}", b"magi-ray"
-    created = [store.put_if_absent(key, data), store.put_if_absent(key, data)]
-    found, listed = store.get(key), list(store.list(key))
-    store.delete(key)
-    for expected, seen, rule in (
-        ([True, False], created, "create an object exactly once"),
-        (data, found, "return the bytes that were written"),
-        ([key], listed, "list what was written"),
-        (False, store.exists(key), "delete an object"),
-    ):
-        if seen != expected:
-            raise StoreError(
-                f"The store at {store.uri} does not {rule}: expected {expected!r}, found {seen!r}.",
-                remedy="Renders could be lost here. Use another folder, on a file system with POSIX semantics.",
-            )
+    def sweep(self, name: str) -> None:
+        """Removes one of ``leftovers``; a missing one is fine."""
+        ...

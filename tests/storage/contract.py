@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from magi_ray.errors import ObjectMissing
-from magi_ray.storage.store import Store, check_store
+from magi_ray.storage.probe import check_store
+from magi_ray.storage.store import Store
 
 BAD_KEYS = ["", "/a", "a/", "a//b", "..", "a/../b", "a/./b", ".tmp/x", "a b", "a\\b", "a\nb", "ä", "a/" + "x" * 256]
 
@@ -92,6 +93,52 @@ class StoreContract:
         store.get_to_file("a/file", target)
         assert target.read_bytes() == source.read_bytes() == store.get("a/file")
 
+    def test_a_swap_succeeds_only_from_the_version_that_is_there(self, store: Store) -> None:
+        assert store.put_if_absent("a/lease", b"write 1")
+        data, first = store.get_versioned("a/lease")
+        assert data == b"write 1"
+        second = store.swap("a/lease", b"write 2", first)
+        assert second is not None
+        assert store.swap("a/lease", b"write 3", first) is None
+        assert store.get_versioned("a/lease") == (b"write 2", second)
+        assert store.swap("a/lease", b"write 4", second) is not None
+        assert store.get("a/lease") == b"write 4"
+
+    def test_a_missing_object_has_no_version_and_cannot_be_swapped(self, store: Store) -> None:
+        store.put_if_absent("a/lease", b"write 1")
+        _, version = store.get_versioned("a/lease")
+        store.delete("a/lease")
+        assert store.swap("a/lease", b"write 2", version) is None
+        with pytest.raises(ObjectMissing, match="a/lease"):
+            store.get_versioned("a/lease")
+        assert not store.exists("a/lease")
+
+    def test_racing_swappers_lose_no_increment(self, store: Store) -> None:
+        store.put_if_absent("counter", b"0")
+
+        def increment(swapper: int) -> None:
+            done = 0
+            while done < 10:
+                data, version = store.get_versioned("counter")
+                count = int(data.split()[0]) + 1
+                done += store.swap("counter", b"%d by %d" % (count, swapper), version) is not None
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(increment, range(4)))
+        assert store.get("counter").split()[0] == b"40"
+
+    def test_entries_are_the_list_with_sizes_and_ages(self, store: Store) -> None:
+        store.put("a/b", b"12345")
+        store.put("a/a", b"")
+        found = list(store.entries("a/"))
+        assert [(entry.key, entry.size) for entry in found] == [("a/a", 0), ("a/b", 5)]
+        assert all(0 <= entry.age_s < 120 for entry in found)
+
+    def test_a_finished_writer_leaves_nothing_to_sweep(self, store: Store) -> None:
+        store.put("a", b"x")
+        assert list(store.leftovers()) == []
+        store.sweep("nothing")
+
     @pytest.mark.parametrize("key", BAD_KEYS)
     def test_a_key_that_could_leave_the_store_is_refused(self, store: Store, key: str, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(b"")
@@ -102,6 +149,8 @@ class StoreContract:
             lambda: store.get(key),
             lambda: store.get_to_file(key, tmp_path / "out"),
             lambda: store.exists(key),
+            lambda: store.get_versioned(key),
+            lambda: store.swap(key, b"", "version"),
             lambda: store.delete(key),
         ):
             with pytest.raises(ValueError, match="is not a key"):

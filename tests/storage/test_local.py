@@ -15,7 +15,8 @@ from contract import StoreContract
 
 from magi_ray.errors import InputError, StoreError
 from magi_ray.storage.local import LocalStore
-from magi_ray.storage.store import check_store, open_store
+from magi_ray.storage.opening import open_store
+from magi_ray.storage.probe import check_store
 
 
 class TestLocalStore(StoreContract):
