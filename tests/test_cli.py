@@ -20,7 +20,6 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from magi_ray import cli as cli_module
 from magi_ray.cli import cli
 from magi_ray.manifest import write_manifest
 from magi_ray.render.progress import RunProgress
@@ -491,7 +490,7 @@ def test_a_reader_that_leaves_early_is_no_error_of_ours(here: Path) -> None:
 
 
 def test_a_bug_is_told_as_one(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_module, "_count", None)
+    monkeypatch.setattr("magi_ray.commands.manifests.counted", None)
     result = CliRunner().invoke(cli, ["manifest", "validate", "m.parquet"])
     assert result.exit_code == 1
     assert "Traceback" in result.stderr

@@ -1,6 +1,7 @@
 """Imports point down. Reads every import of magi_ray, those inside functions too, and a few more promises of the text.
 
-cli report > cluster > render > {sampling models storage media} > parallel > {errors timeline manifest settings}
+cli commands report > cluster > render > {sampling models storage media} > parallel >
+{errors timeline manifest settings}
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ HEIGHT = {
     "sampling": 2, "models": 2, "storage": 2, "media": 2,
     "render": 3,
     "cluster": 4,
-    "api": 5, "cli": 5, "report": 5, "__main__": 5,
+    "api": 5, "commands": 5, "cli": 5, "report": 5, "__main__": 5,
 }  # fmt: skip
 # Parts of one height that may know each other; other neighbours may not.
-TOGETHER = ({"errors", "timeline", "manifest", "settings"}, {"cli", "report", "__main__"})
+TOGETHER = ({"errors", "timeline", "manifest", "settings"}, {"cli", "commands", "report", "__main__"})
 NOT_ON_THE_GROUND = {"torch", "ray", "boto3", "botocore", "requests", "httpx", "socket", "http", "urllib.request"}
 
 

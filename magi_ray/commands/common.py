@@ -1,0 +1,206 @@
+"""What the commands share: their options, opening stores and runs, and how they speak."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+from rich.console import Console, RenderableType
+
+from magi_ray.errors import InputError, RunNotFound, SettingsError
+from magi_ray.settings import PRESETS, Settings, device_here, job, override, preset, published
+
+if TYPE_CHECKING:
+    from magi_ray.render.run import Run
+    from magi_ray.storage.store import Store
+
+DEFAULT_STORE = "magi-ray-store"
+FAILURE, USAGE, FAILED_ROWS, INTERRUPTED = 1, 2, 4, 130
+
+
+def example(command: str) -> str:
+    """The end of a command's help."""
+    return f"\b\nExample:\n  {command}"
+
+
+def store_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--store", "store_uri", default=DEFAULT_STORE, show_default=True, metavar="URI",
+        help="Where everything durable lives: a folder or file:///….",
+    )(command)  # fmt: skip
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")(command)
+
+
+def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say what to render with; the command gets ``settings``."""
+
+    @functools.wraps(command)
+    def with_settings(
+        *args: Any,
+        job_file: Path | None,
+        preset_name: str | None,
+        config_file: Path | None,
+        weights: Path | None,
+        device: Literal["cpu", "cuda"] | None,
+        **others: Any,
+    ) -> Any:
+        sources = {"--job": job_file, "--preset": preset_name, "--config": config_file}
+        given = [name for name, value in sources.items() if value is not None]
+        if len(given) > 1:
+            raise SettingsError(f"{' and '.join(given)} stand beside each other.", remedy="Give one of them.")
+        if weights is not None and config_file is not None:
+            raise SettingsError(
+                "--weights stands beside --config.", remedy="Name the folders of the networks in that file."
+            )
+        if job_file is not None:
+            settings = job(job_file, weights=weights)
+        elif config_file is not None:
+            settings = published(config_file, device=device or device_here())
+        else:
+            settings = preset(PRESETS[0] if preset_name is None else preset_name, weights=weights)
+        if device is not None:
+            settings = override(settings, {"numeric": {"device": device}}, source="--device")
+        return command(*args, settings=settings, **others)
+
+    path = click.Path(path_type=Path)
+    for option in (
+        click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where to compute; default: as set."),
+        click.option("--weights", type=path, metavar="FOLDER", help="Where the networks of a preset or job lie."),
+        click.option("--config", "config_file", type=path, metavar="FILE", help="A published MAGI-1 config (JSON)."),
+        click.option(
+            "--preset", "preset_name", metavar="NAME", help=f"One of {', '.join(PRESETS)}; default {PRESETS[0]}."
+        ),
+        click.option("--job", "job_file", type=path, metavar="FILE", help="A job file (jobs/*.toml)."),
+    ):
+        with_settings = option(with_settings)
+    return with_settings
+
+
+def note_made_weights(settings: Settings) -> None:
+    if settings.weights.made_in is not None:
+        say("note: these weights are made, not trained: videos will not show their prompts.", style="yellow")
+
+
+def store_to_read(uri: str) -> Store:
+    """The store at ``uri``, which must be there. Nothing is written."""
+    from magi_ray.storage.local import LocalStore
+    from magi_ray.storage.opening import open_store
+
+    store = open_store(uri)
+    if isinstance(store, LocalStore):
+        _require_folder(store.root)
+        if not store.root.exists():
+            raise InputError(
+                f"There is no store at {store.root}.",
+                remedy="Give the folder that the run was submitted to, with --store, or go where it was submitted.",
+                next_command="magi-ray list" if uri != DEFAULT_STORE and Path(DEFAULT_STORE).is_dir() else "",
+            )
+        if not os.access(store.root, os.R_OK | os.X_OK):
+            raise InputError(f"The store at {store.root} cannot be read.", remedy="Allow this user to read it.")
+    return store
+
+
+def store_to_write(uri: str) -> Store:
+    """The store at ``uri``, as far as one can tell without writing; ``check`` does the rest."""
+    from magi_ray.storage.local import LocalStore
+    from magi_ray.storage.opening import open_store
+
+    store = open_store(uri)
+    if isinstance(store, LocalStore):
+        _require_folder(store.root)
+        above = next(folder for folder in (store.root, *store.root.parents) if folder.exists())
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise InputError(
+                f"The store at {store.root} cannot be written: {above} belongs to somebody else.",
+                remedy="Choose another folder with --store.",
+            )
+    return store
+
+
+def check(store: Store) -> None:
+    """Only when the run is sure to be written: this leaves a folder behind."""
+    from magi_ray.storage.probe import check_store
+
+    check_store(store)
+
+
+def _require_folder(root: Path) -> None:
+    for part in (root, *root.parents):
+        if part.exists() and not part.is_dir():
+            raise InputError(
+                f"The store {root} cannot be: {part} is a file, not a folder.",
+                remedy="Choose another folder with --store.",
+            )
+
+
+def open_named_run(store: Store, run_id: str, verb: str, store_uri: str) -> Run:
+    """The run of that id, or the only one whose id begins so. Raises RunNotFound with what it could have meant."""
+    from magi_ray.render.run import list_runs, open_run
+
+    known = list_runs(store)
+    # A path, as the shell completes it, names the run by its last part.
+    wanted = run_id if run_id in known else Path(run_id).name
+    fitting = [known_id for known_id in known if wanted and known_id.startswith(wanted)]
+    if wanted in known or len(fitting) == 1:
+        return open_run(store, wanted if wanted in known else fitting[0])
+    fitting = fitting[-5:] or difflib.get_close_matches(wanted, known, n=1, cutoff=0.4)
+    at = at_store(store_uri)
+    if not fitting:
+        remedy = f"It holds {', '.join(known[-5:])}." if known else "It holds no runs."
+        following = f"magi-ray list{at}"
+    else:
+        remedy = f"Did you mean {' or '.join(fitting)}?"
+        following = f"magi-ray {verb} {fitting[-1]}{at}"
+    count = f"{len(fitting)} runs begin with" if len(fitting) > 1 else "There is no run"
+    raise RunNotFound(f"{count} {run_id!r} in {store.uri}.", remedy=remedy, next_command=following)
+
+
+def command_line(verb: str, run: Run, store_uri: str) -> str:
+    return f"magi-ray {verb} {run.run_id}{at_store(store_uri)}"
+
+
+def at_store(store_uri: str) -> str:
+    return "" if store_uri == DEFAULT_STORE else f" --store {shlex.quote(store_uri)}"
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def without(words: Sequence[str], unwanted: str) -> list[str]:
+    return [word for word in words if word != unwanted]
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def say(text: str, *, style: str = "") -> None:
+    stderr().print(text, style=style or None, soft_wrap=True)
+
+
+def out(renderable: RenderableType) -> None:
+    console = Console(highlight=False, markup=False, emoji=False)
+    if console.is_terminal:
+        console.print(renderable)
+        return
+    # A pipe or a file gets whole lines, however narrow Rich takes it to be, and no spaces to fill them.
+    console.width = 4096
+    with console.capture() as captured:
+        console.print(renderable)
+    for line in captured.get().splitlines():
+        click.echo(line.rstrip())
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    click.echo(json.dumps(content))

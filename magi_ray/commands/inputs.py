@@ -1,0 +1,91 @@
+"""Files that a command is given: is this one usable, and if not, which was meant?"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from magi_ray.errors import InputError, ManifestError
+
+if TYPE_CHECKING:
+    pass
+
+SOURCES = (".jsonl", ".csv", ".yaml", ".yml")
+
+
+def require_manifest(path: Path, typed: list[str]) -> None:
+    if path.suffix.lower() in SOURCES and path.is_file():
+        built = path.with_suffix(".parquet")
+        if built.is_file():
+            remedy, following = f"Did you mean {built}?", _instead(typed, path, built)
+        else:
+            remedy = "Build a manifest of it first."
+            following = shlex.join(["magi-ray", "manifest", "build", str(path), "-o", str(built)])
+        raise InputError(f"{path} is not a Parquet file.", remedy=remedy, next_command=following)
+    require_file(path, (".parquet",), typed)
+
+
+def require_file(path: Path, suffixes: Sequence[str], typed: list[str]) -> None:
+    """Raises InputError unless ``path`` is a file; suggests the likeliest neighbour that ends in ``suffixes``."""
+    if path.is_file():
+        return
+    folder = path if path.is_dir() else path.parent
+    try:
+        neighbours = sorted(str(found) for found in folder.iterdir() if found.suffix.lower() in suffixes)
+    except OSError:
+        neighbours = []
+    # In a folder without one of that name, whatever is there is likelier than nothing.
+    [close] = difflib.get_close_matches(str(path), neighbours, n=1, cutoff=0) or [""]
+    fault = f"{path} is a folder, not a file." if path.is_dir() else f"There is no file {path}."
+    if path.exists() and not path.is_dir():
+        fault = f"{path} is not an ordinary file."
+    if not close:
+        raise InputError(fault, remedy=f"Give the path of a file that ends in {', '.join(suffixes)}.")
+    raise InputError(fault, remedy=f"Did you mean {close}?", next_command=_instead(typed, path, Path(close)))
+
+
+def _instead(typed: list[str], old: Path, new: Path) -> str:
+    """The typed command with another path in it."""
+    words = [
+        prefix + str(new) if Path(word.removeprefix(prefix)) == old else word
+        for word in typed
+        for prefix in [next((p for p in ("--out=", "-o") if word.startswith(p) and word != p), "")]
+    ]
+    return shlex.join(["magi-ray", *words])
+
+
+def require_place(out: Path, typed: list[str]) -> None:
+    """Raises InputError unless ``out`` can be written as an mp4 file, before anything is rendered for it."""
+    again = ""
+    if out.is_dir():
+        fault, remedy = f"{out} is a folder.", "Name a file in it."
+        place = out / "video.mp4"
+    elif out.suffix.lower() != ".mp4":
+        fault, remedy = f"{out} does not end in .mp4.", "Only mp4 files are written."
+        place = out.with_name(f"{out.name}.mp4")
+    elif not out.absolute().parent.is_dir():
+        fault, remedy, place = f"There is no folder {out.parent}.", "Make it, or write somewhere else.", out
+        again = f"mkdir -p {shlex.quote(str(out.parent))}"
+    elif not os.access(out.absolute().parent, os.W_OK):
+        fault, remedy, place = f"The folder {out.absolute().parent} cannot be written.", "Write elsewhere.", out
+    else:
+        return
+    raise InputError(fault, remedy=remedy, next_command=again if place == out else _instead(typed, out, place))
+
+
+@contextmanager
+def as_options() -> Iterator[None]:
+    """What is wrong with the one row of ``render``, in the words of its options."""
+    try:
+        yield
+    except ManifestError as exc:
+        lines = [
+            f"--{problem.column.replace('_', '-')}: {problem.value} {problem.rule}; {problem.remedy}"
+            for problem in exc.problems
+        ]
+        raise InputError("\n".join(lines)) from exc
