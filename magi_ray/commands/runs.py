@@ -349,5 +349,3 @@ def _dry_run(store: Store, run: Run, *, as_json: bool) -> None:
     steps = sum(line["steps_left"] for line in lines)
     what = f"{counted(left, 'stage')} to render, {counted(steps, 'denoising step')}"
     say(f"Run {run.run_id}: {what}. Nothing was written.")
-        f"Run {run.run_id}: {counted(left, 'stage')} to render, {counted(steps, 'denoising step')}. Nothing was written."
-    )
