@@ -9,6 +9,9 @@ next attempt that made the result again. (Deleting it first was rejected: a slow
 one's good commit.) That is safe: it happens only after the commit there was read and found damaged; the new payloads
 are whole before it; at no moment is there no commit; and should two workers repair at once, either's commit is whole,
 names payloads nobody deletes, and holds the result of the same key, that is the same bytes.
+
+A writer that was asleep for so long that its payloads were collected as garbage before it commits finds that out: once
+its commit is there it looks for its payloads, and writes again those that are gone.
 """
 
 from __future__ import annotations
@@ -53,14 +56,37 @@ class Commit(Frozen):
 
 def canonical_json(value: Any) -> bytes:
     """The one spelling of ``value``: keys sorted, no spaces, UTF-8. Raises ValueError for NaN and infinity."""
+    return _spelled(value, None)
+
+
+def _spelled(value: Any, indent: int | None) -> bytes:
     # Once there and back first, so that tuples and numbers as keys are what a reader will find: lists and strings.
     plain = json.loads(json.dumps(value, allow_nan=False))
-    return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    separators = (",", ":") if indent is None else None
+    return json.dumps(plain, sort_keys=True, separators=separators, indent=indent, ensure_ascii=False).encode()
 
 
 def digest(value: Any) -> str:
     """sha256 of the canonical JSON of ``value``, in hex."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def seal(body: Mapping[str, Any], *, under: str = "sha256", indent: int | None = None) -> bytes:
+    """``body`` as JSON with its own digest as the field ``under``, so that no altered byte of it goes unseen."""
+    return _spelled({**body, under: digest(body)}, indent)
+
+
+def unseal(data: bytes, *, under: str = "sha256", indent: int | None = None) -> dict[str, Any]:
+    """The body that ``seal`` was given. Raises ObjectDamaged for bytes that ``seal`` did not write."""
+    try:
+        content = json.loads(data)
+        body = {name: value for name, value in content.items() if name != under}
+        intact = content[under] == digest(body) and _spelled(content, indent) == data
+    except (ValueError, KeyError, AttributeError, RecursionError):
+        intact = False
+    if not intact:
+        raise ObjectDamaged("It is not what was written: its bytes do not have the digest they hold.")
+    return body
 
 
 def new_write_id() -> str:
@@ -85,14 +111,12 @@ def write_commit(
     """
     if earlier := verified_commit(store, kind, key):
         return earlier
-    described = {}
-    for role, content in payloads.items():
-        name = keys.payload_name(kind, role, write_id)
-        described[role] = _describe(name, content)
-        if isinstance(content, Path):
-            store.put_file(keys.commit_folder(kind, key) + name, content)
-        else:
-            store.put(keys.commit_folder(kind, key) + name, content)
+    described = {
+        role: _describe(keys.payload_name(kind, role, write_id), content) for role, content in payloads.items()
+    }
+    objects = {keys.commit_folder(kind, key) + described[role].name: content for role, content in payloads.items()}
+    for name, content in objects.items():
+        _put(store, name, content)
     commit = Commit(
         kind=kind,
         key=key,
@@ -101,17 +125,20 @@ def write_commit(
         provenance=json.loads(canonical_json(provenance)),
         write_id=write_id,
     )
-    if store.put_if_absent(keys.commit(kind, key), _serialise(commit)):
-        return commit
-    winner = verified_commit(store, kind, key)
-    if winner is None:
-        store.put(keys.commit(kind, key), _serialise(commit))
-        return commit
-    if winner.write_id != write_id:
-        # Nobody else knows these names: the commit that would have told was never created.
-        for payload in described.values():
-            store.delete(keys.commit_folder(kind, key) + payload.name)
-    return winner
+    data = seal(commit.model_dump())
+    if not store.put_if_absent(keys.commit(kind, key), data):
+        winner = verified_commit(store, kind, key)
+        if winner is not None and winner.write_id != write_id:
+            # Nobody else knows these names: the commit that would have told was never created.
+            for name in objects:
+                store.delete(name)
+            return winner
+        if winner is None:
+            store.put(keys.commit(kind, key), data)
+    for name, content in objects.items():
+        if not store.exists(name):
+            _put(store, name, content)
+    return commit
 
 
 def read_commit(store: Store, kind: Kind, key: str) -> Commit | None:
@@ -182,28 +209,26 @@ def _check(store: Store, commit: Commit, expected: Payload, found: Payload) -> N
 def _damaged(store: Store, commit: Commit, payload: Payload, what: str) -> ObjectDamaged:
     return ObjectDamaged(
         f"{keys.commit_folder(commit.kind, commit.key)}{payload.name} in {store.uri} {what}.",
-        remedy="It is made again by the next resume; check the disk if this happens often.",
+        remedy="Resume or retry makes it again; check the disk if this happens often.",
     )
 
 
-def _serialise(commit: Commit) -> bytes:
-    """The commit with its own digest, so that no altered byte of it goes unseen."""
-    body = commit.model_dump()
-    return canonical_json(body | {"sha256": digest(body)})
-
-
 def _parse(data: bytes) -> Commit | None:
-    """None for bytes that ``_serialise`` did not write."""
+    """None for bytes that are no whole commit."""
     try:
-        body = json.loads(data)
-        recorded = body.pop("sha256")
-        if recorded != digest(body) or canonical_json(body | {"sha256": recorded}) != data:
-            return None
+        body = unseal(data)
         if body["version"] > FORMAT_VERSION:
             raise InputError(
                 f"The store holds records of format {body['version']}, but this magi-ray reads up to {FORMAT_VERSION}.",
                 remedy="Install the magi-ray that wrote them, or a newer one.",
             )
         return Commit.model_validate(body)
-    except (ValueError, KeyError, TypeError, AttributeError, ValidationError):
+    except (ObjectDamaged, KeyError, TypeError, ValidationError):
         return None
+
+
+def _put(store: Store, key: str, content: bytes | Path) -> None:
+    if isinstance(content, Path):
+        store.put_file(key, content)
+    else:
+        store.put(key, content)

@@ -18,6 +18,8 @@ from magi_ray.storage.records import (
     payload_to_file,
     read_commit,
     read_payload,
+    seal,
+    unseal,
     verified_commit,
     write_commit,
 )
@@ -259,3 +261,27 @@ def test_every_key_is_one_that_stores_accept_and_stands_in_the_drawing() -> None
         keys.check_key(keys.commit(kind, KEY))
         assert keys.commits(kind) in keys.__doc__
         assert keys.payload_name(kind, kind, "<write>") in keys.__doc__.replace("state-", "stage-")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_every_flipped_or_missing_byte_of_a_sealed_record_is_found(indent: int | None) -> None:
+    body = {"format": 2, "name": "grün", "seconds": 0.1, "rows": [1, {"a": None}]}
+    data = seal(body, under="seal", indent=indent)
+    assert unseal(data, under="seal", indent=indent) == body
+    for damaged in (*_flips(data), data[:-1], data + b"\n", b"", b"[]", b"{}", b"\xff"):
+        with pytest.raises(ObjectDamaged):
+            unseal(damaged, under="seal", indent=indent)
+
+
+def test_a_writer_whose_payloads_were_collected_while_it_slept_writes_them_again() -> None:
+    class Collected(MemoryStore):
+        """The payloads are gone when the writer wakes to commit."""
+
+        def put_if_absent(self, key: str, data: bytes) -> bool:
+            for other in list(self.list("")):
+                self.delete(other)
+            return super().put_if_absent(key, data)
+
+    store = Collected()
+    commit = _write(store)
+    assert verified_commit(store, "stage", KEY) == commit
