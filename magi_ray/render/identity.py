@@ -77,6 +77,7 @@ def stage_pre_image(
     *,
     caption_digests: Sequence[str],
     controls: Mapping[int, ChunkControl],
+    takes: Sequence[int],
     prefix_digest: str | None,
     stage: int,
     previous: str | None,
@@ -84,7 +85,7 @@ def stage_pre_image(
     """What the window after ``stage``, and the chunk it completes, are a function of.
 
     settings: carries the row's own size, steps and seed.  caption_digests: one per denoised chunk.
-    controls: of the chunks that differ from the run.
+    controls: of the chunks that differ from the run.  takes: the chunk from which each of them renders anew.
     previous: key of the stage before, None for the first.
     """
     runtime, engine = settings.runtime.model_dump(mode="json"), settings.engine.model_dump(mode="json")
@@ -94,6 +95,8 @@ def stage_pre_image(
         duration = timeline.duration_index(chunk) if settings.special_tokens.duration else None
         own = controls.get(chunk, AS_THE_RUN).model_dump(mode="json", exclude_none=True)
         entering = {"chunk": chunk, "caption": caption_digests[chunk], "duration": duration} | own
+        if take := sum(first <= chunk for first in takes):
+            entering["take"] = take
     return {
         "format": FORMAT,
         "kind": "stage",

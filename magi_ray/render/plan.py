@@ -35,6 +35,7 @@ class RowPlan:
 
     settings: with the row's own size, fps, seed, steps and prefix.  captions: cleaned, one per denoised chunk.
     controls: of the denoised chunks that differ from ``settings``, in no other.
+    takes: the chunk from which each of them renders the video anew.
     stage_keys: identity of every stage, in order.
     """
 
@@ -47,6 +48,7 @@ class RowPlan:
     captions: tuple[str, ...]
     caption_digests: tuple[str, ...]
     controls: Mapping[int, ChunkControl]
+    takes: tuple[int, ...]
     media: Media | None
     prefix_digest: str | None
     stage_keys: tuple[str, ...]
@@ -59,6 +61,7 @@ class RowPlan:
             self.timeline,
             caption_digests=self.caption_digests,
             controls=self.controls,
+            takes=self.takes,
             prefix_digest=self.prefix_digest,
             stage=stage,
             previous=self.stage_keys[stage - 1] if stage else None,
@@ -71,7 +74,9 @@ class RowPlan:
         return forwards_per_stage(num_steps=runtime.num_steps, window_size=runtime.window_size)
 
 
-def plan_row(row: Row, settings: Settings, digests: Digests, media: Media | None) -> RowPlan:
+def plan_row(
+    row: Row, settings: Settings, digests: Digests, media: Media | None, takes: tuple[int, ...] = ()
+) -> RowPlan:
     """The plan of ``row``, whose values replace those of ``settings``. Raises SettingsError if they do not fit it."""
     own = {
         "video_size_w": row.width,
@@ -108,6 +113,7 @@ def plan_row(row: Row, settings: Settings, digests: Digests, media: Media | None
             timeline,
             caption_digests=caption_digests,
             controls=controls,
+            takes=takes,
             prefix_digest=prefix_digest,
             stage=stage,
             previous=stage_keys[-1] if stage_keys else None,
@@ -123,6 +129,7 @@ def plan_row(row: Row, settings: Settings, digests: Digests, media: Media | None
         captions=captions,
         caption_digests=caption_digests,
         controls=controls,
+        takes=takes,
         media=media,
         prefix_digest=prefix_digest,
         stage_keys=tuple(stage_keys),
@@ -130,10 +137,16 @@ def plan_row(row: Row, settings: Settings, digests: Digests, media: Media | None
 
 
 def plan_rows(
-    rows: tuple[Row, ...], settings: Settings, digests: Digests, media: Mapping[str, Media]
+    rows: tuple[Row, ...],
+    settings: Settings,
+    digests: Digests,
+    media: Mapping[str, Media],
+    takes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, RowPlan]:
-    """A plan for every row, by job_id, in the manifest's order."""
-    return {row.job_id: plan_row(row, settings, digests, media.get(row.job_id)) for row in rows}
+    """A plan for every row, by job_id, in the manifest's order. media, takes: by job_id, of the rows that have any."""
+    return {
+        row.job_id: plan_row(row, settings, digests, media.get(row.job_id), takes.get(row.job_id, ())) for row in rows
+    }
 
 
 def _entries_per_chunk(row: Row, num_chunks: int) -> list[Caption]:

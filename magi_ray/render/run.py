@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,7 @@ from magi_ray.media.reader import count_frames, read_image
 from magi_ray.models.files import digest_files, published_folder, text_encoder_files, weight_files
 from magi_ray.render.identity import Digests, run_digest
 from magi_ray.render.plan import Media, RowPlan, plan_rows
+from magi_ray.render.takes import read_takes
 from magi_ray.settings import Frozen, Settings, cache_folder
 from magi_ray.storage import keys
 from magi_ray.storage.store import Store
@@ -123,7 +125,7 @@ def prepare(data: bytes, *, name: str, base: Path, settings: Settings) -> tuple[
         digests=digests,
         media=media,
     )
-    run = _with_plans(record, manifest)
+    run = _with_plans(record, manifest, {})
     memory.require(run.plans.values(), memory.available(settings))
     return run, files
 
@@ -140,7 +142,20 @@ def create(store: Store, run: Run, files: dict[str, Path]) -> bool:
 
 
 def open_run(store: Store, run_id: str) -> Run:
-    """The run ``run_id`` as it was submitted. Raises RunNotFound, InputError when a newer magi-ray wrote it."""
+    """The run ``run_id`` as it was submitted, with the takes asked for since. Raises RunNotFound, InputError when a
+    newer magi-ray wrote it."""
+    return _with_plans(*read_run(store, run_id), read_takes(store, run_id))
+
+
+def with_takes(store: Store, run: Run) -> Run:
+    """A prepared ``run`` with the takes that ``store`` holds if it was submitted before. Raises InputError when a newer
+    magi-ray asked for one."""
+    takes = read_takes(store, run.run_id)
+    return _with_plans(run.record, run.manifest, takes) if takes else run
+
+
+def read_run(store: Store, run_id: str) -> tuple[RunRecord, Manifest]:
+    """``open_run`` without planning its videos. Raises as it does."""
     if not store.exists(keys.run_record(run_id)):
         known = list_runs(store)
         raise RunNotFound(
@@ -162,7 +177,7 @@ def open_run(store: Store, run_id: str) -> Run:
         name=record.name,
         media_must_exist=False,
     )
-    return _with_plans(record, manifest)
+    return record, manifest
 
 
 def list_runs(store: Store) -> list[str]:
@@ -175,8 +190,8 @@ def list_runs(store: Store) -> list[str]:
     return sorted(created, key=lambda run_id: created[run_id])
 
 
-def _with_plans(record: RunRecord, manifest: Manifest) -> Run:
-    plans = plan_rows(manifest.rows, record.settings, record.digests, record.media)
+def _with_plans(record: RunRecord, manifest: Manifest, takes: Mapping[str, tuple[int, ...]]) -> Run:
+    plans = plan_rows(manifest.rows, record.settings, record.digests, record.media, takes)
     return Run(record=record, manifest=manifest, plans=plans)
 
 

@@ -1,0 +1,54 @@
+"""Takes: rows that a run is to render once more from a chunk on, asked for with ``retry --from-chunk``.
+
+A take gives the stages from the one its chunk enters on another identity, so they are computed anew beside the old
+ones; nothing that was committed is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+
+from magi_ray.errors import InputError
+from magi_ray.storage import keys
+from magi_ray.storage.records import canonical_json, new_write_id
+from magi_ray.storage.store import Store
+
+FORMAT = 1
+
+
+def read_takes(store: Store, run_id: str) -> dict[str, tuple[int, ...]]:
+    """The chunk that each take begins from, in the order they were asked for, by job_id. Raises InputError when a
+    newer magi-ray asked for one."""
+    takes: dict[str, tuple[int, ...]] = {}
+    for number in _numbers(store, run_id):
+        take = json.loads(store.get(keys.take(run_id, number)))
+        if take["format"] > FORMAT:
+            raise InputError(
+                f"Take {number} of run {run_id} has format {take['format']}, but this magi-ray reads up to {FORMAT}.",
+                remedy="Install the magi-ray that wrote it, or a newer one.",
+            )
+        takes[take["job_id"]] = (*takes.get(take["job_id"], ()), take["from_chunk"])
+    return takes
+
+
+def add_take(store: Store, run_id: str, job_id: str, from_chunk: int, *, num_chunks: int) -> int:
+    """Ask for row ``job_id`` once more from ``from_chunk`` on; the number of the take, from 1. Of racing callers each
+    gets its own.
+
+    num_chunks: of the row's plan.  Raises InputError unless 0 ≤ from_chunk < num_chunks.
+    """
+    if not 0 <= from_chunk < num_chunks:
+        raise InputError(
+            f"Job {job_id} has no chunk {from_chunk}: it has {num_chunks}, numbered from 0 to {num_chunks - 1}.",
+            remedy=f"Give --from-chunk a number from 0 to {num_chunks - 1}.",
+        )
+    take = {"format": FORMAT, "job_id": job_id, "from_chunk": from_chunk, "write_id": new_write_id()}
+    number = max(_numbers(store, run_id), default=0) + 1
+    while not store.put_if_absent(keys.take(run_id, number), canonical_json(take)):
+        number += 1
+    return number
+
+
+def _numbers(store: Store, run_id: str) -> list[int]:
+    folder = keys.takes(run_id)
+    return sorted(int(key.removeprefix(folder).removesuffix(".json")) for key in store.list(folder))
