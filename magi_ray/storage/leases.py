@@ -1,0 +1,351 @@
+"""Leases: who works on something now. They spare work; what makes results right are create-only commits.
+
+A lease is one small object, changed by ``swap`` alone. Its holder beats: it swaps in the next count every BEAT_S. A
+lease is free when it is missing, released, held by a process of this machine that is surely gone, or when nothing
+changed in it for TTL_S by the clock of whoever waits for it. The holder takes it for lost when its last successful
+swap began TTL_S ago, which is before anybody else may take it. Wall clocks are compared nowhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from pydantic import ValidationError
+
+from magi_ray.errors import InputError, ObjectMissing, StoreError, StoreUnavailable, Superseded
+from magi_ray.settings import Frozen
+from magi_ray.storage.records import canonical_json, new_write_id
+from magi_ray.storage.store import Store
+
+FORMAT_VERSION = 1
+TTL_S = 20.0
+BEAT_S = 5.0
+LOOK_S = 1.0
+
+
+class Owner(Frozen):
+    """A process. ``name``: of the worker or driver.  ``boot``: the machine's boot id and the process's pid namespace,
+    '' where the system does not tell.  ``started``: clock ticks after boot, 0 where the system does not tell."""
+
+    name: str
+    host: str
+    boot: str
+    pid: int
+    started: int
+
+    @classmethod
+    def here(cls, name: str) -> Self:
+        """This process."""
+        pid = os.getpid()
+        _, started = _process(pid) or ("", 0)
+        return cls(name=name, host=socket.gethostname(), boot=_boot(), pid=pid, started=started)
+
+    def __str__(self) -> str:
+        return f"{self.name} on {self.host} (process {self.pid})"
+
+
+def gone(owner: Owner) -> bool:
+    """Whether ``owner`` surely is a dead process of this very machine. False where that cannot be known."""
+    # Containers may share a boot id, and with it the host's name, but then not the namespace of pids.
+    if not owner.boot or (owner.host, owner.boot) != (socket.gethostname(), _boot()):
+        return False
+    found = _process(owner.pid)
+    if found is not None:
+        state, started = found
+        return started != owner.started or state in "ZX"
+    try:
+        os.kill(owner.pid, 0)  # /proc may hide other users' processes
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+class LeaseRecord(Frozen):
+    """What the object says. ``holder``: None when released.  ``epoch``: of the driver it is held for.
+    ``write_id``: of this one write, so that no two are alike."""
+
+    version: int = FORMAT_VERSION
+    holder: Owner | None
+    epoch: int
+    beat: int
+    write_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holding:
+    """``beating``: whether the beat moved while we watched; None when too little time was given to tell."""
+
+    owner: Owner
+    epoch: int
+    beating: bool | None
+
+
+def read_lease(store: Store, key: str) -> LeaseRecord | None:
+    """The lease as it is written; None when there is none or it is damaged. Raises StoreError, InputError when a newer
+    magi-ray wrote it."""
+    return _Watch(store, key, time.monotonic).look()
+
+
+def holding(
+    store: Store,
+    key: str,
+    *,
+    watch_s: float = 0.0,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+    gone: Callable[[Owner], bool] = gone,
+) -> Holding | None:
+    """Who holds the lease, as somebody sees it who does not want it; None when nobody does.
+
+    Watches for at most ``watch_s`` (TTL_S is enough to know), and returns sooner when the beat moves.
+    """
+    watch = _Watch(store, key, clock)
+    while True:
+        record = watch.look()
+        if record is None or record.holder is None or gone(record.holder):
+            return None
+        if watch.moved or watch.unchanged_s >= TTL_S or watch.watched_s >= watch_s:
+            beating = True if watch.moved else False if watch.unchanged_s >= TTL_S else None
+            return Holding(owner=record.holder, epoch=record.epoch, beating=beating)
+        sleep(LOOK_S)
+
+
+def acquire(
+    store: Store,
+    key: str,
+    owner: Owner,
+    *,
+    epoch: int,
+    within_s: float = TTL_S + BEAT_S,
+    force: bool = False,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+    gone: Callable[[Owner], bool] = gone,
+) -> Lease:
+    """Take the lease under ``key``, at once when it is free, else as soon as it becomes so.
+
+    owner: unique among those who may ask; whoever holds the lease under this very name lost sight of it, and gets it
+    back.  within_s: how long to wait; to outlive a dead machine's lease it takes more than TTL_S.  force: take it
+    whoever holds it.  Raises Superseded when it is still held after ``within_s``, or at once when it is or was held
+    for a newer driver than ``epoch``; StoreError.
+    """
+    watch = _Watch(store, key, clock)
+    while True:
+        record = watch.look()
+        if record is not None and record.epoch > epoch:
+            raise Superseded(
+                f"{key} belongs to driver {record.epoch} of this run; this worker's is the older driver {epoch}.",
+                remedy="Nothing is lost: the newer driver goes on from what is committed.",
+            )
+        holder = record.holder if record is not None else None
+        readable = record is not None or watch.version is None
+        free = readable and (holder is None or holder == owner or gone(holder))
+        if free or force or watch.unchanged_s >= TTL_S:
+            mine = LeaseRecord(
+                holder=owner, epoch=epoch, beat=record.beat + 1 if record else 0, write_id=new_write_id()
+            )
+            begun = clock()
+            if watch.version is not None:
+                version = store.swap(key, _serialise(mine), watch.version)
+            elif store.put_if_absent(key, _serialise(mine)):
+                found, version = store.get_versioned(key)
+                version = version if found == _serialise(mine) else None
+            else:
+                version = None
+            if version is not None:
+                return Lease(store, key, mine, version, begun=begun, clock=clock)
+        elif watch.watched_s >= within_s:
+            raise Superseded(
+                f"{key} is held by {holder or 'somebody whose record is damaged'}: watched for {watch.watched_s:.0f} s,"
+                f" its beat {'moved' if watch.moved else 'did not move'};"
+                f" it is free after {TTL_S:.0f} s without a beat.",
+                remedy="Let it finish or stop it; `magi-ray resume RUN --take-over` takes its work away from it.",
+            )
+        else:
+            sleep(LOOK_S)
+
+
+class Lease:
+    """A lease that this process took. ``acquire`` makes it; used by one thread, but for ``check`` and ``valid``.
+
+    begun: when the swap began that took it, by ``clock``.
+    """
+
+    def __init__(
+        self, store: Store, key: str, record: LeaseRecord, version: str, *, begun: float, clock: Callable[[], float]
+    ) -> None:
+        self.key = key
+        self._store, self._record, self._version, self._begun, self._clock = store, record, version, begun, clock
+        self._attempt: LeaseRecord | None = None
+        self._lost: Superseded | None = None
+
+    @property
+    def valid(self) -> bool:
+        """Whether nobody else may have taken it yet."""
+        return self._lost is None and self._clock() - self._begun < TTL_S
+
+    def check(self) -> None:
+        """Raises Superseded when the lease is lost, or may be because no beat got through for too long."""
+        if self._lost is not None:
+            raise self._lost
+        if not self.valid:
+            raise Superseded(
+                f"The last beat of {self.key} began {self._clock() - self._begun:.0f} s ago, but a lease holds for"
+                f" {TTL_S:.0f} s: another may have taken it.",
+                remedy="Check the store and the network if this happens often.",
+            )
+
+    def beat(self) -> None:
+        """Tell that the holder lives. Also after TTL_S: if nobody took the lease meanwhile, it never was lost.
+
+        Raises Superseded when somebody did; StoreUnavailable, after which the lease stays valid for what is left
+        of TTL_S and ``beat`` may be tried again.
+        """
+        while self._lost is None:
+            begun = self._clock()
+            # Tried again with the same bytes, so that one that landed unseen, or late, is known for ours.
+            if self._attempt is None:
+                self._attempt = self._record.model_copy(
+                    update={"beat": self._record.beat + 1, "write_id": new_write_id()}
+                )
+            version = self._store.swap(self.key, _serialise(self._attempt), self._version)
+            if version is not None:
+                self._record, self._version, self._begun, self._attempt = self._attempt, version, begun, None
+                return
+            self._adopt()
+        raise self._lost
+
+    def release(self) -> None:
+        """Let go. Losing it meanwhile is fine, and where the store is out of reach the lease ends by itself."""
+        with contextlib.suppress(StoreUnavailable):
+            while self._lost is None:
+                free = self._record.model_copy(update={"holder": None, "write_id": new_write_id()})
+                if self._store.swap(self.key, _serialise(free), self._version) is not None:
+                    break
+                self._adopt()
+        if self._lost is None:
+            self._lost = Superseded(f"{self.key} was released.")
+
+    def _adopt(self) -> None:
+        """After a swap that found something else: go on from our own earlier attempt, or note that the lease is lost.
+
+        Its time stays: it began too long ago to say.
+        """
+        try:
+            found, version = self._store.get_versioned(self.key)
+        except ObjectMissing:
+            found, version = b"", ""
+        if self._attempt is not None and found == _serialise(self._attempt):
+            self._record, self._version, self._attempt = self._attempt, version, None
+            return
+        other = _parse(found)
+        holder = other.holder if other is not None else None
+        self._lost = Superseded(
+            f"{self.key} was taken by {holder or 'another'}.",
+            remedy="Nothing is lost: the other one goes on from what is committed.",
+        )
+
+
+@contextlib.contextmanager
+def keeping(lease: Lease, *, every_s: float = BEAT_S) -> Iterator[Lease]:
+    """Beat in a thread for as long as the block runs, then release. The block itself must ask ``lease.check()``."""
+    over = threading.Event()
+
+    def work() -> None:
+        pause = every_s
+        while not over.wait(pause):
+            try:
+                lease.beat()
+                pause = every_s
+            except StoreError:
+                pause = every_s / 5
+            except Superseded:
+                return
+
+    thread = threading.Thread(target=work, name="magi-ray-lease", daemon=True)
+    thread.start()
+    try:
+        yield lease
+    finally:
+        over.set()
+        thread.join(timeout=TTL_S)
+        lease.release()
+
+
+class _Watch:
+    """Looks at a lease again and again. ``version``: of what was seen last, None when there was nothing."""
+
+    def __init__(self, store: Store, key: str, clock: Callable[[], float]) -> None:
+        self._store, self._key, self._clock = store, key, clock
+        self.version: str | None = None
+        self.moved = False
+        self._began: float | None = None
+        self._changed = 0.0
+
+    def look(self) -> LeaseRecord | None:
+        try:
+            data, version = self._store.get_versioned(self._key)
+        except ObjectMissing:
+            data, version = b"", None
+        now = self._clock()  # after reading: what we saw was written before
+        if self._began is None:
+            self._began = self._changed = now
+        elif version != self.version:
+            self.moved, self._changed = True, now
+        self.version = version
+        return _parse(data)
+
+    @property
+    def watched_s(self) -> float:
+        return self._clock() - (self._began or 0.0)
+
+    @property
+    def unchanged_s(self) -> float:
+        return self._clock() - self._changed
+
+
+def _serialise(record: LeaseRecord) -> bytes:
+    return canonical_json(record.model_dump())
+
+
+def _parse(data: bytes) -> LeaseRecord | None:
+    """None for bytes that are no record."""
+    try:
+        body = json.loads(data)
+        if body["version"] > FORMAT_VERSION:
+            raise InputError(
+                f"The store holds leases of format {body['version']}, but this magi-ray reads up to {FORMAT_VERSION}.",
+                remedy="Install the magi-ray that wrote them, or a newer one.",
+            )
+        return LeaseRecord.model_validate(body)
+    except (ValueError, KeyError, TypeError, ValidationError):
+        return None
+
+
+def _boot() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+def _process(pid: int) -> tuple[str, int] | None:
+    """(state, start in ticks after boot) of a process; None when there is none to be seen."""
+    try:
+        # "pid (name) state …", where the name may hold anything; the start is field 22.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0], int(fields[19])
+    except (OSError, IndexError, ValueError):
+        return None
