@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import pytest
 
 from magi_ray.errors import FailureClass
 from magi_ray.render.scheduler import (
     BUDGETS,
+    ROWS_FAILED_ON_BAD_NODE,
     Abandon,
+    CancelAsked,
     Command,
     Event,
+    Inspect,
+    Inspected,
     Kind,
+    NodesSeen,
+    PauseAsked,
     Release,
     Replace,
     Row,
     RowFailed,
     Run,
+    RunState,
     Scheduler,
     StageCommitted,
     Task,
@@ -50,11 +58,16 @@ def play(
     scheduler: Scheduler, rows: list[Row], events: list[Event], fail: Callable[[Task], Event | None] = lambda _: None
 ) -> list[Command]:
     """Carry out every command at once and in order; ``fail`` may answer a task with something else than success."""
-    by_id = {one.job_id: one for one in rows}
+    held = {one.job_id: one for one in rows}
+    by_id = dict(held)
     waiting, commands = deque(events), []
     while waiting:
-        for command in scheduler.handle(waiting.popleft()):
+        event = waiting.popleft()
+        note(held, event)
+        for command in scheduler.handle(event):
             commands.append(command)
+            if isinstance(command, Inspect):
+                waiting.append(Inspected(row=held[command.job_id]))
             if isinstance(command, Run):
                 failed = fail(command.task)
                 if failed is not None:
@@ -66,6 +79,19 @@ def play(
             elif isinstance(command, Replace):
                 waiting.append(WorkerReady(worker=f"{command.kind}+{len(commands)}", kind=command.kind))
     return commands
+
+
+def note(held: dict[str, Row], event: Event) -> None:
+    """What the store holds after ``event``."""
+    match event:
+        case StageCommitted(job_id=job_id, stage=stage):
+            held[job_id] = replace(held[job_id], stages_done=stage + 1)
+        case TaskDone(task=Task(kind=Kind.EMBED, job_id=job_id)):
+            held[job_id] = replace(held[job_id], embedded=True)
+        case TaskDone(task=Task(kind=Kind.DECODE, job_id=job_id, index=chunk)):
+            held[job_id] = replace(held[job_id], segments_done=held[job_id].segments_done | {chunk})
+        case _:
+            pass
 
 
 def tasks(commands: list[Command], kind: Kind | None = None) -> list[Task]:
@@ -228,3 +254,182 @@ def test_workers_are_released_once_no_row_needs_their_kind() -> None:
     assert sorted(released) == sorted(Kind)
     last_embed = max(i for i, c in enumerate(commands) if isinstance(c, Run) and c.task.kind is Kind.EMBED)
     assert commands.index(Release(kind=Kind.EMBED)) > last_embed
+
+
+# Pausing, cancelling, giving up -----------------------------------------------------------------------------------
+
+
+def at_work(rows: list[Row], **options: int) -> Scheduler:
+    """Row 'a' is being denoised by worker 'denoise'."""
+    scheduler = Scheduler(rows, **options)
+    for event in ready():
+        scheduler.handle(event)
+    scheduler.handle(TaskDone(worker=Kind.EMBED, task=Task(kind=Kind.EMBED, job_id="a")))
+    return scheduler
+
+
+def test_a_paused_run_commits_the_stage_in_work_and_begins_nothing() -> None:
+    scheduler = at_work([row("a"), row("b")])
+    commands = scheduler.handle(PauseAsked())
+    assert Abandon(worker=Kind.DENOISE, job_id="a", to_stage_end=True) in commands
+    assert not scheduler.finished
+    assert tasks(scheduler.handle(StageCommitted(job_id="a", stage=0, chunk=None))) == []
+    scheduler.handle(TaskDone(worker=Kind.EMBED, task=Task(kind=Kind.EMBED, job_id="b")))
+    last = scheduler.handle(TaskDone(worker=Kind.DENOISE, task=Task(kind=Kind.DENOISE, job_id="a")))
+    assert tasks(last) == []
+    assert Release(kind=Kind.DENOISE) in last
+    assert (scheduler.finished, scheduler.state) == (True, RunState.PAUSED)
+
+
+def test_a_worker_lost_while_pausing_is_not_replaced() -> None:
+    scheduler = at_work([row("a")])
+    scheduler.handle(PauseAsked())
+    gone = WorkerGone(worker=Kind.DENOISE, failure=FailureClass.INFRASTRUCTURE, message="no")
+    assert not [command for command in scheduler.handle(gone) if isinstance(command, Replace)]
+    assert scheduler.finished
+
+
+def test_a_cancelled_run_is_at_its_end_at_once() -> None:
+    scheduler = at_work([row("a")])
+    assert tasks(scheduler.handle(CancelAsked())) == []
+    assert (scheduler.finished, scheduler.state) == (True, RunState.CANCELLED)
+
+
+def test_a_run_whose_last_row_ends_while_it_pauses_is_done() -> None:
+    rows = [row("a", stages_done=5, segments_done=frozenset({0, 1}))]
+    scheduler = Scheduler(rows)
+    [run] = scheduler.handle(WorkerReady(worker="f", kind=Kind.FINISH))[:1]
+    assert isinstance(run, Run)
+    scheduler.handle(PauseAsked())
+    scheduler.handle(TaskDone(worker="f", task=run.task))
+    assert (scheduler.finished, scheduler.state) == (True, RunState.DONE)
+
+
+def test_a_run_in_which_too_many_rows_fail_is_stopped() -> None:
+    rows = [row(name) for name in "abcdef"]
+
+    def fail(task: Task) -> Event | None:
+        return TaskFailed(worker=task.kind, task=task, failure=FailureClass.INPUT, message="no")
+
+    scheduler = Scheduler(rows, max_failed_rows=2)
+    commands = play(scheduler, rows, ready(), fail)
+    assert [c.job_id for c in commands if isinstance(c, RowFailed)] == ["a", "b", "c"]
+    assert (scheduler.finished, scheduler.state) == (True, RunState.BROKEN)
+
+
+def test_a_row_that_failed_before_is_left_alone_and_counts_for_nothing() -> None:
+    rows = [row("a", failed=True), row("b")]
+    scheduler = Scheduler(rows, max_failed_rows=0)
+    assert {task.job_id for task in tasks(play(scheduler, rows, ready()))} == {"b"}
+    assert scheduler.state is RunState.DONE
+
+
+# Nodes --------------------------------------------------------------------------------------------------------------
+
+
+def seen(*nodes: str, kind: Kind = Kind.DENOISE) -> NodesSeen:
+    return NodesSeen(kind=kind, nodes=frozenset(nodes))
+
+
+def failed(task: Task, failure: FailureClass = FailureClass.CODE) -> TaskFailed:
+    return TaskFailed(worker=task.kind, task=task, failure=failure, message="no")
+
+
+def test_a_row_is_not_tried_twice_on_one_node() -> None:
+    rows = [row("a", embedded=True)]
+    scheduler = Scheduler(rows)
+    scheduler.handle(seen("n1", "n2"))
+    [run] = tasks(scheduler.handle(WorkerReady(worker=Kind.DENOISE, kind=Kind.DENOISE, node="n1")))
+    commands = scheduler.handle(failed(run))
+    assert commands == [Replace(kind=Kind.DENOISE, worker=Kind.DENOISE, avoid=frozenset({"n1"}))]
+    [again] = tasks(scheduler.handle(WorkerReady(worker="elsewhere", kind=Kind.DENOISE, node="n2")))
+    assert again == run
+
+
+def test_meanwhile_the_node_takes_other_rows() -> None:
+    rows = [row("a", embedded=True), row("b", embedded=True)]
+    scheduler = Scheduler(rows)
+    scheduler.handle(seen("n1", "n2"))
+    [run] = tasks(scheduler.handle(WorkerReady(worker=Kind.DENOISE, kind=Kind.DENOISE, node="n1")))
+    assert [task.job_id for task in tasks(scheduler.handle(failed(run)))] == ["b"]
+
+
+def test_a_lost_worker_is_replaced_on_another_node() -> None:
+    scheduler = Scheduler([row("a", embedded=True)])
+    scheduler.handle(seen("n1", "n2"))
+    scheduler.handle(WorkerReady(worker="w", kind=Kind.DENOISE, node="n1"))
+    commands = scheduler.handle(WorkerGone(worker="w", failure=FailureClass.INFRASTRUCTURE, message="no"))
+    assert commands == [Replace(kind=Kind.DENOISE, avoid=frozenset({"n1"}))]
+
+
+def test_where_there_is_one_node_only_it_gets_another_chance() -> None:
+    scheduler = Scheduler([row("a", embedded=True)])
+    scheduler.handle(seen("n1"))
+    [run] = tasks(scheduler.handle(WorkerReady(worker=Kind.DENOISE, kind=Kind.DENOISE, node="n1")))
+    assert tasks(scheduler.handle(failed(run))) == [run]
+
+
+@pytest.mark.parametrize("failure", [FailureClass.PREEMPTED, FailureClass.STORE])
+def test_what_is_not_the_nodes_fault_is_not_held_against_it(failure: FailureClass) -> None:
+    scheduler = Scheduler([row("a", embedded=True)])
+    scheduler.handle(seen("n1", "n2"))
+    scheduler.handle(WorkerReady(worker="w", kind=Kind.DENOISE, node="n1"))
+    commands = scheduler.handle(WorkerGone(worker="w", failure=failure, message="no"))
+    assert Replace(kind=Kind.DENOISE, avoid=frozenset()) in commands
+
+
+def test_a_node_on_which_several_rows_failed_is_left_alone() -> None:
+    names = [f"r{number}" for number in range(ROWS_FAILED_ON_BAD_NODE)]
+    rows = [row(name, embedded=True) for name in [*names, "good"]]
+    scheduler = Scheduler(rows)
+    scheduler.handle(seen("n1", "n2"))
+    commands = scheduler.handle(WorkerReady(worker=Kind.DENOISE, kind=Kind.DENOISE, node="n1"))
+    for _ in names:
+        [run] = tasks(commands)
+        commands = scheduler.handle(failed(run))
+    assert commands == [Replace(kind=Kind.DENOISE, worker=Kind.DENOISE, avoid=frozenset({"n1"}))]
+    # And once the other node is gone, it is better than none.
+    scheduler.handle(seen("n1"))
+    assert tasks(scheduler.handle(WorkerReady(worker="w", kind=Kind.DENOISE, node="n1")))
+
+
+# What the store turned out not to hold --------------------------------------------------------------------------------
+
+
+def test_a_chunk_that_turns_out_damaged_is_rendered_again_once_its_video_is_denoised() -> None:
+    rows = [row("a", embedded=True, num_chunks=4)]
+    scheduler = Scheduler(rows)
+    [denoise] = tasks(scheduler.handle(WorkerReady(worker=Kind.DENOISE, kind=Kind.DENOISE)))
+    scheduler.handle(WorkerReady(worker=Kind.DECODE, kind=Kind.DECODE))
+    committed = list(stages_of(denoise, rows[0]))
+    commands = [c for event in committed[:5] for c in scheduler.handle(event)]
+    decode = tasks(commands, Kind.DECODE)[0]
+    assert Inspect(job_id="a") in scheduler.handle(failed(decode, FailureClass.STORE))
+    found = replace(rows[0], stages_done=3)
+    assert tasks(scheduler.handle(Inspected(row=found)), Kind.DENOISE) == []
+    for event in committed[5:]:
+        scheduler.handle(event)
+    [again] = tasks(scheduler.handle(TaskDone(worker=Kind.DENOISE, task=denoise)), Kind.DENOISE)
+    assert again.index == 3
+
+
+def test_a_segment_that_turns_out_damaged_is_decoded_again_before_the_video_is_joined() -> None:
+    rows = [row("a", stages_done=5, segments_done=frozenset({0, 1}))]
+    scheduler = Scheduler(rows)
+    [finish] = tasks(scheduler.handle(WorkerReady(worker=Kind.FINISH, kind=Kind.FINISH)))
+    scheduler.handle(WorkerReady(worker=Kind.DECODE, kind=Kind.DECODE))
+    assert scheduler.handle(failed(finish, FailureClass.STORE)) == [Inspect(job_id="a")]
+    [decode] = tasks(scheduler.handle(Inspected(row=replace(rows[0], segments_done=frozenset({0})))))
+    assert decode == Task(kind=Kind.DECODE, job_id="a", index=1)
+    assert tasks(scheduler.handle(TaskDone(worker=Kind.DECODE, task=decode))) == [finish]
+
+
+def test_workers_that_were_let_go_are_called_for_again_when_their_work_turns_out_lost() -> None:
+    rows = [row("a", embedded=True, stages_done=5, segments_done=frozenset({0, 1}))]
+    scheduler = Scheduler(rows)
+    commands = scheduler.handle(WorkerReady(worker=Kind.FINISH, kind=Kind.FINISH))
+    assert Release(kind=Kind.DENOISE) in commands
+    [finish] = tasks(commands)
+    scheduler.handle(failed(finish, FailureClass.STORE))
+    commands = scheduler.handle(Inspected(row=replace(rows[0], stages_done=3, segments_done=frozenset())))
+    assert {command.kind for command in commands if isinstance(command, Replace)} == {Kind.DENOISE, Kind.DECODE}
