@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import PurePosixPath
 
 from pydantic import ValidationError
@@ -10,7 +12,7 @@ from pydantic import ValidationError
 from magi_ray.errors import ObjectMissing
 from magi_ray.settings import Frozen
 from magi_ray.storage import keys
-from magi_ray.storage.leases import Owner
+from magi_ray.storage.leases import BEAT_S, TTL_S, Lease, Owner, acquire, gone, until_free
 from magi_ray.storage.records import canonical_json, new_write_id
 from magi_ray.storage.store import Store
 
@@ -34,6 +36,31 @@ def take_epoch(store: Store, run_id: str, owner: Owner) -> int:
     ):
         number += 1
     return number
+
+
+def become_driver(
+    store: Store,
+    run_id: str,
+    owner: Owner,
+    *,
+    within_s: float = TTL_S + BEAT_S,
+    take_over: bool = False,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+    gone: Callable[[Owner], bool] = gone,
+) -> Lease:
+    """Wait until nobody drives ``run_id``, or ``take_over`` at once; then take the next epoch and with it the lease.
+
+    within_s: how long to wait.  Raises Superseded when somebody drives it still, or a newer driver came meanwhile;
+    StoreError.
+    """
+    key = keys.run_lease(run_id)
+    # Waiting comes first, since a new epoch ends the driver before. After it the lease goes to the highest, without
+    # waiting: whoever holds it is superseded.
+    if not take_over:
+        until_free(store, key, owner, within_s=within_s, clock=clock, sleep=sleep, gone=gone)
+    epoch = take_epoch(store, run_id, owner)
+    return acquire(store, key, owner, epoch=epoch, force=True, clock=clock, sleep=sleep, gone=gone)
 
 
 def superseded(store: Store, run_id: str, number: int) -> bool:

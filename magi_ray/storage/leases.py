@@ -121,6 +121,20 @@ def holding(
         sleep(LOOK_S)
 
 
+def until_free(
+    store: Store,
+    key: str,
+    owner: Owner,
+    *,
+    within_s: float = TTL_S + BEAT_S,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+    gone: Callable[[Owner], bool] = gone,
+) -> None:
+    """Wait until ``owner`` may take the lease, without taking it. Raises as ``acquire`` does."""
+    _Watch(store, key, clock).until_free(owner, within_s=within_s, sleep=sleep, gone=gone)
+
+
 def acquire(
     store: Store,
     key: str,
@@ -137,43 +151,26 @@ def acquire(
 
     owner: unique among those who may ask; whoever holds the lease under this very name lost sight of it, and gets it
     back.  within_s: how long to wait; to outlive a dead machine's lease it takes more than TTL_S.  force: take it
-    whoever holds it.  Raises Superseded when it is still held after ``within_s``, or at once when it is or was held
-    for a newer driver than ``epoch``; StoreError.
+    whoever holds it.  Raises Superseded when it is still held after ``within_s``, or is or was held for a newer driver
+    than ``epoch``; StoreError.
     """
     watch = _Watch(store, key, clock)
     while True:
-        record = watch.look()
+        record = watch.look() if force else watch.until_free(owner, within_s=within_s, sleep=sleep, gone=gone)
         if record is not None and record.epoch > epoch:
             raise Superseded(
-                f"{key} belongs to driver {record.epoch} of this run; this worker's is the older driver {epoch}.",
+                f"{key} belongs to driver {record.epoch} of this run, and {owner.name} works for driver {epoch}.",
                 remedy="Nothing is lost: the newer driver goes on from what is committed.",
             )
-        holder = record.holder if record is not None else None
-        readable = record is not None or watch.version is None
-        free = readable and (holder is None or holder == owner or gone(holder))
-        if free or force or watch.unchanged_s >= TTL_S:
-            mine = LeaseRecord(
-                holder=owner, epoch=epoch, beat=record.beat + 1 if record else 0, write_id=new_write_id()
-            )
-            begun = clock()
-            if watch.version is not None:
-                version = store.swap(key, _serialise(mine), watch.version)
-            elif store.put_if_absent(key, _serialise(mine)):
-                found, version = store.get_versioned(key)
-                version = version if found == _serialise(mine) else None
-            else:
-                version = None
-            if version is not None:
-                return Lease(store, key, mine, version, begun=begun, clock=clock)
-        elif watch.watched_s >= within_s:
-            raise Superseded(
-                f"{key} is held by {holder or 'somebody whose record is damaged'}: watched for {watch.watched_s:.0f} s,"
-                f" its beat {'moved' if watch.moved else 'did not move'};"
-                f" it is free after {TTL_S:.0f} s without a beat.",
-                remedy="Let it finish or stop it; `magi-ray resume RUN --take-over` takes its work away from it.",
-            )
-        else:
-            sleep(LOOK_S)
+        mine = LeaseRecord(holder=owner, epoch=epoch, beat=record.beat + 1 if record else 0, write_id=new_write_id())
+        begun, version = clock(), None
+        if watch.version is not None:
+            version = store.swap(key, _serialise(mine), watch.version)
+        elif store.put_if_absent(key, _serialise(mine)):
+            found, version = store.get_versioned(key)
+            version = version if found == _serialise(mine) else None
+        if version is not None:
+            return Lease(store, key, mine, version, begun=begun, clock=clock)
 
 
 class Lease:
@@ -189,6 +186,11 @@ class Lease:
         self._store, self._record, self._version, self._begun, self._clock = store, record, version, begun, clock
         self._attempt: LeaseRecord | None = None
         self._lost: Superseded | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Of the driver it is held for."""
+        return self._record.epoch
 
     @property
     def valid(self) -> bool:
@@ -261,19 +263,7 @@ class Lease:
 def keeping(lease: Lease, *, every_s: float = BEAT_S) -> Iterator[Lease]:
     """Beat in a thread for as long as the block runs, then release. The block itself must ask ``lease.check()``."""
     over = threading.Event()
-
-    def work() -> None:
-        pause = every_s
-        while not over.wait(pause):
-            try:
-                lease.beat()
-                pause = every_s
-            except StoreError:
-                pause = every_s / 5
-            except Superseded:
-                return
-
-    thread = threading.Thread(target=work, name="magi-ray-lease", daemon=True)
+    thread = threading.Thread(target=keep_beating, args=(lease, over.wait, every_s), name="magi-ray-lease", daemon=True)
     thread.start()
     try:
         yield lease
@@ -281,6 +271,19 @@ def keeping(lease: Lease, *, every_s: float = BEAT_S) -> Iterator[Lease]:
         over.set()
         thread.join(timeout=TTL_S)
         lease.release()
+
+
+def keep_beating(lease: Lease, over: Callable[[float], bool], every_s: float = BEAT_S) -> None:
+    """Beat until the lease is lost or ``over``, which waits for some seconds and then says so."""
+    pause_s = every_s
+    while not over(pause_s):
+        try:
+            lease.beat()
+            pause_s = every_s
+        except StoreError:
+            pause_s = every_s / 5
+        except Superseded:
+            return
 
 
 class _Watch:
@@ -305,6 +308,28 @@ class _Watch:
             self.moved, self._changed = True, now
         self.version = version
         return _parse(data)
+
+    def until_free(
+        self, owner: Owner, *, within_s: float, sleep: Callable[[float], None], gone: Callable[[Owner], bool]
+    ) -> LeaseRecord | None:
+        """What is written where ``owner`` may now write. Raises Superseded when it is still held after ``within_s``."""
+        while True:
+            record = self.look()
+            if record is None:
+                free, holder = self.version is None, None  # else it is damaged: perhaps somebody's
+            else:
+                holder = record.holder
+                free = holder is None or holder == owner or gone(holder)
+            if free or self.unchanged_s >= TTL_S:
+                return record
+            if self.watched_s >= within_s:
+                raise Superseded(
+                    f"{self._key} is held by {holder or 'somebody whose record is damaged'}: its beat"
+                    f" {'moved' if self.moved else 'did not move'} in the {self.watched_s:.0f} s it was watched,"
+                    f" and it is free after {TTL_S:.0f} s without one.",
+                    remedy="Let it finish or stop it; `magi-ray resume RUN --take-over` takes its work away from it.",
+                )
+            sleep(LOOK_S)
 
     @property
     def watched_s(self) -> float:
