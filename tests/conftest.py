@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rgw import Rgw, why_not
 from runs import MakeRun
 
 from magi_ray.manifest import Defaults, manifest_of
@@ -57,3 +59,24 @@ def ray_here() -> Iterator[None]:
     with local_ray(namespace="magi-ray-tests", dashboard=False):
         assert ray.is_initialized()
         yield
+
+
+@pytest.fixture(scope="session")
+def rgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rgw]:
+    """A real S3 server. Skips where it is not installed, and fails there when MAGI_RAY_REQUIRE_RGW=1."""
+    if reason := why_not():
+        (pytest.fail if os.environ.get("MAGI_RAY_REQUIRE_RGW") == "1" else pytest.skip)(reason)
+    server = Rgw(tmp_path_factory.mktemp("rgw") / "ceph")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3_address(rgw: Rgw, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of an empty store on ``rgw``; the environment of this test and its children leads there."""
+    rgw.start()  # in case the test before has killed it
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
+    for name, value in rgw.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{rgw.new_bucket()}/films/v1"

@@ -85,14 +85,14 @@ class LocalStore:
         with self._translated(key):
             return self._path(key).is_file()
 
-    def list(self, prefix: str) -> Iterator[str]:
+    def list(self, prefix: str, after: str = "") -> Iterator[str]:
         folder = prefix.rpartition("/")[0]
         if folder:
             check_key(folder)
-        return (key for key in self._walk(folder) if key.startswith(prefix))
+        return (key for key in self._walk(folder) if key.startswith(prefix) and key > after)
 
-    def entries(self, prefix: str) -> Iterator[Entry]:
-        for key in self.list(prefix):
+    def entries(self, prefix: str, after: str = "") -> Iterator[Entry]:
+        for key in self.list(prefix, after):
             with self._translated(key), contextlib.suppress(FileNotFoundError):
                 yield _entry(key, self._path(key).stat())
 

@@ -67,18 +67,16 @@ class MemoryStore:
         with self._lock:
             return check_key(key) in self._objects
 
-    def list(self, prefix: str) -> Iterator[str]:
-        with self._lock:
-            found = sorted(key for key in self._objects if key.startswith(prefix))
-        return iter(found)
+    def list(self, prefix: str, after: str = "") -> Iterator[str]:
+        return iter([entry.key for entry in self.entries(prefix, after)])
 
-    def entries(self, prefix: str) -> Iterator[Entry]:
+    def entries(self, prefix: str, after: str = "") -> Iterator[Entry]:
         with self._lock:
             now = self._clock()
             found = [
                 Entry(key=key, size=len(data), age_s=now - self._written[key])
                 for key, data in sorted(self._objects.items())
-                if key.startswith(prefix)
+                if key.startswith(prefix) and key > after
             ]
         return iter(found)
 

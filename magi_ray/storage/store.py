@@ -65,11 +65,12 @@ class Store(Protocol):
 
     def exists(self, key: str) -> bool: ...
 
-    def list(self, prefix: str) -> Iterator[str]:
-        """Every key that begins with the string ``prefix`` ('' for all), in the order of the strings."""
+    def list(self, prefix: str, after: str = "") -> Iterator[str]:
+        """Every key that begins with the string ``prefix`` ('' for all) and comes behind ``after``, in the order of the
+        strings."""
         ...
 
-    def entries(self, prefix: str) -> Iterator[Entry]:
+    def entries(self, prefix: str, after: str = "") -> Iterator[Entry]:
         """``list`` with sizes and ages."""
         ...
 

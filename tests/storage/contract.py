@@ -75,6 +75,9 @@ class StoreContract:
         assert list(store.list("a/b/1")) == ["a/b/1"]
         assert list(store.list("nothing/")) == []
         assert list(store.list("b/")) == []
+        assert list(store.list("a/b", after="a/b.json")) == ["a/b/1", "a/bc"]
+        assert list(store.list("a/b", after="a")) == list(store.list("a/b"))
+        assert list(store.list("a/b", after="a/bc")) == []
 
     def test_deleting_twice_is_fine(self, store: Store) -> None:
         store.put("a/b", b"x")

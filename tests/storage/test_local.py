@@ -149,7 +149,7 @@ def test_paths_and_file_addresses_open_the_same_absolute_folder(
 @pytest.mark.parametrize(
     ("uri", "says"),
     [
-        ("s3://bucket/x", "next release"),
+        ("s3://Films/x", "lower-case"),
         ("gs://bucket/x", "'gs'"),
         ("file://host/x", "three slashes"),
         ("", "empty"),

@@ -1,0 +1,153 @@
+"""A store that is asked again while it is busy or gone, up to a stated patience.
+
+Only StoreUnavailable is answered by another try. After it nobody knows whether the write landed, so a later "no" of
+``put_if_absent`` or ``swap`` may be the echo of one's own success. It is settled by reading the object: exactly our
+bytes (they hold an id of the write) are ours, others are not, and what cannot be read is asked again, never assumed.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from magi_ray.errors import ObjectMissing, StoreUnavailable
+from magi_ray.storage.store import Entry, Store
+
+PATIENCE_S = 120.0
+FIRST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 10.0
+
+T = TypeVar("T")
+
+
+def full_jitter(longest_s: float) -> float:
+    """Evenly from 0 to ``longest_s``, by the system's randomness: no two machines wake together."""
+    return random.SystemRandom().uniform(0.0, longest_s)
+
+
+@dataclass(frozen=True)
+class RetryingStore:
+    """``inner``, tried again for ``patience_s`` seconds from a call's first try; a listing starts anew with every key
+    it gives. Pauses are drawn by ``jitter(longest pause)``; the longest doubles from 0.2 to 10 s. A try that runs when
+    the patience ends is let finish. Then the last error is raised, with how long and how often it was tried.
+
+    ``swap`` gives None also when it succeeded and somebody has swapped since: in both cases the version is not ours.
+    """
+
+    inner: Store
+    patience_s: float = PATIENCE_S
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    jitter: Callable[[float], float] = full_jitter
+
+    @property
+    def uri(self) -> str:
+        return self.inner.uri
+
+    def put(self, key: str, data: bytes) -> None:
+        self._patiently(lambda: self.inner.put(key, data))
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        patience, in_doubt = _Patience(self), False
+        while True:
+            try:
+                if self.inner.put_if_absent(key, data):
+                    return True
+                if not in_doubt:
+                    return False
+                return self.inner.get(key) == data
+            except ObjectMissing:  # created and deleted meanwhile: the next try decides
+                patience.wait(StoreUnavailable(f"{key} in {self.uri} exists, but cannot be read."))
+            except StoreUnavailable as exc:
+                in_doubt = True
+                patience.wait(exc)
+
+    def put_file(self, key: str, path: Path) -> None:
+        self._patiently(lambda: self.inner.put_file(key, path))
+
+    def get(self, key: str) -> bytes:
+        return self._patiently(lambda: self.inner.get(key))
+
+    def get_to_file(self, key: str, path: Path) -> None:
+        self._patiently(lambda: self.inner.get_to_file(key, path))
+
+    def get_versioned(self, key: str) -> tuple[bytes, str]:
+        return self._patiently(lambda: self.inner.get_versioned(key))
+
+    def swap(self, key: str, data: bytes, version: str) -> str | None:
+        patience, in_doubt = _Patience(self), False
+        while True:
+            try:
+                if (swapped := self.inner.swap(key, data, version)) is not None or not in_doubt:
+                    return swapped
+                found, found_version = self.inner.get_versioned(key)
+                return found_version if found == data else None
+            except ObjectMissing:
+                return None
+            except StoreUnavailable as exc:
+                in_doubt = True
+                patience.wait(exc)
+
+    def exists(self, key: str) -> bool:
+        return self._patiently(lambda: self.inner.exists(key))
+
+    def list(self, prefix: str, after: str = "") -> Iterator[str]:
+        return self._resumed(lambda last: self.inner.list(prefix, last), lambda key: key, after)
+
+    def entries(self, prefix: str, after: str = "") -> Iterator[Entry]:
+        return self._resumed(lambda last: self.inner.entries(prefix, last), lambda entry: entry.key, after)
+
+    def delete(self, key: str) -> None:
+        self._patiently(lambda: self.inner.delete(key))
+
+    def leftovers(self) -> Iterator[Entry]:
+        return iter(self._patiently(lambda: [*self.inner.leftovers()]))
+
+    def sweep(self, name: str) -> None:
+        self._patiently(lambda: self.inner.sweep(name))
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        patience = _Patience(self)
+        while True:
+            try:
+                return call()
+            except StoreUnavailable as exc:
+                patience.wait(exc)
+
+    def _resumed(self, listing: Callable[[str], Iterator[T]], key_of: Callable[[T], str], last: str) -> Iterator[T]:
+        """The listing, continued behind the last key it gave wherever it breaks."""
+        patience = _Patience(self)
+        while True:
+            try:
+                for found in listing(last):
+                    yield found
+                    last, patience = key_of(found), _Patience(self)
+                return
+            except StoreUnavailable as exc:
+                patience.wait(exc)
+
+
+class _Patience:
+    """What is left of it for one call."""
+
+    def __init__(self, store: RetryingStore) -> None:
+        self._store, self._began, self._tries = store, store.clock(), 0
+
+    def wait(self, error: StoreUnavailable) -> None:
+        """Pauses before the next try, or raises ``error`` when that would be too late."""
+        store = self._store
+        pause_s = store.jitter(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self._tries, 10)))
+        self._tries += 1
+        tried_s = store.clock() - self._began
+        if tried_s + pause_s > store.patience_s:
+            raise StoreUnavailable(
+                f"{error.message} It was tried {self._tries} times in {tried_s:.0f} s, "
+                f"and the patience is {store.patience_s:.0f} s.",
+                remedy=error.remedy,
+                next_command=error.next_command,
+            ) from error
+        store.sleep(pause_s)

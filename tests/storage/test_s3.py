@@ -1,0 +1,292 @@
+"""The S3 store against a real server (``rgw.py``); what that one cannot do wrong is in ``test_retrying.py``."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from contract import StoreContract
+from rgw import Rgw
+
+from magi_ray.errors import ObjectMissing, StoreDenied, StoreError, StoreUnavailable
+from magi_ray.storage.opening import open_store
+from magi_ray.storage.probe import check_store
+from magi_ray.storage.retrying import RetryingStore
+from magi_ray.storage.s3 import MULTIPART_BYTES, S3Store
+from magi_ray.storage.store import Store
+
+
+@pytest.fixture
+def store(s3_address: str) -> Store:
+    return open_store(s3_address)
+
+
+@pytest.fixture
+def once(s3_address: str) -> S3Store:
+    """The same store without another try, and with a short time-out."""
+    bucket, _, prefix = s3_address.removeprefix("s3://").partition("/")
+    return S3Store(bucket, prefix, read_timeout_s=1.0)
+
+
+class TestS3Store(StoreContract):
+    pass
+
+
+def test_of_16_racing_creators_exactly_one_wins(once: S3Store) -> None:
+    for round_ in range(10):
+        barrier = threading.Barrier(16)
+
+        def create(racer: int, key: str = f"race/{round_}", barrier: threading.Barrier = barrier) -> bool:
+            barrier.wait()
+            return once.put_if_absent(key, b"%d" % racer)
+
+        with ThreadPoolExecutor(16) as pool:
+            won = list(pool.map(create, range(16)))
+        assert won.count(True) == 1
+        assert once.get(f"race/{round_}") == b"%d" % won.index(True)
+
+
+def test_a_put_that_timed_out_lands_later_and_is_known_as_ours(rgw: Rgw, once: S3Store) -> None:
+    once.put_if_absent("warm", b"up")
+    rgw.stop_disk()
+    try:
+        with pytest.raises(StoreUnavailable, match=r"a/commit.*[Rr]ead timeout"):
+            once.put_if_absent("a/commit", b"write 1")
+        pauses: list[float] = []
+
+        def sleep(pause_s: float) -> None:
+            pauses.append(pause_s)
+            rgw.continue_disk()
+            time.sleep(pause_s)
+
+        patient = RetryingStore(once, sleep=sleep)
+        assert patient.put_if_absent("b/commit", b"write 2")
+    finally:
+        rgw.continue_disk()
+    assert pauses, "nothing timed out; the test shows nothing"
+    assert once.get("b/commit") == b"write 2"
+    deadline = time.monotonic() + 20
+    while not once.exists("a/commit"):
+        assert time.monotonic() < deadline, "the put that timed out never landed; the test shows nothing"
+        time.sleep(0.1)
+    assert not patient.put_if_absent("b/commit", b"write 3")
+
+
+def test_a_swap_that_timed_out_is_known_as_ours(rgw: Rgw, once: S3Store) -> None:
+    once.put_if_absent("lease", b"write 1")
+    _, version = once.get_versioned("lease")
+    rgw.stop_disk()
+
+    def sleep(pause_s: float) -> None:
+        rgw.continue_disk()
+        time.sleep(2)  # let the first one land
+
+    try:
+        swapped = RetryingStore(once, sleep=sleep).swap("lease", b"write 2", version)
+    finally:
+        rgw.continue_disk()
+    assert once.get_versioned("lease") == (b"write 2", swapped)
+
+
+def test_a_server_killed_in_a_series_of_puts_loses_nothing_that_was_acknowledged(rgw: Rgw, store: Store) -> None:
+    done: list[str] = []
+
+    def put_all() -> None:
+        for n in range(150):
+            key = f"series/{n:03d}"
+            if n % 2:
+                assert store.put_if_absent(key, b"write %d" % n * 1000)
+            else:
+                store.put(key, b"write %d" % n * 1000)
+            done.append(key)
+
+    with ThreadPoolExecutor(1) as pool:
+        series = pool.submit(put_all)
+        kills, pause = 0, random.Random(5)
+        while not series.done():
+            time.sleep(pause.uniform(0.1, 0.3))
+            rgw.kill_gateway()
+            kills += not series.done()
+            acknowledged = list(done)
+            rgw.start()
+            for key in acknowledged[-20:]:
+                assert store.get(key) == b"write %d" % int(key[-3:]) * 1000
+        series.result()
+    assert kills >= 3, "the series was over too soon; the test shows nothing"
+    assert list(store.list("series/")) == done
+    assert len(done) == 150
+
+
+def test_what_was_acknowledged_survives_the_death_of_the_whole_cluster(rgw: Rgw, store: Store) -> None:
+    for n in range(20):
+        store.put_if_absent(f"a/{n}", b"%d" % n)
+    rgw.kill_all()
+    rgw.start()
+    assert [store.get(f"a/{n}") for n in range(20)] == [b"%d" % n for n in range(20)]
+
+
+def test_a_large_file_goes_up_in_parts_and_comes_down_whole(once: S3Store, tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(random.Random(3).randbytes(2 * MULTIPART_BYTES + 12_345))
+    once.put_file("a/large", source)
+    once.get_to_file("a/large", target)
+    assert target.read_bytes() == source.read_bytes()
+    assert once.get_versioned("a/large")[1].endswith("-3"), "it did not go up in parts; the test shows nothing"
+    assert [entry.size for entry in once.entries("a/")] == [source.stat().st_size]
+    assert list(once.leftovers()) == []
+
+
+def test_a_multipart_upload_that_failed_is_aborted(
+    once: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "large").write_bytes(bytes(2 * MULTIPART_BYTES))
+    digests = iter(["", "a wrong MD5"])
+    monkeypatch.setattr("magi_ray.storage.s3._md5", lambda data: next(digests))
+    with pytest.raises(StoreError, match="UploadPart"):
+        once.put_file("a/large", tmp_path / "large")
+    assert not once.exists("a/large")
+    assert list(once.leftovers()) == []
+
+
+def test_the_upload_of_a_killed_writer_is_left_over_and_swept(once: S3Store, s3_address: str, tmp_path: Path) -> None:
+    code = """
+import os, sys
+from pathlib import Path
+import magi_ray.storage.s3 as s3
+from magi_ray.storage.opening import open_store
+digest, calls = s3._md5, []
+def dying(data):
+    calls.append(data)
+    if len(calls) == 2:
+        os.kill(os.getpid(), 9)
+    return digest(data)
+s3._md5 = dying
+Path(sys.argv[2]).write_bytes(bytes(2 * s3.MULTIPART_BYTES))
+open_store(sys.argv[1]).put_file("a/large", Path(sys.argv[2]))
+"""
+    once.put("a/other", b"x")
+    died = subprocess.run([sys.executable, "-c", code, s3_address, str(tmp_path / "large")], timeout=60)
+    assert died.returncode == -9
+    [left] = once.leftovers()
+    assert left.key.startswith("a/large?")
+    assert 0 <= left.age_s < 120
+    assert list(once.list("")) == ["a/other"]
+    assert list(S3Store(once.bucket, once.prefix + "-2").leftovers()) == []
+    once.sweep(left.key)
+    once.sweep(left.key)
+    assert list(once.leftovers()) == []
+
+
+def test_more_keys_than_a_page_are_all_listed_in_order(once: S3Store, store: Store) -> None:
+    keys = [f"many/{n:04d}" for n in range(1_050)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda key: once.put(key, b""), keys))
+    assert list(store.list("many/")) == keys
+    assert list(store.list("many/", after="many/0990")) == keys[991:]
+    assert [entry.key for entry in store.entries("")] == keys
+
+
+def test_neighbours_in_the_bucket_are_not_seen(once: S3Store) -> None:
+    S3Store(once.bucket, once.prefix + "-2").put("a", b"theirs")
+    S3Store(once.bucket).put("top", b"theirs")
+    assert list(once.list("")) == []
+    assert list(S3Store(once.bucket).list("")) == [f"{once.prefix}-2/a", "top"]
+
+
+def test_a_damaged_put_is_refused_and_counts_as_transient(once: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert once.refuses_damage("probes/x")
+    monkeypatch.setattr("magi_ray.storage.s3._md5", lambda data: "rL0Y20zC+Fzt72VPzMSk2A==")
+    with pytest.raises(StoreUnavailable, match="HTTP 400 BadDigest"):
+        once.put("a", b"x")
+    assert not once.exists("a")
+
+
+def test_a_pickled_store_is_the_same_store_also_in_another_process(once: S3Store) -> None:
+    once.put("a", b"x")
+    copy = pickle.loads(pickle.dumps(once))
+    assert copy == once
+    assert copy.get("a") == b"x"
+    code = "import pickle, sys; print(pickle.load(sys.stdin.buffer).get('a'))"
+    child = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(RetryingStore(once)), capture_output=True)
+    assert child.stdout == b"b'x'\n", child.stderr
+
+
+def test_a_forked_process_makes_connections_of_its_own(once: S3Store) -> None:
+    once.put("a", b"x")
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if once.get("a") == b"x" and len(once._clients) == 2 else 1)
+    assert [once.get("a") for _ in range(20)] == [b"x"] * 20
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "HTTP 403 SignatureDoesNotMatch.*\n.*secret key does not belong"),
+        ({"AWS_ACCESS_KEY_ID": "nobody"}, "HTTP 403 InvalidAccessKeyId.*\n.*does not know this access key"),
+        ({"AWS_PROFILE": "nobody"}, r"profile \(nobody\) could not be found\n.*AWS_PROFILE"),
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "locate credentials\n.*AWS_ACCESS_KEY_ID"),
+    ],
+)
+def test_wrong_credentials_are_told_at_once_with_what_to_set(
+    s3_address: str, variables: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    began = time.monotonic()
+    with pytest.raises(StoreDenied, match=says):
+        check_store(open_store(s3_address))
+    assert time.monotonic() - began < 10
+
+
+def test_a_bucket_of_somebody_else_names_the_permission_that_is_missing(rgw: Rgw, s3_address: str) -> None:
+    theirs = open_store(f"s3://{rgw.new_bucket('theirs')}/x")
+    with pytest.raises(StoreDenied, match=r"HTTP 403 AccessDenied from PutObject(.|\n)*s3:PutObject"):
+        check_store(theirs)
+    with pytest.raises(StoreDenied, match="s3:ListBucket"):
+        list(theirs.list(""))
+
+
+def test_an_unknown_bucket_is_told_with_the_command_that_makes_it(s3_address: str) -> None:
+    nowhere = open_store("s3://no-such-bucket/x")
+    for ask in (
+        lambda: check_store(nowhere),
+        lambda: nowhere.get("a"),
+        lambda: nowhere.exists("a"),
+        lambda: nowhere.swap("a", b"", "version"),
+        lambda: list(nowhere.list("")),
+    ):
+        with pytest.raises(StoreError, match=r"404 NoSuchBucket(.|\n)*aws s3 mb s3://no-such-bucket") as caught:
+            ask()
+        assert type(caught.value) is StoreError
+
+
+def test_a_used_up_quota_is_told_as_that(rgw: Rgw, once: S3Store) -> None:
+    def fill() -> None:
+        for n in range(20):
+            once.put(f"a/{n}", b"x")
+
+    with rgw.quota(max_objects=2), pytest.raises(StoreError, match=r"403 QuotaExceeded.*\n.*quota .* is used up"):
+        fill()
+
+
+def test_nobody_at_the_address_is_unavailable_and_names_it(s3_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    store = open_store(s3_address)
+    assert isinstance(store, RetryingStore)
+    with pytest.raises(StoreUnavailable, match=r"http://127.0.0.1:9(.|\n)*AWS_ENDPOINT_URL"):
+        store.inner.get("a")
+
+
+def test_a_missing_object_is_missing_whatever_else_the_bucket_holds(once: S3Store) -> None:
+    with pytest.raises(ObjectMissing, match="no object a/b in s3://"):
+        once.get_versioned("a/b")
