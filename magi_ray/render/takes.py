@@ -6,22 +6,28 @@ ones; nothing that was committed is replaced.
 
 from __future__ import annotations
 
-import json
-
-from magi_ray.errors import InputError
+from magi_ray.errors import InputError, ObjectDamaged
 from magi_ray.storage import keys
-from magi_ray.storage.records import canonical_json, new_write_id
+from magi_ray.storage.records import new_write_id, seal, unseal
 from magi_ray.storage.store import Store
 
 FORMAT = 1
 
 
 def read_takes(store: Store, run_id: str) -> dict[str, tuple[int, ...]]:
-    """The chunk that each take begins from, in the order they were asked for, by job_id. Raises InputError when a
-    newer magi-ray asked for one."""
+    """The chunk that each take begins from, in the order they were asked for, by job_id.
+
+    Raises ObjectDamaged, and InputError when a newer magi-ray asked for one.
+    """
     takes: dict[str, tuple[int, ...]] = {}
     for number in _numbers(store, run_id):
-        take = json.loads(store.get(keys.take(run_id, number)))
+        try:
+            take = unseal(store.get(keys.take(run_id, number)))
+        except ObjectDamaged as exc:
+            raise ObjectDamaged(
+                f"Take {number} of run {run_id} in {store.uri} is damaged.",
+                remedy=f"Delete {keys.take(run_id, number)} there and ask for the take again.",
+            ) from exc
         if take["format"] > FORMAT:
             raise InputError(
                 f"Take {number} of run {run_id} has format {take['format']}, but this magi-ray reads up to {FORMAT}.",
@@ -44,7 +50,7 @@ def add_take(store: Store, run_id: str, job_id: str, from_chunk: int, *, num_chu
         )
     take = {"format": FORMAT, "job_id": job_id, "from_chunk": from_chunk, "write_id": new_write_id()}
     number = max(_numbers(store, run_id), default=0) + 1
-    while not store.put_if_absent(keys.take(run_id, number), canonical_json(take)):
+    while not store.put_if_absent(keys.take(run_id, number), seal(take)):
         number += 1
     return number
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from runs import MakeRun, contents
 
-from magi_ray.errors import InputError
+from magi_ray.errors import InputError, ObjectDamaged
 from magi_ray.manifest import Defaults, manifest_of
 from magi_ray.render.identity import Digests
 from magi_ray.render.local import render_here
@@ -17,6 +17,7 @@ from magi_ray.render.takes import add_take, read_takes
 from magi_ray.settings import Settings
 from magi_ray.storage import keys
 from magi_ray.storage.memory import MemoryStore
+from magi_ray.storage.records import seal
 
 ROWS = [{"job_id": "a", "prompt": "sea", "num_chunks": 4}, {"job_id": "b", "prompt": "hills", "num_chunks": 1}]
 
@@ -38,7 +39,7 @@ def test_a_number_that_somebody_else_took_meanwhile_is_left_to_them() -> None:
     class Raced(MemoryStore):
         def put_if_absent(self, key: str, data: bytes) -> bool:
             if key == keys.take("run", 1):
-                super().put_if_absent(key, b'{"format": 1, "job_id": "theirs", "from_chunk": 0}')
+                super().put_if_absent(key, seal({"format": 1, "job_id": "theirs", "from_chunk": 0}))
             return super().put_if_absent(key, data)
 
     store = Raced()
@@ -56,8 +57,16 @@ def test_a_take_from_a_chunk_that_is_not_there_is_refused_with_those_that_are(ch
 
 def test_a_take_of_a_newer_format_is_refused() -> None:
     store = MemoryStore()
-    store.put(keys.take("run", 1), b'{"format": 2, "job_id": "a", "from_chunk": 0}')
+    store.put(keys.take("run", 1), seal({"format": 2, "job_id": "a", "from_chunk": 0}))
     with pytest.raises(InputError, match="Take 1 of run run has format 2, but this magi-ray reads up to 1"):
+        read_takes(store, "run")
+
+
+def test_a_damaged_take_is_named() -> None:
+    store = MemoryStore()
+    add_take(store, "run", "a", 2, num_chunks=4)
+    store.put(keys.take("run", 1), store.get(keys.take("run", 1)).replace(b"2", b"1", 1))
+    with pytest.raises(ObjectDamaged, match="Take 1 of run run in memory: is damaged"):
         read_takes(store, "run")
 
 
