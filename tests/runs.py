@@ -25,6 +25,13 @@ def contents(store: Store, run: Run) -> dict[str, bytes]:
     return found
 
 
+def flip(store: Store, key: str, place: float = 0.5) -> None:
+    """Alter one byte of an object. ``place``: where, from 0 (the first byte) to 1 (the last)."""
+    data = bytearray(store.get(key))
+    data[round(place * (len(data) - 1))] ^= 1
+    store.put(key, bytes(data))
+
+
 def stage_commits(store: Store) -> dict[str, bytes]:
     """The commit object of every stage in ``store``."""
     return {key: store.get(key) for key in store.list("stages/") if key.endswith("/commit.json")}

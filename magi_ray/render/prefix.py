@@ -32,7 +32,7 @@ def prefix_pixels(store: Store, plan: RowPlan) -> np.ndarray:
         if found != media.sha256:
             raise MediaError(
                 f"The {media.kind} kept by {store.uri} has sha256 {found[:12]}…, not {media.sha256[:12]}….",
-                remedy=f"Delete {keys.media(media.sha256)} there and submit the manifest again.",
+                remedy="Submit the manifest again, with the same file: the store's copy is then replaced.",
             )
         width, height = runtime.video_size_w, runtime.video_size_h
         if media.kind == "image":

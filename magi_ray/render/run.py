@@ -7,32 +7,45 @@ manifest, settings and media; ``open_run`` reads them back, on this machine or a
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import ValidationError
 
 import magi_ray
-from magi_ray.errors import InputError, ManifestError, MediaError, Problem, RunNotFound, WeightsError
+from magi_ray.errors import (
+    InputError,
+    ManifestError,
+    MediaError,
+    ObjectDamaged,
+    ObjectMissing,
+    Problem,
+    RunNotFound,
+    WeightsError,
+)
 from magi_ray.manifest import Defaults, Manifest, Row, explain, parse_manifest
 from magi_ray.media.reader import count_frames, read_image
 from magi_ray.models.files import digest_files, published_folder, text_encoder_files, weight_files
 from magi_ray.render.identity import Digests, run_digest
 from magi_ray.render.plan import Media, RowPlan, plan_rows
 from magi_ray.render.takes import read_takes
-from magi_ray.settings import Frozen, Settings, cache_folder
+from magi_ray.settings import Frozen, Settings, WeightPaths, cache_folder
 from magi_ray.storage import keys
+from magi_ray.storage.records import holds, read_record, record_bytes
 from magi_ray.storage.store import Store
 from magi_ray.timeline import FRAMES_PER_LATENT
 
-FORMAT = 1
+FORMAT = 2
 
 
 class RunRecord(Frozen):
-    """``run.json``: what was submitted. ``name``: of the manifest; ``media``: what each row begins from."""
+    """``run.json``: what was submitted. ``name``: of the manifest; ``media``: what each row begins from.
+    manifest_sha256: of the store's copy; format 1 did not have it."""
 
     format: int = FORMAT
     run_id: str
@@ -40,6 +53,7 @@ class RunRecord(Frozen):
     created_unix: float
     magi_ray: str
     manifest_digest: str
+    manifest_sha256: str | None = None
     settings: Settings
     digests: Digests
     media: dict[str, Media]
@@ -115,36 +129,60 @@ def prepare(data: bytes, *, name: str, base: Path, settings: Settings) -> tuple[
     digests = weight_digests(settings)
     digest = run_digest(manifest.digest, {job: medium.sha256 for job, medium in media.items()}, settings, digests)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).stem).strip(".-")[:40] or "run"
-    record = RunRecord(
+    submitted = RunRecord(
         run_id=f"{stem}-{digest[:10]}",
         name=name,
         created_unix=time.time(),
         magi_ray=magi_ray.__version__,
         manifest_digest=manifest.digest,
+        manifest_sha256=hashlib.sha256(manifest.parquet()).hexdigest(),
         settings=settings,
         digests=digests,
         media=media,
     )
-    run = _with_plans(record, manifest, {})
+    run = _with_plans(submitted, manifest, {})
     memory.require(run.plans.values(), memory.available(settings))
     return run, files
 
 
 def create(store: Store, run: Run, files: dict[str, Path]) -> bool:
-    """Write ``run`` into ``store``: media and manifest first, ``run.json`` last. False if it was there already."""
+    """Write ``run`` into ``store``: media and manifest first, ``run.json`` last. False if it was there already.
+
+    What is there and intact stays; what is damaged or gone is written anew.
+    """
+    for sha256, path in files.items():
+        if not holds(store, keys.media(sha256), sha256):
+            store.put_file(keys.media(sha256), path)
+    damaged = False
     if store.exists(keys.run_record(run.run_id)):
-        return False
+        try:
+            read_run(store, run.run_id)
+            return False
+        except ObjectDamaged:
+            damaged = True
+    store.put(keys.run_manifest(run.run_id), run.manifest.parquet())
+    data = record_bytes(run.record.model_dump(mode="json"))
+    if damaged:
+        store.put(keys.run_record(run.run_id), data)
+    created = not damaged and store.put_if_absent(keys.run_record(run.run_id), data)
+    # Garbage collection knows only now that this run needs them.
     for sha256, path in files.items():
         if not store.exists(keys.media(sha256)):
             store.put_file(keys.media(sha256), path)
-    store.put(keys.run_manifest(run.run_id), run.manifest.parquet())
-    return store.put_if_absent(keys.run_record(run.run_id), run.record.model_dump_json(indent=1).encode())
+    return created
 
 
-def open_run(store: Store, run_id: str) -> Run:
-    """The run ``run_id`` as it was submitted, with the takes asked for since. Raises RunNotFound, InputError when a
-    newer magi-ray wrote it."""
-    return _with_plans(*read_run(store, run_id), read_takes(store, run_id))
+def open_run(store: Store, run_id: str, *, weights: Path | None = None) -> Run:
+    """The run ``run_id`` as it was submitted, with the takes asked for since.
+
+    weights: the folder that its networks lie in on this machine, if not where they lay at submission. Made weights are
+    taken from this machine's cache where they are not there.
+    Raises RunNotFound, ObjectDamaged, WeightsError, InputError when a newer magi-ray wrote it.
+    """
+    submitted, manifest = read_run(store, run_id)
+    settings = submitted.settings.model_copy(update={"weights": _weights_here(submitted.settings, weights)})
+    here = submitted.model_copy(update={"settings": settings})
+    return _with_plans(here, manifest, read_takes(store, run_id))
 
 
 def with_takes(store: Store, run: Run) -> Run:
@@ -156,38 +194,90 @@ def with_takes(store: Store, run: Run) -> Run:
 
 def read_run(store: Store, run_id: str) -> tuple[RunRecord, Manifest]:
     """``open_run`` without planning its videos. Raises as it does."""
-    if not store.exists(keys.run_record(run_id)):
+    try:
+        content = _content(store, run_id)
+    except (ObjectMissing, ValueError) as exc:
         known = list_runs(store)
         raise RunNotFound(
             f"There is no run {run_id!r} in {store.uri}.",
             remedy=f"It holds {', '.join(known[-5:])}." if known else "It holds no runs.",
             next_command=f"magi-ray list --store {store.uri}",
-        )
-    content = json.loads(store.get(keys.run_record(run_id)))
-    if content.get("format", 0) > FORMAT:
+        ) from exc
+    if content["format"] > FORMAT:
         raise InputError(
             f"Run {run_id} has format {content['format']}, but this magi-ray reads up to {FORMAT}.",
             remedy="Install the magi-ray that wrote it, or a newer one.",
         )
-    record = RunRecord.model_validate(content)
-    manifest = parse_manifest(
-        store.get(keys.run_manifest(run_id)),
-        Defaults.of(record.settings),
-        base=Path("/"),
-        name=record.name,
-        media_must_exist=False,
-    )
-    return record, manifest
+    try:
+        found = RunRecord.model_validate(content)
+        data = store.get(keys.run_manifest(run_id))
+        sha256 = hashlib.sha256(data).hexdigest()
+        if found.manifest_sha256 not in (None, sha256):
+            raise _damaged(store, run_id, f"its manifest has sha256 {sha256}, not {found.manifest_sha256}")
+        manifest = parse_manifest(
+            data, Defaults.of(found.settings), base=Path("/"), name=found.name, media_must_exist=False
+        )
+    except ObjectMissing as exc:
+        raise _damaged(store, run_id, "its manifest is gone") from exc
+    except (ManifestError, ValidationError) as exc:
+        if content["format"] > 1:  # sealed: it is what was written
+            raise
+        raise _damaged(store, run_id, "its record or manifest cannot be read") from exc
+    return found, manifest
 
 
 def list_runs(store: Store) -> list[str]:
-    """Ids of all runs, oldest first."""
+    """Ids of all runs whose record can be read, oldest first. ``damaged_runs`` are the others."""
     created: dict[str, float] = {}
+    for run_id in _run_folders(store):
+        with suppress(ObjectDamaged, ObjectMissing):
+            created[run_id] = _content(store, run_id).get("created_unix", 0.0)
+    return sorted(created, key=lambda run_id: created[run_id])
+
+
+def damaged_runs(store: Store) -> list[str]:
+    """Ids of the runs whose ``run.json`` is damaged or gone."""
+    readable = set(list_runs(store))
+    return [run_id for run_id in _run_folders(store) if run_id not in readable]
+
+
+def _run_folders(store: Store) -> list[str]:
+    """Ids of all runs; a manifest alone is none, it is being submitted, or was when the submission died."""
+    found: dict[str, None] = {}
     for key in store.list(keys.RUNS):
         run_id = key.removeprefix(keys.RUNS).split("/")[0]
-        if key == keys.run_record(run_id):
-            created[run_id] = json.loads(store.get(key))["created_unix"]
-    return sorted(created, key=lambda run_id: created[run_id])
+        if key != keys.run_manifest(run_id):
+            found[run_id] = None
+    return list(found)
+
+
+def _content(store: Store, run_id: str) -> dict[str, Any]:
+    """What ``run.json`` says. Raises ObjectMissing, ObjectDamaged, ValueError for an id that no run can have."""
+    data = store.get(keys.run_record(run_id))
+    try:
+        return read_record(data)
+    except ObjectDamaged as exc:
+        raise _damaged(store, run_id, "its record is not what was written") from exc
+
+
+def _damaged(store: Store, run_id: str, what: str) -> ObjectDamaged:
+    return ObjectDamaged(
+        f"Run {run_id} in {store.uri} is damaged: {what}.",
+        remedy="Submit its manifest again, with the same settings: that mends it, and renders nothing twice.",
+        next_command=f"magi-ray submit MANIFEST --store {store.uri}",
+    )
+
+
+def _weights_here(settings: Settings, folder: Path | None) -> WeightPaths:
+    """Where the networks of ``settings`` lie on this machine. Raises WeightsError for a ``folder`` that lacks one."""
+    weights, engine = settings.weights, settings.engine
+    if folder is not None:
+        size = "24B" if settings.model.gated_linear_unit else "4.5B"
+        release = f"{size}_{'distill' if engine.distill else 'base'}{'_quant' * engine.fp8_quant}"
+        return WeightPaths.downloaded(folder, release=release, fp8=engine.fp8_quant, distill=engine.distill)
+    if weights.made_in is not None and not weights.made_in.exists():
+        return WeightPaths.under(cache_folder() / weights.made_in.name, made=True)
+    return weights
 
 
 def _with_plans(record: RunRecord, manifest: Manifest, takes: Mapping[str, tuple[int, ...]]) -> Run:

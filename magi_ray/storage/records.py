@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,23 @@ def unseal(data: bytes, *, under: str = "sha256", indent: int | None = None) -> 
     if not intact:
         raise ObjectDamaged("It is not what was written: its bytes do not have the digest they hold.")
     return body
+
+
+def record_bytes(body: Mapping[str, Any]) -> bytes:
+    """The JSON of a run or of a video: people read it, and it is sealed."""
+    return seal(body, under="seal", indent=1)
+
+
+def read_record(data: bytes) -> dict[str, Any]:
+    """The body that ``record_bytes`` was given. Raises ObjectDamaged.
+
+    Format 1 had no seal, so altered bytes may go unseen in it.
+    """
+    with suppress(ValueError, RecursionError):
+        content = json.loads(data)
+        if isinstance(content, dict) and content.get("format") == 1 and "seal" not in content:
+            return content
+    return unseal(data, under="seal", indent=1)
 
 
 def new_write_id() -> str:
@@ -189,6 +208,23 @@ def payload_to_file(store: Store, commit: Commit, role: str, path: Path) -> None
     except ObjectDamaged:
         path.unlink(missing_ok=True)
         raise
+
+
+def measure(store: Store, key: str) -> tuple[int, str]:
+    """Size in bytes and sha256 in hex of an object, read in constant memory. Raises ObjectMissing."""
+    with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
+        path = Path(folder) / "object"
+        store.get_to_file(key, path)
+        found = _describe("", path)
+    return found.size, found.sha256
+
+
+def holds(store: Store, key: str, sha256: str) -> bool:
+    """Whether the object is there and its bytes have that digest."""
+    try:
+        return measure(store, key)[1] == sha256
+    except ObjectMissing:
+        return False
 
 
 def _describe(name: str, content: bytes | Path) -> Payload:

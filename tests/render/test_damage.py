@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from runs import MakeRun
+from runs import MakeRun, contents, flip
 
 from magi_ray.errors import DeviceOutOfMemory
+from magi_ray.manifest import Defaults, manifest_of
+from magi_ray.media.encoder import encoder_identity, find_ffmpeg
+from magi_ray.render.finish import finish, published
 from magi_ray.render.inventory import stages_done
 from magi_ray.render.latents import telling_out_of_memory
 from magi_ray.render.local import render_here
+from magi_ray.render.progress import RunProgress
+from magi_ray.render.run import Run, create, open_run, prepare
+from magi_ray.render.takes import add_take
+from magi_ray.settings import Settings
 from magi_ray.storage import keys
 from magi_ray.storage.memory import MemoryStore
 
@@ -36,6 +46,114 @@ def test_a_stage_whose_payload_is_damaged_is_rendered_again(stage: int, payload:
     assert store.get(keys.video(run.run_id, "a")) == video
     if payload == "chunk" or stage == plan.timeline.num_stages - 1:
         assert stages_done(store, plan) == plan.timeline.num_stages
+
+
+FAR: dict[str, Any] = {
+    "job_id": "far", "video": str(Path(__file__).parents[2] / "manifests" / "quickstart-clip.mp4"),
+    "prefix_frames": 32, "include_prefix": True, "num_chunks": 6,
+    "schedule": [{"start_chunk": 0, "prompt": "sea"}, {"start_chunk": 4, "prompt": "storm", "kv_range": [1, 6]}],
+}  # fmt: skip
+
+
+PLACES = (0.0, 0.6, 1.0)
+
+
+class Death(BaseException):
+    pass
+
+
+@pytest.fixture(scope="module")
+def disturbed(settings: Settings) -> tuple[Run, dict[str, bytes], dict[str, bytes]]:
+    """A run whose fifth chunk looks far back: what it renders undisturbed, and the store when it died at stage 6."""
+    manifest = manifest_of([FAR], Defaults.of(settings), base=Path("/"))
+    run, files = prepare(manifest.parquet(), name="far.parquet", base=Path("/"), settings=settings)
+    store, dead = MemoryStore(), MemoryStore()
+    create(store, run, files)
+    create(dead, run, files)
+    render_here(store, run)
+
+    def die(progress: RunProgress) -> None:
+        if progress.videos["far"].stages_done == 6:
+            raise Death
+
+    with pytest.raises(Death):
+        render_here(dead, run, observe=die)
+    return run, contents(store, run), {key: dead.get(key) for key in dead.list("")}
+
+
+@pytest.mark.parametrize("folder", ["stages", "segments", "texts", "prefixes"])
+def test_whatever_is_damaged_in_mid_chain_is_made_again_and_the_video_is_the_same(
+    folder: str, disturbed: tuple[Run, dict[str, bytes], dict[str, bytes]]
+) -> None:
+    run, expected, dead = disturbed
+    damaged = [key for key in dead if key.startswith(f"{folder}/")]
+    assert damaged
+    if folder == "stages":  # of three objects a stage, every one of each kind somewhere
+        damaged = damaged[::2]
+    for number, key in enumerate(damaged):
+        store = MemoryStore()
+        for name, data in dead.items():
+            store.put(name, data)
+        flip(store, key, PLACES[number % 3])
+        assert render_here(store, run).published == ("far",), key
+        assert contents(store, run) == expected, key
+
+
+def test_a_clean_chunk_that_is_looked_back_to_is_rendered_again_though_its_segment_is_whole(
+    disturbed: tuple[Run, dict[str, bytes], dict[str, bytes]],
+) -> None:
+    run, expected, dead = disturbed
+    plan = run.plans["far"]
+    store = MemoryStore()
+    for name, data in dead.items():
+        store.put(name, data)
+    first = plan.timeline.finishing_stage(0)
+    # Its chunk, and the window of the stage before, from which it would be rendered again.
+    for stage, payload in ((first, "chunk"), (first - 1, "state")):
+        [key] = store.list(keys.commit_folder("stage", plan.stage_keys[stage]) + payload)
+        flip(store, key)
+    assert stages_done(store, plan) == first - 1
+    assert render_here(store, run).published == ("far",)
+    assert contents(store, run) == expected
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "record"])
+def test_a_published_video_that_is_cut_or_gone_is_joined_again_by_the_next_resume(
+    damage: str, make_run: MakeRun
+) -> None:
+    store = MemoryStore()
+    run = make_run(store, [ROW])
+    render_here(store, run)
+    key = keys.video(run.run_id, "a")
+    video = store.get(key)
+    match damage:
+        case "cut":
+            store.put(key, video[:-1])
+        case "gone":
+            store.delete(key)
+        case "record":
+            flip(store, keys.video_record(run.run_id, "a"))
+    outcome = render_here(store, run)
+    assert (outcome.already_published, outcome.stages_rendered) == (0, 0)
+    assert store.get(key) == video
+    assert published(store, run.run_id, run.plans["a"], reread=True)
+
+
+def test_a_late_finisher_changes_nothing_whether_of_this_take_or_of_an_older_one(make_run: MakeRun) -> None:
+    store = MemoryStore()
+    run = make_run(store, [ROW])
+    render_here(store, run)
+    encoder = encoder_identity(find_ffmpeg())
+    add_take(store, run.run_id, "a", 1, num_chunks=3)
+    take = open_run(store, run.run_id)
+    for late in ([run], [run, take]):
+        before = {key: store.get(key) for key in store.list(keys.videos(run.run_id))}
+        for each in late:
+            finish(store, run.run_id, each.plans["a"], encoder)
+        assert {key: store.get(key) for key in store.list(keys.videos(run.run_id))} == before
+        # A newer take is published in the place of the older one.
+        assert render_here(store, take).failed == ()
+        assert published(store, run.run_id, take.plans["a"])
 
 
 def test_a_missing_segment_is_encoded_again_and_joined_to_the_same_video(make_run: MakeRun) -> None:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
-from runs import MakeRun
+from runs import MakeRun, flip
 
-from magi_ray.errors import InputError, ManifestError, RunNotFound, WeightsError
+from magi_ray.errors import InputError, ManifestError, ObjectDamaged, RunNotFound, WeightsError
 from magi_ray.media.reader import read_video
 from magi_ray.render.latents import load_clean_chunk
 from magi_ray.render.local import render_here
 from magi_ray.render.prefix import prefix_pixels
-from magi_ray.render.run import list_runs, open_run
-from magi_ray.settings import Settings, override
+from magi_ray.render.run import create, damaged_runs, list_runs, open_run, require_same_weights
+from magi_ray.settings import Settings, WeightPaths, override
 from magi_ray.storage import keys
 from magi_ray.storage.memory import MemoryStore
+from magi_ray.storage.records import read_record, record_bytes
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 CLIP = {"job_id": "clip", "video": str(MANIFESTS / "quickstart-clip.mp4")}
@@ -179,9 +182,124 @@ def test_a_run_of_a_newer_format_is_refused(make_run: MakeRun) -> None:
     store = MemoryStore()
     run = make_run(store, [TEXT])
     key = keys.run_record(run.run_id)
-    store.put(key, store.get(key).replace(b'"format": 1', b'"format": 2'))
-    with pytest.raises(InputError, match="has format 2, but this magi-ray reads up to 1"):
+    store.put(key, record_bytes(read_record(store.get(key)) | {"format": 3}))
+    with pytest.raises(InputError, match="has format 3, but this magi-ray reads up to 2"):
         open_run(store, run.run_id)
+
+
+def old_format(store: MemoryStore, key: str) -> None:
+    """Rewrite a record as the first format had it: no seal, no digest of the manifest."""
+    body = read_record(store.get(key)) | {"format": 1}
+    body.pop("manifest_sha256", None)
+    store.put(key, json.dumps(body, indent=1).encode())
+
+
+def test_a_run_of_the_first_format_is_opened_and_its_videos_stay_published(make_run: MakeRun) -> None:
+    store = MemoryStore()
+    run = make_run(store, [TEXT])
+    render_here(store, run)
+    old_format(store, keys.run_record(run.run_id))
+    old_format(store, keys.video_record(run.run_id, "text"))
+    again = open_run(store, run.run_id)
+    assert (again.plans, again.record.format) == (run.plans, 1)
+    assert render_here(store, again).already_published == 1
+
+
+@pytest.mark.parametrize("damaged", [keys.run_record, keys.run_manifest])
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_damaged_run_says_so_and_submitting_it_again_mends_it(
+    damaged: Callable[[str], str], missing: bool, make_run: MakeRun
+) -> None:
+    store = MemoryStore()
+    run = make_run(store, [TEXT])
+    store.put(keys.run_progress(run.run_id), b"{}")  # a driver was there
+    key = damaged(run.run_id)
+    if missing:
+        store.delete(key)
+    else:
+        flip(store, key)
+    with pytest.raises(RunNotFound if missing and damaged is keys.run_record else ObjectDamaged) as caught:
+        open_run(store, run.run_id)
+    if isinstance(caught.value, ObjectDamaged):
+        assert caught.value.next_command == "magi-ray submit MANIFEST --store memory:"
+    if damaged is keys.run_record:
+        assert (list_runs(store), damaged_runs(store)) == ([], [run.run_id])
+    make_run(store, [TEXT])
+    assert open_run(store, run.run_id).plans == run.plans
+    assert (list_runs(store), damaged_runs(store)) == ([run.run_id], [])
+
+
+def test_an_intact_run_is_not_written_again(make_run: MakeRun) -> None:
+    store = MemoryStore()
+    run = make_run(store, [TEXT])
+    before = {key: store.get(key) for key in store.list("")}
+    assert not create(store, replace(run, record=run.record.model_copy(update={"created_unix": 0.0})), {})
+    assert {key: store.get(key) for key in store.list("")} == before
+
+
+def test_one_damaged_run_does_not_hide_the_others(make_run: MakeRun) -> None:
+    store = MemoryStore()
+    one, two = (make_run(store, [TEXT | {"seed": seed}]).run_id for seed in (1, 2))
+    flip(store, keys.run_record(one))
+    assert (list_runs(store), damaged_runs(store)) == ([two], [one])
+
+
+def test_a_run_that_is_being_submitted_is_no_damaged_run(make_run: MakeRun) -> None:
+    store = MemoryStore()
+    run = make_run(store, [TEXT])
+    store.delete(keys.run_record(run.run_id))
+    assert (list_runs(store), damaged_runs(store)) == ([], [])
+
+
+@pytest.mark.parametrize("run_id", ["", "..", "a b", "ü", "x/../y"])
+def test_an_id_that_no_run_can_have_is_a_run_that_does_not_exist(run_id: str) -> None:
+    with pytest.raises(RunNotFound):
+        open_run(MemoryStore(), run_id)
+
+
+def test_a_damaged_copy_of_a_clip_is_replaced_when_the_manifest_is_submitted_again(make_run: MakeRun) -> None:
+    store = MemoryStore()
+    row = CLIP | {"prompt": "on", "num_chunks": 1}
+    run = make_run(store, [row])
+    [media] = store.list("media/")
+    good = store.get(media)
+    for mend in (lambda: flip(store, media), lambda: store.delete(media)):
+        mend()
+        make_run(store, [row])
+        assert store.get(media) == good
+    assert open_run(store, run.run_id).plans == run.plans
+
+
+def test_a_run_is_opened_with_weights_that_lie_elsewhere_on_this_machine(
+    settings: Settings, make_run: MakeRun, tiny_weights: Path, tmp_path: Path
+) -> None:
+    store = MemoryStore()
+    run = make_run(store, [TEXT])
+    (tmp_path / "moved").symlink_to(tiny_weights)
+    there = open_run(store, run.run_id, weights=tmp_path / "moved")
+    assert there.settings.weights.dit == tmp_path / "moved" / "magi"
+    assert there.plans["text"].stage_keys == run.plans["text"].stage_keys
+    assert render_here(store, there).published == ("text",)
+    with pytest.raises(WeightsError, match="lacks 4 of the 4 networks"):
+        open_run(store, run.run_id, weights=tmp_path)
+
+
+def test_made_weights_of_another_machine_are_made_in_this_ones_cache(
+    settings: Settings, make_run: MakeRun, tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAGI_RAY_CACHE", str(tmp_path))
+    store = MemoryStore()
+    elsewhere = tmp_path / "elsewhere" / "magi-tiny"
+    elsewhere.parent.mkdir()
+    elsewhere.symlink_to(tiny_weights)
+    weights = WeightPaths.under(elsewhere, made=True)
+    run = make_run(store, [TEXT], settings=override(settings, {"weights": weights.model_dump()}))
+    assert open_run(store, run.run_id).settings.weights == weights
+    elsewhere.unlink()
+    here = open_run(store, run.run_id)
+    assert here.settings.weights == WeightPaths.under(tmp_path / "magi-tiny", made=True)
+    require_same_weights(here)
+    assert (tmp_path / "magi-tiny" / "special_tokens.npz").is_file()
 
 
 def test_a_run_is_not_rendered_with_other_weights(
