@@ -21,6 +21,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from magi_ray.cli import cli
+from magi_ray.errors import MediaError
 from magi_ray.manifest import write_manifest
 from magi_ray.render.progress import RunProgress
 from magi_ray.storage import keys
@@ -419,12 +420,14 @@ def test_render_goes_on_when_typed_again_and_replaces_the_file_only_when_done(he
     assert not list(here.glob(".a.mp4*"))
 
 
-def test_a_render_that_fails_leaves_the_file_alone(here: Path) -> None:
+def test_a_render_that_fails_leaves_the_file_alone(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "a.mp4").write_bytes(b"mine")
     words = ("render", "--job", "small.toml", "--prompt", "x", "--image", str(IMAGE), "-o", "a.mp4")
-    with interrupted_at(0):
-        run(*words)
-    rot_media(here)
+
+    def join(*args: object, **options: object) -> None:
+        raise MediaError("not today")
+
+    monkeypatch.setattr("magi_ray.render.finish.join", join)
     result = run(*words)
     assert result.exit_code == 4
     assert result.stdout == ""
