@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,4 +80,4 @@ def s3_address(rgw: Rgw, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
     for name, value in rgw.environment.items():
         monkeypatch.setenv(name, value)
-    return f"s3://{rgw.new_bucket()}/films/v1"
+    return f"s3://{rgw.bucket}/films/{uuid.uuid4().hex}"

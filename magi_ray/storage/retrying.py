@@ -138,16 +138,16 @@ class _Patience:
         self._store, self._began, self._tries = store, store.clock(), 0
 
     def wait(self, error: StoreUnavailable) -> None:
-        """Pauses before the next try, or raises ``error`` when that would be too late."""
+        """Pauses before the next try, or raises ``error`` when the patience is over."""
         store = self._store
         pause_s = store.jitter(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self._tries, 10)))
         self._tries += 1
         tried_s = store.clock() - self._began
-        if tried_s + pause_s > store.patience_s:
+        if tried_s >= store.patience_s:
             raise StoreUnavailable(
                 f"{error.message} It was tried {self._tries} times in {tried_s:.0f} s, "
                 f"and the patience is {store.patience_s:.0f} s.",
                 remedy=error.remedy,
                 next_command=error.next_command,
             ) from error
-        store.sleep(pause_s)
+        store.sleep(min(pause_s, store.patience_s - tried_s))
