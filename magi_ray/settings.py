@@ -242,6 +242,9 @@ class Settings(Frozen):
     encoder: EncoderSettings = EncoderSettings()
     numeric: NumericProfile = NumericProfile()
     decoders: int = Field(default=1, ge=1, description="decode workers of a run on Ray; changes no pixel")
+    black_frames: Literal["fail", "allow"] = Field(
+        default="fail", description="whether a frame that is 0 in every pixel fails its row; changes no pixel"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

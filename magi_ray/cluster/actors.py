@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 
+from magi_ray.render.leading import denoising
 from magi_ray.render.plan import RowPlan
 from magi_ray.render.progress import StepDone
 from magi_ray.render.scheduler import Kind, StageCommitted
@@ -25,16 +29,34 @@ def _in_group(name: str) -> Callable[[_F], _F]:
     return method
 
 
-class TaskWorker:
-    """What every worker knows. ``name``: its own within the run; ``encoder``: identity of the run's ffmpeg."""
+@dataclass(frozen=True, kw_only=True)
+class Whereabouts:
+    """Where a worker is. ``node``: Ray's id of the machine; ``log``: where it writes, as host:file."""
 
-    def __init__(self, name: str, *, settings: Settings, store: Store, run_id: str, encoder: str) -> None:
+    node: str
+    log: str
+
+
+class TaskWorker:
+    """What every worker knows. ``name``: its own within the run; ``encoder``: identity of the run's ffmpeg; ``epoch``:
+    of the driver it works for."""
+
+    def __init__(self, name: str, *, settings: Settings, store: Store, run_id: str, encoder: str, epoch: int) -> None:
         self._name, self._settings, self._store, self._run_id, self._encoder = name, settings, store, run_id, encoder
+        self._epoch = epoch
         self._loaded: Any = None
 
     def __repr__(self) -> str:
         # What the Ray dashboard shows.
         return f"{self._run_id}/{self._name}"
+
+    def where(self) -> Whereabouts:
+        """Answered as soon as the worker is there, before it has loaded."""
+        try:
+            log = f"{socket.gethostname()}:{Path('/proc/self/fd/2').readlink()}"
+        except OSError:
+            log = ""  # a system without /proc
+        return Whereabouts(node=ray.get_runtime_context().get_node_id(), log=log)
 
     def load(self) -> None:
         """Load what the tasks need, so that the first one starts at once."""
@@ -59,9 +81,10 @@ class EmbedWorker(TaskWorker):
 class DenoiseWorker(TaskWorker):
     """One rank. Work and control have threads of their own, so that ``abandon`` is heard in mid-stage."""
 
-    def __init__(self, name: str, *, settings: Settings, store: Store, run_id: str, encoder: str) -> None:
-        super().__init__(name, settings=settings, store=store, run_id=run_id, encoder=encoder)
+    def __init__(self, name: str, *, settings: Settings, store: Store, run_id: str, encoder: str, epoch: int) -> None:
+        super().__init__(name, settings=settings, store=store, run_id=run_id, encoder=encoder, epoch=epoch)
         self._abandoned: set[str] = set()
+        self._stopping: set[str] = set()
 
     @_in_group("work")
     def load(self) -> None:
@@ -73,15 +96,20 @@ class DenoiseWorker(TaskWorker):
     @_in_group("work")
     def render(self, plan: RowPlan, first_stage: int) -> Iterator[StepDone | StageCommitted]:
         self._use_threads()
-        for happened in self._loaded.render(plan, first_stage):
-            yield happened
-            if plan.job_id in self._abandoned:
-                return
+        job_id = plan.job_id
+        with denoising(self._store, self._run_id, job_id, epoch=self._epoch, name=self._name) as lease:
+            for happened in self._loaded.render(plan, first_stage):
+                lease.check()
+                yield happened
+                if job_id in self._abandoned:
+                    return
+                if job_id in self._stopping and isinstance(happened, StageCommitted):
+                    return
 
     @_in_group("control")
-    def abandon(self, job_id: str) -> None:
-        """Stop working on ``job_id`` after the step in work, for good: its row has failed."""
-        self._abandoned.add(job_id)
+    def abandon(self, job_id: str, to_stage_end: bool) -> None:
+        """Stop working on ``job_id`` for good, after the step in work or once its stage is committed."""
+        (self._stopping if to_stage_end else self._abandoned).add(job_id)
 
 
 class DecodeWorker(TaskWorker):

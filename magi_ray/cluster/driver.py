@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
-from magi_ray.cluster.actors import WORKERS, TaskWorker
+from magi_ray.cluster.actors import WORKERS, TaskWorker, Whereabouts
 from magi_ray.cluster.failures import classify, own_error, worker_is_gone
-from magi_ray.cluster.group import Worker
+from magi_ray.cluster.group import Worker, needed
 from magi_ray.errors import StoreError, WorkerLost
-from magi_ray.media.encoder import encoder_identity, find_ffmpeg
-from magi_ray.render.inventory import stages_done, take_stock
-from magi_ray.render.journal import Journal, Outcome
+from magi_ray.render.inventory import stages_done
+from magi_ray.render.journal import Outcome
 from magi_ray.render.progress import RunProgress, StepDone
-from magi_ray.render.run import Run, require_same_weights
+from magi_ray.render.run import Run
 from magi_ray.render.scheduler import (
     Abandon,
+    Command,
     Event,
+    Inspect,
     Kind,
+    NodesSeen,
     Release,
     Replace,
-    Scheduler,
     StageCommitted,
     Task,
     TaskDone,
@@ -35,9 +36,12 @@ from magi_ray.render.scheduler import (
     WorkerReady,
 )
 from magi_ray.render.scheduler import Run as RunTask
+from magi_ray.render.session import Session, session
 from magi_ray.storage.store import Store
 
 TICK_S = 1.0
+# How often the nodes of the cluster are looked at.
+NODES_S = 5.0
 # Workers of a kind that may fail to start, one after the other, before the run is given up.
 MAX_FAILED_STARTS = 3
 # Starting is most of what a short run takes. So workers load in the order in which they get to work, not all at once.
@@ -60,11 +64,13 @@ class Deadlines:
 
 @dataclass
 class _Pending:
-    """What we wait for from a worker: ``task`` is None while it loads. ``deadline``: monotonic seconds."""
+    """What we wait for from a worker: ``task`` is None while it starts, which ``loads`` at the end of it. ``deadline``:
+    monotonic seconds."""
 
     worker: str
     task: Task | None
     deadline: float
+    loads: bool = False
 
 
 def render_on_ray(
@@ -74,56 +80,55 @@ def render_on_ray(
     observe: Callable[[RunProgress], None] | None = None,
     deadlines: Deadlines | None = None,
     workers: Mapping[Kind, type[TaskWorker]] = WORKERS,
+    take_over: bool = False,
+    retry: Collection[str] = (),
+    max_failed_rows: int | None = None,
 ) -> Outcome:
     """Render what is left of ``run`` on the Ray instance this process is connected to.
 
-    A row that fails is recorded and harms no other. Raises what keeps any worker from starting (WeightsError, also
-    when the weights are not those of the submission, MediaError, WorkerLost) and StoreError when the run's own records
-    cannot be written. Workers are gone afterwards, whatever happened.
+    A row that fails is recorded and harms no other. Arguments and errors as ``session``; raises also what keeps any
+    worker from starting (WeightsError, MediaError, WorkerLost) and StoreError when the run's own records cannot be
+    written. Workers are gone afterwards, whatever happened.
     """
-    driver = _Driver(store, run, observe, deadlines or Deadlines(), workers)
-    try:
-        return driver.drive()
-    finally:
-        driver.stop()
+    with session(
+        store, run, observe=observe, take_over=take_over, retry=retry, max_failed_rows=max_failed_rows
+    ) as driving:
+        driver = _Driver(driving, deadlines or Deadlines(), workers)
+        try:
+            driver.drive()
+        finally:
+            driver.stop()
+        return driving.close()
 
 
 class _Driver:
-    def __init__(
-        self,
-        store: Store,
-        run: Run,
-        observe: Callable[[RunProgress], None] | None,
-        deadlines: Deadlines,
-        classes: Mapping[Kind, type[TaskWorker]],
-    ) -> None:
-        require_same_weights(run)
-        self._store, self._run = store, run
+    def __init__(self, driving: Session, deadlines: Deadlines, classes: Mapping[Kind, type[TaskWorker]]) -> None:
+        self._driving, self._run = driving, driving.run
         self._deadlines, self._classes = deadlines, classes
-        self._encoder = encoder_identity(find_ffmpeg())
-        rows = [take_stock(store, run.run_id, plan, self._encoder) for plan in run.plans.values()]
-        self._journal = Journal(store, run, rows, observe=observe)
-        self._scheduler = Scheduler(rows)
+        self._scheduler = driving.scheduler
         self._workers: dict[str, Worker] = {}
+        self._whereabouts: dict[str, Whereabouts] = {}
         self._pending: dict[Any, _Pending] = {}
         self._events: deque[Event] = deque()
         self._started: Counter[Kind] = Counter()
         self._ready: set[Kind] = set()
         self._failed_starts: Counter[Kind] = Counter()
+        self._looked_at_nodes = -NODES_S
+        self._nodes: dict[Kind, frozenset[str]] = {}
+        self._without_room: dict[Kind, frozenset[str]] = {}
 
-    def drive(self) -> Outcome:
+    def drive(self) -> None:
         while True:
+            self._look_at_nodes()
+            self._events += self._driving.tick()
             while self._events:
                 self._handle(self._events.popleft())
             if self._scheduler.finished:
-                return self._journal.close()
+                return
             self._start_what_is_due()
             self._wait()
-            self._journal.beat()
 
     def stop(self) -> None:
-        if not self._scheduler.finished:
-            self._journal.stop()
         for name in list(self._workers):
             # Where Ray itself is gone its workers are too, and the error that ended the run matters more.
             with suppress(Exception):
@@ -132,22 +137,27 @@ class _Driver:
     # ---------------------------------------------------------------------------------------------------------
 
     def _handle(self, event: Event) -> None:
-        self._journal.note(event)
-        for command in self._scheduler.handle(event):
-            self._journal.note(command)
-            match command:
-                case RunTask(worker=name, task=task):
-                    waitable = self._workers[name].start(self._run.plans[task.job_id], task.index)
-                    self._expect(waitable, name, task, self._deadlines.silence_s[task.kind])
-                case Replace(kind=kind):
-                    self._start_worker(kind)
-                case Abandon(worker=name, job_id=job_id):
-                    self._workers[name].abandon(job_id)
-                case Release(kind=kind):
-                    for name in [name for name, worker in self._workers.items() if worker.kind is kind]:
-                        self._stop_worker(name)
-                case _:
-                    pass
+        for command in self._driving.handle(event):
+            self._obey(command)
+
+    def _obey(self, command: Command) -> None:
+        match command:
+            case RunTask(worker=name, task=task):
+                waitable = self._workers[name].start(self._run.plans[task.job_id], task.index)
+                self._expect(waitable, name, task, self._deadlines.silence_s[task.kind])
+            case Replace(kind=kind, worker=worker, avoid=avoid):
+                if worker is not None:
+                    self._stop_worker(worker)
+                self._start_worker(kind, avoid=avoid)
+            case Inspect(job_id=job_id):
+                self._events.append(self._driving.inspect(job_id))
+            case Abandon(worker=name, job_id=job_id, to_stage_end=to_stage_end):
+                self._workers[name].abandon(job_id, to_stage_end=to_stage_end)
+            case Release(kind=kind):
+                for name in [name for name, worker in self._workers.items() if worker.kind is kind]:
+                    self._stop_worker(name)
+            case _:
+                pass
 
     def _wait(self) -> None:
         """Turn what workers say into events; returns after a tick at the latest."""
@@ -163,15 +173,19 @@ class _Driver:
         for waitable, pending in list(self._pending.items()):
             if now > pending.deadline:
                 del self._pending[waitable]
-                self._failed(pending, WorkerLost(f"Nothing was heard of worker {pending.worker} for too long."))
+                self._failed(pending, self._why_silent(pending))
 
     def _receive(self, waitable: Any, pending: _Pending) -> None:
-        if pending.task is None:
+        name = pending.worker
+        if pending.task is None and not pending.loads:
+            self._whereabouts[name] = ray.get(waitable, timeout=self._deadlines.answer_s)
+            self._expect(self._workers[name].load(), name, None, self._deadlines.load_s, loads=True)
+        elif pending.task is None:
             ray.get(waitable, timeout=self._deadlines.answer_s)
-            kind = self._workers[pending.worker].kind
+            kind = self._workers[name].kind
             self._failed_starts[kind] = 0
             self._ready.add(kind)
-            self._events.append(WorkerReady(worker=pending.worker, kind=kind))
+            self._events.append(WorkerReady(worker=name, kind=kind, node=self._whereabouts[name].node))
         elif pending.task.kind is Kind.DENOISE:
             try:
                 reference = next(waitable)
@@ -181,7 +195,7 @@ class _Driver:
             happened = ray.get(reference, timeout=self._deadlines.answer_s)
             self._expect(waitable, pending.worker, pending.task, self._deadlines.silence_s[Kind.DENOISE])
             if isinstance(happened, StepDone):
-                self._journal.note(happened)
+                self._driving.note(happened)
             else:
                 self._events.append(happened)
         else:
@@ -190,18 +204,32 @@ class _Driver:
 
     def _failed(self, pending: _Pending, exc: Exception) -> None:
         failure, message = classify(exc)
-        if pending.task is None:
-            self._start_failed(pending.worker, exc, message)
-        elif worker_is_gone(exc):
-            self._stop_worker(pending.worker)
-            self._events += self._committed_unseen(pending.task)
-            self._events.append(WorkerGone(worker=pending.worker, failure=failure, message=message))
+        name, task = pending.worker, pending.task
+        if task is None:
+            self._start_failed(name, exc, message)
+            return
+        log = self._whereabouts[name].log
+        if worker_is_gone(exc):
+            self._stop_worker(name)
+            self._events += self._committed_unseen(task)
+            self._events.append(WorkerGone(worker=name, failure=failure, message=message, log=log))
         else:
-            self._events.append(TaskFailed(worker=pending.worker, task=pending.task, failure=failure, message=message))
+            self._events.append(TaskFailed(worker=name, task=task, failure=failure, message=message, log=log))
+
+    def _why_silent(self, pending: _Pending) -> WorkerLost:
+        if pending.task is None and not pending.loads:
+            return self._workers[pending.worker].no_place(self._deadlines.placement_s)
+        return WorkerLost(f"Nothing was heard of worker {pending.worker} for too long.")
 
     def _start_failed(self, name: str, exc: Exception, message: str) -> None:
-        kind = self._workers[name].kind
+        kind, avoid = self._workers[name].kind, self._workers[name].avoid
+        nowhere = name not in self._whereabouts
         self._stop_worker(name)
+        if nowhere and avoid:
+            # Nothing is free elsewhere: then a node where something failed is better than none.
+            self._without_room[kind] = self._nodes_for(kind) - avoid
+            self._start_worker(kind)
+            return
         self._failed_starts[kind] += 1
         own = own_error(exc)
         if own is not None and not isinstance(own, WorkerLost):
@@ -210,7 +238,7 @@ class _Driver:
             raise WorkerLost(
                 f"{MAX_FAILED_STARTS} {kind} workers failed to start, one after the other. The last: {message}",
                 remedy="Look at the worker's log under /tmp/ray/session_latest/logs.",
-                next_command=f"magi-ray resume {self._run.run_id} --store {self._store.uri}",
+                next_command=f"magi-ray resume {self._run.run_id} --store {self._driving.store.uri}",
             )
         self._start_worker(kind)
 
@@ -220,7 +248,7 @@ class _Driver:
             return []
         plan = self._run.plans[task.job_id]
         try:
-            done = stages_done(self._store, plan)
+            done = stages_done(self._driving.store, plan)
         except StoreError:
             return []  # then those that were reported have to do
         return [
@@ -236,27 +264,50 @@ class _Driver:
                 for _ in range(self._run.settings.decoders if kind is Kind.DECODE else 1):
                     self._start_worker(kind)
 
-    def _start_worker(self, kind: Kind) -> None:
+    def _start_worker(self, kind: Kind, *, avoid: frozenset[str] = frozenset()) -> None:
         name = f"{kind}-{self._started[kind]}"
         self._started[kind] += 1
-        worker = Worker(
+        self._workers[name] = Worker(
             kind,
             name,
             of=self._classes[kind],
             settings=self._run.settings,
-            store=self._store,
+            store=self._driving.store,
             run_id=self._run.run_id,
-            encoder=self._encoder,
-            placement_s=self._deadlines.placement_s,
+            encoder=self._driving.encoder,
+            epoch=self._driving.epoch,
+            avoid=avoid,
         )
-        self._workers[name] = worker
-        self._expect(worker.load(), name, None, self._deadlines.load_s)
+        self._expect(self._workers[name].where(), name, None, self._deadlines.placement_s)
+
+    def _look_at_nodes(self) -> None:
+        """Tell the scheduler where workers could be placed, when that has changed."""
+        now = time.monotonic()
+        if now - self._looked_at_nodes < NODES_S:
+            return
+        self._looked_at_nodes = now
+        for kind in Kind:
+            nodes = self._nodes_for(kind) - self._without_room.get(kind, frozenset())
+            if nodes != self._nodes.get(kind):
+                self._nodes[kind] = nodes
+                self._events.append(NodesSeen(kind=kind, nodes=nodes))
+
+    def _nodes_for(self, kind: Kind) -> frozenset[str]:
+        """The nodes that are alive and large enough, were they free."""
+        wanted = needed(kind, self._run.settings)
+        return frozenset(
+            node["NodeID"]
+            for node in ray.nodes()
+            if node["Alive"] and all(node["Resources"].get(name, 0) >= amount for name, amount in wanted.items())
+        )
 
     def _stop_worker(self, name: str) -> None:
         worker = self._workers.pop(name)
+        self._whereabouts.pop(name, None)
         for waitable in [w for w, pending in self._pending.items() if pending.worker == name]:
             del self._pending[waitable]
         worker.stop()
 
-    def _expect(self, waitable: Any, worker: str, task: Task | None, within_s: float) -> None:
-        self._pending[waitable] = _Pending(worker=worker, task=task, deadline=time.monotonic() + within_s)
+    def _expect(self, waitable: Any, worker: str, task: Task | None, within_s: float, *, loads: bool = False) -> None:
+        deadline = time.monotonic() + within_s
+        self._pending[waitable] = _Pending(worker=worker, task=task, deadline=deadline, loads=loads)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from magi_ray.errors import MediaError
+from magi_ray.errors import MediaError, NumericError
 from magi_ray.media.encoder import encode_segment, encoder_identity, find_ffmpeg
 from magi_ray.models.vae.model import VAE, load_vae
 from magi_ray.models.vae.tiling import Tiles, decode_tiled
@@ -31,7 +31,22 @@ def decode_chunk(vae: VAE, latent: Tensor, plan: RowPlan, chunk: int) -> np.ndar
     pixels = decode_tiled(vae, latent / plan.settings.runtime.scale_factor, tiles=tiles)
     require_finite(pixels, what=f"row {plan.row} (job {plan.job_id}): decoded chunk {chunk}")
     # Frames of a video prefix were decoded with the rest of their chunk, and are left out here.
-    return tensor_to_pixels(pixels)[-plan.timeline.chunk_frames(chunk) :]
+    frames = tensor_to_pixels(pixels)[-plan.timeline.chunk_frames(chunk) :]
+    if plan.settings.black_frames == "fail":
+        _require_light(frames, plan, chunk)
+    return frames
+
+
+def _require_light(frames: np.ndarray, plan: RowPlan, chunk: int) -> None:
+    """A frame in which every value is 0 is no dark picture but a broken network."""
+    black = np.flatnonzero(~frames.any(axis=(1, 2, 3)))
+    if len(black):
+        first = plan.timeline.first_frame(chunk) + int(black[0])
+        raise NumericError(
+            f"row {plan.row} (job {plan.job_id}): {len(black)} of {len(frames)} frames of chunk {chunk} are black in "
+            f"every pixel, the first of them frame {first} of the video.",
+            remedy='Check the weights and the precision; if black is meant, set black_frames = "allow" in a job file.',
+        )
 
 
 class Decoder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from queue import Empty, SimpleQueue
 
@@ -24,6 +24,7 @@ from magi_ray.sampling.ranges import clean_chunks_needed
 from magi_ray.sampling.sampler import Sampler, StageResult
 from magi_ray.sampling.state import WindowState, chunk_shape
 from magi_ray.settings import Settings
+from magi_ray.storage.records import verified_commit
 from magi_ray.storage.store import Store
 from magi_ray.timeline import SPATIAL_FACTOR
 
@@ -45,10 +46,25 @@ class Denoiser:
     def render(self, plan: RowPlan, first_stage: int) -> Iterator[StepDone | StageCommitted]:
         """Compute and commit the stages of ``plan`` from ``first_stage`` on; the ones before it are in the store.
 
+        A later stage that is there already (the one before it was damaged, or another run renders the same video) is
+        reported, not computed.
         Writing a stage overlaps the first forward of the next one, never more: an interruption loses at most the
         num_steps / window_size forwards that no commit covers (docs/decisions/0003).
         Raises NumericError, StoreError (ObjectMissing, ObjectDamaged: an earlier stage cannot be read).
         """
+        stage = first_stage
+        while stage < plan.timeline.num_stages:
+            if self._is_there(plan, stage):
+                yield _committed(plan, stage)
+                stage += 1
+            else:
+                stage = yield from self._render_span(plan, stage)
+
+    def _is_there(self, plan: RowPlan, stage: int) -> bool:
+        return verified_commit(self._store, "stage", plan.stage_keys[stage]) is not None
+
+    def _render_span(self, plan: RowPlan, first_stage: int) -> Generator[StepDone | StageCommitted, None, int]:
+        """Compute stages up to one that is there already; returns its number, or that of all stages."""
         timeline = plan.timeline
         sampler = self._sampler(plan)
         latents = load_window(self._store, plan, first_stage - 1) if first_stage else {}
@@ -58,6 +74,9 @@ class Denoiser:
         writer = _Writer()
         try:
             for stage in range(first_stage, timeline.num_stages):
+                if stage > first_stage and self._is_there(plan, stage):
+                    yield from writer.finish()
+                    return stage
                 begun = time.monotonic()
                 steps = sampler.run_stage(stage)
                 while True:
@@ -70,13 +89,11 @@ class Denoiser:
                     yield StepDone(job_id=plan.job_id, stage=stage, step=step.step + 1, steps=step.steps)
                     yield from writer.finish()
                 seconds = time.monotonic() - begun
-                writer.start(
-                    partial(self._commit, plan, result, seconds),
-                    StageCommitted(job_id=plan.job_id, stage=stage, chunk=result.finished),
-                )
+                writer.start(partial(self._commit, plan, result, seconds), _committed(plan, stage))
             yield from writer.finish()
         finally:
             writer.close()
+        return timeline.num_stages
 
     def _commit(self, plan: RowPlan, result: StageResult, seconds: float) -> None:
         payloads = {"state": pack({str(chunk): latent for chunk, latent in result.state.latents.items()})}
@@ -108,6 +125,10 @@ class Denoiser:
             prefix=prefix,
             controls=plan.controls,
         )
+
+
+def _committed(plan: RowPlan, stage: int) -> StageCommitted:
+    return StageCommitted(job_id=plan.job_id, stage=stage, chunk=plan.timeline.finished(stage))
 
 
 class _Captions:

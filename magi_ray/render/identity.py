@@ -145,5 +145,7 @@ def run_digest(manifest_digest: str, media: Mapping[str, str], settings: Setting
     values = settings.model_dump(mode="json", exclude={"weights", "name", "decoders"})
     for paths in ("load", "t5_pretrained", "vae_pretrained"):
         del values["runtime"][paths]
+    if values["black_frames"] == "fail":
+        del values["black_frames"]  # runs from before this setting keep their ids
     inputs = {"manifest": manifest_digest, "media": dict(media), "settings": values, "digests": asdict(digests)}
     return digest({"format": FORMAT} | inputs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +16,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from magi_ray.errors import MagiRayError, ObjectMissing
+from magi_ray.errors import FailureClass, MagiRayError, ObjectMissing
 from magi_ray.render.progress import Phase, RunProgress, StepDone
 from magi_ray.render.run import Run
-from magi_ray.render.scheduler import Command, Event, Row, RowFailed
+from magi_ray.render.scheduler import Command, Event, Kind, Row, RowFailed, RunState
 from magi_ray.storage import keys
 from magi_ray.storage.store import Store
 
@@ -27,9 +27,10 @@ INTERVAL_S = 1.0
 # A run whose progress is older than this is taken for stopped: more than the slowest step of a large model.
 STALE_S = 120.0
 
+# task and index: what failed (decode 3: chunk 3).  stage: the first that failed, none when joining did.  log: of whom.
 _ERRORS = pa.schema(
     [("job_id", pa.string()), ("class", pa.string()), ("message", pa.string()), ("task", pa.string()),
-     ("index", pa.int64()), ("attempts", pa.int64())]
+     ("index", pa.int64()), ("stage", pa.int64()), ("attempts", pa.int64()), ("log", pa.string())]
 )  # fmt: skip
 
 
@@ -38,6 +39,7 @@ class Outcome:
     """How a run ended. stages_rendered counts what was computed now, stages_reused what was there before."""
 
     run_id: str
+    state: RunState
     published: tuple[str, ...]
     failed: tuple[RowFailed, ...]
     stages_rendered: int
@@ -48,26 +50,36 @@ class Outcome:
 class Journal:
     """Passes progress on to ``observe`` and, at most once a second, to ``progress.json``; ``close`` writes the tables.
 
-    rows: what was in the store when the run began or went on.
+    rows: what was in the store when the run began or went on.  earlier: failures of before that are left as they are.
     """
 
     def __init__(
-        self, store: Store, run: Run, rows: Sequence[Row], *, observe: Callable[[RunProgress], None] | None = None
+        self,
+        store: Store,
+        run: Run,
+        rows: Sequence[Row],
+        *,
+        earlier: Mapping[str, RowFailed],
+        observe: Callable[[RunProgress], None] | None = None,
     ) -> None:
         self._store = store
         self._run = run
         self._observe = observe
-        self._failed: dict[str, RowFailed] = {}
+        self._failed = {row.job_id: earlier[row.job_id] for row in rows if row.failed}
         self._already = sum(row.published for row in rows)
         self._written = 0.0
+        self._told = False
         steps = {job_id: plan.forwards_per_stage for job_id, plan in run.plans.items()}
         self.progress = RunProgress.of(run.run_id, rows, steps)
+        for failed in self._failed.values():
+            self.progress.note(failed)
 
     def note(self, happened: StepDone | Event | Command) -> None:
         """Take note of an event, or of a command that is about to be carried out."""
         self.progress.note(happened)
         if isinstance(happened, RowFailed):
             self._failed[happened.job_id] = happened
+            self._told = False
         if self._observe is not None:
             self._observe(self.progress)
         self.beat()
@@ -75,32 +87,26 @@ class Journal:
     def beat(self) -> None:
         """Say that the run is alive, at most once a second: a step of a large model may take minutes."""
         if time.monotonic() - self._written >= INTERVAL_S:
-            self._write_progress(running=True)
+            self._write_progress("rendering")
+            if not self._told:
+                self._write_errors()
 
     def stop(self) -> None:
         """The run stops before its end; whoever looks should not wait for it."""
         with suppress(MagiRayError):  # the error that stopped the run matters more
-            self._write_progress(running=False)
+            self._write_progress("stopped")
+            if not self._told:
+                self._write_errors()
 
-    def close(self) -> Outcome:
-        """The run has ended: write ``progress.json``, ``results.parquet`` and ``errors.parquet``."""
-        self._write_progress(running=False)
-        self._store.put(keys.run_results(self._run.run_id), _parquet(self._results()))
-        failures = [
-            {
-                "job_id": failed.job_id,
-                "class": failed.failure,
-                "message": failed.message,
-                "task": failed.kind,
-                "index": failed.index,
-                "attempts": failed.attempts,
-            }
-            for failed in self._failed.values()
-        ]
-        self._store.put(keys.run_errors(self._run.run_id), _parquet(pa.Table.from_pylist(failures, schema=_ERRORS)))
+    def close(self, state: RunState) -> Outcome:
+        """The run has come to rest: write ``progress.json``, ``results.parquet`` and ``errors.parquet``."""
+        self._write_progress(state)
+        self._write_errors()
+        self._store.put(keys.run_results(self._run.run_id), _parquet(self._results(state)))
         videos = self.progress.videos.values()
         return Outcome(
             run_id=self._run.run_id,
+            state=state,
             published=tuple(video.job_id for video in videos if video.phase is Phase.DONE),
             failed=tuple(self._failed.values()),
             stages_rendered=sum(video.stages_done - video.reused_stages for video in videos),
@@ -108,21 +114,44 @@ class Journal:
             already_published=self._already,
         )
 
-    def _write_progress(self, *, running: bool) -> None:
-        content = self.progress.as_json() | {"running": running, "updated_unix": round(time.time(), 3)}
+    def _write_errors(self) -> None:
+        failures = [
+            {
+                "job_id": failed.job_id,
+                "class": failed.failure,
+                "message": failed.message,
+                "task": failed.kind,
+                "index": failed.index,
+                "stage": failed.stage,
+                "attempts": failed.attempts,
+                "log": failed.log,
+            }
+            for failed in self._failed.values()
+        ]
+        self._store.put(keys.run_errors(self._run.run_id), _parquet(pa.Table.from_pylist(failures, schema=_ERRORS)))
+        self._told = True
+
+    def _write_progress(self, state: str) -> None:
+        content = self.progress.as_json() | {
+            "state": state, "running": state == "rendering", "updated_unix": round(time.time(), 3)
+        }  # fmt: skip
         self._store.put(keys.run_progress(self._run.run_id), json.dumps(content).encode())
         self._written = time.monotonic()
 
-    def _results(self) -> pa.Table:
-        """One line for each row: what became of it, its tags, and the columns we do not know as they came."""
+    def _results(self, state: RunState) -> pa.Table:
+        """One line for each row: what became of it, its tags, and the columns we do not know as they came.
+
+        A row that is neither done nor failed has the state of the run: paused, cancelled, broken.
+        """
         lines: list[dict[str, Any]] = []
         for row in self._run.manifest.rows:
             video, plan = self.progress.videos[row.job_id], self._run.plans[row.job_id]
             done = video.phase is Phase.DONE
+            ended = done or video.phase is Phase.FAILED
             lines.append(
                 {
                     "job_id": row.job_id,
-                    "status": str(video.phase),
+                    "status": str(video.phase if ended else state),
                     "video": keys.video(self._run.run_id, row.job_id) if done else None,
                     "frames": plan.timeline.num_frames,
                     "duration_s": plan.timeline.num_frames / row.fps,
@@ -147,6 +176,27 @@ def read_progress(store: Store, run_id: str) -> tuple[RunProgress, bool, float] 
     except ObjectMissing:
         return None
     return RunProgress.from_json(content), content["running"], content["updated_unix"]
+
+
+def read_failures(store: Store, run_id: str) -> dict[str, RowFailed]:
+    """The rows that failed, by job_id, as far as they were noted."""
+    try:
+        table = pq.read_table(io.BytesIO(store.get(keys.run_errors(run_id))), page_checksum_verification=True)
+    except (ObjectMissing, OSError, pa.ArrowException):
+        return {}  # derived: without it the rows are tried again
+    return {
+        line["job_id"]: RowFailed(
+            job_id=line["job_id"],
+            kind=Kind(line["task"]),
+            index=line["index"],
+            stage=line.get("stage"),
+            failure=FailureClass(line["class"]),
+            message=line["message"],
+            attempts=line["attempts"],
+            log=line.get("log") or "",
+        )
+        for line in table.to_pylist()
+    }
 
 
 def _parquet(table: pa.Table) -> bytes:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Generator
 
-from magi_ray.errors import failure_class
-from magi_ray.media.encoder import encoder_identity, find_ffmpeg
+from magi_ray.errors import MagiRayError, failure_class
 from magi_ray.render.decode import Decoder
 from magi_ray.render.denoise import Denoiser
 from magi_ray.render.embed import Embedder
 from magi_ray.render.finish import finish
-from magi_ray.render.inventory import take_stock
-from magi_ray.render.journal import Journal, Outcome
+from magi_ray.render.journal import Outcome
 from magi_ray.render.latents import use_threads
+from magi_ray.render.leading import denoising
 from magi_ray.render.progress import RunProgress, StepDone
-from magi_ray.render.run import Run, require_same_weights
+from magi_ray.render.run import Run
 from magi_ray.render.scheduler import (
     Abandon,
+    Command,
     Event,
+    Inspect,
     Kind,
     Release,
-    Scheduler,
+    Replace,
     StageCommitted,
     Task,
     TaskDone,
@@ -29,98 +31,133 @@ from magi_ray.render.scheduler import (
     WorkerReady,
 )
 from magi_ray.render.scheduler import Run as RunTask
+from magi_ray.render.session import Session, session
 from magi_ray.storage.store import Store
 
 
-def render_here(store: Store, run: Run, *, observe: Callable[[RunProgress], None] | None = None) -> Outcome:
+def render_here(
+    store: Store,
+    run: Run,
+    *,
+    observe: Callable[[RunProgress], None] | None = None,
+    take_over: bool = False,
+    retry: Collection[str] = (),
+    max_failed_rows: int | None = None,
+) -> Outcome:
     """Render what is left of ``run`` in this process. Every chunk is decoded as soon as it is clean.
 
-    A row that fails is recorded and harms no other. Raises WeightsError when the weights are not those the run was
-    submitted with, MediaError without ffmpeg, StoreError when the run's own records cannot be written.
+    A row that fails is recorded and harms no other. Arguments and errors as ``session``; StoreError also when the run's
+    own records cannot be written.
     """
-    require_same_weights(run)
-    use_threads(run.settings.numeric.cpu_threads)
-    encoder = encoder_identity(find_ffmpeg())
-    rows = [take_stock(store, run.run_id, plan, encoder) for plan in run.plans.values()]
-    journal = Journal(store, run, rows, observe=observe)
-    tasks = _Tasks(store, run, encoder)
-    scheduler = Scheduler(rows)
-    try:
-        _work(scheduler, tasks, journal)
-    except BaseException:
-        journal.stop()
-        raise
-    return journal.close()
+    with session(
+        store, run, observe=observe, take_over=take_over, retry=retry, max_failed_rows=max_failed_rows
+    ) as driving:
+        use_threads(run.settings.numeric.cpu_threads)
+        _Here(driving).work()
+        return driving.close()
 
 
-def _work(scheduler: Scheduler, tasks: _Tasks, journal: Journal) -> None:
-    """Carry out the scheduler's commands until it has none left."""
-    # A worker of each kind, all of them this process.
-    events: deque[Event] = deque(WorkerReady(worker=kind, kind=kind) for kind in Kind)
-    waiting: deque[Task] = deque()
-    denoising: tuple[Task, Iterator[StepDone | StageCommitted]] | None = None
-    while not scheduler.finished:
-        while events:
-            event = events.popleft()
-            journal.note(event)
-            for command in scheduler.handle(event):
-                journal.note(command)
-                match command:
-                    case RunTask(task=task) if task.kind is Kind.DENOISE:
-                        denoising = task, tasks.denoise(task)
-                    case RunTask(task=task):
-                        waiting.append(task)
-                    case Release(kind=kind):
-                        tasks.release(kind)
-                    case Abandon(job_id=job_id):
-                        if denoising is not None and denoising[0].job_id == job_id:
-                            events.append(TaskDone(worker=Kind.DENOISE, task=denoising[0]))
-                            denoising = None
-                    case _:
-                        pass
-        if waiting:
-            task = waiting.popleft()
-            try:
-                tasks.carry_out(task)
-                events.append(TaskDone(worker=task.kind, task=task))
-            except Exception as exc:  # noqa: BLE001 - one row's failure must not end the others
-                events.append(_failed(task, exc))
-        elif denoising is not None:
-            task, steps = denoising
-            try:
-                happened = next(steps, None)
-            except Exception as exc:  # noqa: BLE001 - as above
-                denoising = None
-                events.append(_failed(task, exc))
-                continue
-            if happened is None:
-                denoising = None
-                events.append(TaskDone(worker=Kind.DENOISE, task=task))
-            elif isinstance(happened, StepDone):
-                journal.note(happened)
-            else:
-                events.append(happened)
+class _Here:
+    """A worker of each kind, all of them this process."""
+
+    def __init__(self, driving: Session) -> None:
+        self._driving = driving
+        self._tasks = _Tasks(driving)
+        self._events: deque[Event] = deque(WorkerReady(worker=kind, kind=kind) for kind in Kind)
+        self._waiting: deque[Task] = deque()
+        self._denoising: tuple[Task, Generator[StepDone | StageCommitted]] | None = None
+        self._to_stage_end = False
+
+    def work(self) -> None:
+        """Carry out the scheduler's commands until it has none left."""
+        while True:
+            self._events += self._driving.tick()
+            while self._events:
+                for command in self._driving.handle(self._events.popleft()):
+                    self._obey(command)
+            if self._driving.scheduler.finished:
+                break
+            if self._waiting:
+                self._carry_out(self._waiting.popleft())
+            elif self._denoising is not None:
+                self._step(*self._denoising)
+        self._stop_denoising()
+
+    def _obey(self, command: Command) -> None:
+        match command:
+            case RunTask(task=task) if task.kind is Kind.DENOISE:
+                self._denoising, self._to_stage_end = (task, self._tasks.denoise(task)), False
+            case RunTask(task=task):
+                self._waiting.append(task)
+            case Replace(kind=kind):
+                self._events.append(WorkerReady(worker=kind, kind=kind))
+            case Inspect(job_id=job_id):
+                self._events.append(self._driving.inspect(job_id))
+            case Release(kind=kind):
+                self._tasks.release(kind)
+            case Abandon(job_id=job_id, to_stage_end=to_stage_end):
+                if self._denoising is not None and self._denoising[0].job_id == job_id:
+                    self._to_stage_end = to_stage_end
+                    if not to_stage_end:
+                        self._stop_denoising()
+            case _:
+                pass
+
+    def _carry_out(self, task: Task) -> None:
+        try:
+            self._tasks.carry_out(task)
+            self._events.append(TaskDone(worker=task.kind, task=task))
+        except Exception as exc:  # noqa: BLE001 - one row's failure must not end the others
+            self._events.append(_failed(task, exc))
+
+    def _step(self, task: Task, steps: Generator[StepDone | StageCommitted]) -> None:
+        try:
+            happened = next(steps, None)
+        except Exception as exc:  # noqa: BLE001 - as above
+            self._denoising = None
+            self._events.append(_failed(task, exc))
+            return
+        if happened is None:
+            self._stop_denoising()
+        elif isinstance(happened, StepDone):
+            self._driving.note(happened)
+        else:
+            self._events.append(happened)
+            if self._to_stage_end:
+                self._stop_denoising()
+
+    def _stop_denoising(self) -> None:
+        if self._denoising is not None:
+            task, steps = self._denoising
+            self._denoising = None
+            steps.close()
+            self._events.append(TaskDone(worker=Kind.DENOISE, task=task))
 
 
 def _failed(task: Task, exc: Exception) -> TaskFailed:
+    if not isinstance(exc, MagiRayError):
+        # A bug, or a library's: where it happened is in no message.
+        traceback.print_exception(exc)
     return TaskFailed(worker=task.kind, task=task, failure=failure_class(exc), message=str(exc) or repr(exc))
 
 
 class _Tasks:
     """The four kinds of work, their networks loaded at the first task that needs them."""
 
-    def __init__(self, store: Store, run: Run, encoder: str) -> None:
-        self._store = store
-        self._run = run
-        self._encoder = encoder
+    def __init__(self, driving: Session) -> None:
+        self._store, self._run, self._encoder = driving.store, driving.run, driving.encoder
+        self._epoch = driving.epoch
         self._embedder: Embedder | None = None
         self._denoiser: Denoiser | None = None
         self._decoder: Decoder | None = None
 
-    def denoise(self, task: Task) -> Iterator[StepDone | StageCommitted]:
+    def denoise(self, task: Task) -> Generator[StepDone | StageCommitted]:
         if self._denoiser is None:
             self._denoiser = Denoiser(self._run.settings, self._store)
-        yield from self._denoiser.render(self._run.plans[task.job_id], task.index)
+        with denoising(self._store, self._run.run_id, task.job_id, epoch=self._epoch, name="denoise") as lease:
+            for happened in self._denoiser.render(self._run.plans[task.job_id], task.index):
+                lease.check()
+                yield happened
 
     def carry_out(self, task: Task) -> None:
         plan = self._run.plans[task.job_id]

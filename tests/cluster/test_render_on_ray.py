@@ -19,7 +19,7 @@ from runs import MakeRun, contents, stage_commits
 
 from magi_ray.cluster.actors import WORKERS, DecodeWorker, DenoiseWorker, FinishWorker, TaskWorker
 from magi_ray.cluster.driver import MAX_FAILED_STARTS, Deadlines, render_on_ray
-from magi_ray.errors import FailureClass, MediaError, WeightsError, WorkerLost
+from magi_ray.errors import FailureClass, MediaError, Superseded, WeightsError, WorkerLost
 from magi_ray.render.journal import Outcome
 from magi_ray.render.local import render_here
 from magi_ray.render.plan import RowPlan
@@ -233,22 +233,29 @@ def test_a_worker_that_dies_while_loading_is_tried_a_few_times_only(
     assert raised.value.next_command == f"magi-ray resume {run.run_id} --store {store.uri}"
 
 
-def test_a_run_rendered_by_two_at_once_is_rendered_well(
-    make_run: MakeRun, store: LocalStore, undisturbed: Callable[..., dict[str, bytes]]
+@pytest.mark.parametrize("take_over", [False, True])
+def test_of_two_drivers_of_one_run_one_goes_on_and_the_other_stops(
+    take_over: bool, make_run: MakeRun, store: LocalStore, undisturbed: Callable[..., dict[str, bytes]]
 ) -> None:
-    run = make_run(store, [TEXT])
-    outcomes: list[Outcome] = []
+    row = TEXT | {"num_chunks": 40}
+    run = make_run(store, [row])
+    ends: dict[str, Outcome | Superseded] = {}
 
-    def render() -> None:
-        outcomes.append(render_on_ray(store, run))
+    def render(name: str, take_over: bool) -> None:
+        try:
+            ends[name] = render_on_ray(store, run, take_over=take_over)
+        except Superseded as exc:
+            ends[name] = exc
 
-    both = [threading.Thread(target=render, daemon=True) for _ in range(2)]
-    for thread in both:
-        thread.start()
-    for thread in both:
-        thread.join(timeout=240)
-    assert [outcome.published for outcome in outcomes] == [("text",), ("text",)]
-    assert contents(store, run) == undisturbed([TEXT])
+    first = threading.Thread(target=render, args=("first", False), daemon=True)
+    first.start()
+    wait_until(lambda: stage_commits(store), "the first driver is at work")
+    render("second", take_over)
+    first.join(timeout=240)
+    stopped, went_on = ("first", "second") if take_over else ("second", "first")
+    assert isinstance(ends[stopped], Superseded)
+    assert isinstance(ends[went_on], Outcome)
+    assert contents(store, run) == undisturbed([row])
 
 
 def test_an_observer_that_raises_ends_the_run_and_its_workers(make_run: MakeRun, store: LocalStore) -> None:

@@ -1,0 +1,65 @@
+"""Who may work on what: one driver for a run, one group for a row (docs/decisions/0009)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from magi_ray.errors import Superseded
+from magi_ray.storage import keys
+from magi_ray.storage.epochs import become_driver, superseded
+from magi_ray.storage.leases import BEAT_S, TTL_S, Lease, Owner, acquire, holding, keeping
+from magi_ray.storage.store import Store
+
+
+class Leadership:
+    """That this process drives the run, as its ``epoch``-th driver."""
+
+    def __init__(self, store: Store, run_id: str, lease: Lease, clock: Callable[[], float]) -> None:
+        self.epoch = lease.epoch
+        self._store, self._run_id, self._lease, self._clock = store, run_id, lease, clock
+        self._looked = clock()
+
+    def check(self) -> None:
+        """Raises Superseded when another driver has taken over. Asks the store every BEAT_S seconds."""
+        self._lease.check()
+        if self._clock() - self._looked >= BEAT_S:
+            if superseded(self._store, self._run_id, self.epoch):
+                raise Superseded(
+                    f"Another driver has taken over run {self._run_id}: this one is number {self.epoch}.",
+                    remedy="Nothing is lost: it goes on from what is committed.",
+                    next_command=f"magi-ray watch {self._run_id} --store {self._store.uri}",
+                )
+            self._looked = self._clock()
+
+
+@contextmanager
+def leading(store: Store, run_id: str, *, take_over: bool = False) -> Iterator[Leadership]:
+    """Be the driver of ``run_id`` for as long as the block runs.
+
+    take_over: also when another driver is alive; it notices and stops. Otherwise one that is dead, or silent for long
+    enough, is succeeded, and Superseded is raised when it is alive.
+    """
+    owner, key = Owner.here("driver"), keys.run_lease(run_id)
+    if not take_over:
+        found = holding(store, key, watch_s=TTL_S)
+        if found is not None and found.beating:
+            raise Superseded(
+                f"Run {run_id} is being rendered already, by the {found.owner}.",
+                remedy="Watch it, or take its work away from it: magi-ray resume RUN --take-over.",
+                next_command=f"magi-ray watch {run_id} --store {store.uri}",
+            )
+        take_over = found is not None  # it has been silent for long enough
+    with keeping(become_driver(store, run_id, owner, take_over=take_over)) as lease:
+        yield Leadership(store, run_id, lease, time.monotonic)
+
+
+@contextmanager
+def denoising(store: Store, run_id: str, job_id: str, *, epoch: int, name: str) -> Iterator[Lease]:
+    """Be the group that denoises the row ``job_id`` for driver ``epoch``. Ask ``check()`` of the lease often.
+
+    name: of the worker. Raises Superseded when another group is at it and stays alive.
+    """
+    with keeping(acquire(store, keys.row_lease(run_id, job_id), Owner.here(name), epoch=epoch)) as lease:
+        yield lease

@@ -1,0 +1,114 @@
+"""A session: one driver's work on a run, from the lease to the tables. The same with Ray and without it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from magi_ray.errors import Superseded
+from magi_ray.media.encoder import encoder_identity, find_ffmpeg
+from magi_ray.render.control import requested
+from magi_ray.render.inventory import take_stock
+from magi_ray.render.journal import Journal, Outcome, read_failures
+from magi_ray.render.leading import Leadership, leading
+from magi_ray.render.progress import RunProgress, StepDone
+from magi_ray.render.run import Run, require_same_weights
+from magi_ray.render.scheduler import (
+    CancelAsked,
+    Command,
+    Event,
+    Inspected,
+    PauseAsked,
+    Scheduler,
+)
+from magi_ray.storage.store import Store
+
+# How often people's wishes are looked up.
+LOOK_S = 2.0
+
+
+class Session:
+    """What a driver holds while it drives: the scheduler, its journal, and the right to go on."""
+
+    def __init__(
+        self, store: Store, run: Run, encoder: str, leadership: Leadership, scheduler: Scheduler, journal: Journal
+    ) -> None:
+        self.store, self.run, self.encoder = store, run, encoder
+        self.epoch = leadership.epoch
+        self.scheduler, self.journal = scheduler, journal
+        self._leadership = leadership
+        self._looked = -LOOK_S
+
+    def handle(self, event: Event) -> list[Command]:
+        """Let the scheduler and the journal know; what to do about it."""
+        self.journal.note(event)
+        commands = self.scheduler.handle(event)
+        for command in commands:
+            self.journal.note(command)
+        return commands
+
+    def note(self, step: StepDone) -> None:
+        self.journal.note(step)
+
+    def tick(self) -> list[Event]:
+        """To be called every second or so: says that the run is alive, and hears what people want of it.
+
+        Raises Superseded when another driver has taken over, StoreError.
+        """
+        self._leadership.check()
+        self.journal.beat()
+        if time.monotonic() - self._looked < LOOK_S:
+            return []
+        self._looked = time.monotonic()
+        match requested(self.store, self.run.run_id):
+            case "pause":
+                return [PauseAsked()]
+            case "cancel":
+                return [CancelAsked()]
+            case _:
+                return []
+
+    def inspect(self, job_id: str) -> Inspected:
+        """What the store holds of a row now."""
+        return Inspected(row=take_stock(self.store, self.run.run_id, self.run.plans[job_id], self.encoder))
+
+    def close(self) -> Outcome:
+        """The run has come to rest: write its tables."""
+        return self.journal.close(self.scheduler.state)
+
+
+@contextmanager
+def session(
+    store: Store,
+    run: Run,
+    *,
+    observe: Callable[[RunProgress], None] | None,
+    take_over: bool,
+    retry: Collection[str],
+    max_failed_rows: int | None,
+) -> Iterator[Session]:
+    """Take stock of ``run`` and drive it for as long as the block runs.
+
+    observe: called with every change.  take_over: see ``leading``.  retry: rows to try again though they failed
+    before; the other failed ones are left alone.  max_failed_rows: more, and the run stops.
+    Raises Superseded, WeightsError (not those of the submission), MediaError (no ffmpeg), StoreError.
+    """
+    require_same_weights(run)
+    encoder = encoder_identity(find_ffmpeg())
+    with leading(store, run.run_id, take_over=take_over) as leadership:
+        earlier = {job: failed for job, failed in read_failures(store, run.run_id).items() if job not in retry}
+        rows = [
+            replace(row, failed=row.job_id in earlier and not row.published)
+            for row in (take_stock(store, run.run_id, plan, encoder) for plan in run.plans.values())
+        ]
+        journal = Journal(store, run, rows, earlier=earlier, observe=observe)
+        scheduler = Scheduler(rows, max_failed_rows=max_failed_rows)
+        try:
+            yield Session(store, run, encoder, leadership, scheduler, journal)
+        except Superseded:
+            raise  # what the run's own records say is the other driver's business now
+        except BaseException:
+            journal.stop()
+            raise
