@@ -19,6 +19,7 @@ import click
 from magi_ray import __version__
 from magi_ray.commands.common import FAILURE, INTERRUPTED, USAGE, example, json_option, print_json, say
 from magi_ray.commands.manifests import manifest
+from magi_ray.commands.plan import plan
 from magi_ray.commands.runs import list_command, render, resume, status, submit, watch
 from magi_ray.errors import InputError, MagiRayError, ManifestError
 
@@ -129,7 +130,7 @@ def version(as_json: bool) -> None:
         click.echo(__version__)
 
 
-for _command in (submit, resume, status, list_command, watch, render, manifest):
+for _command in (plan, submit, resume, status, list_command, watch, render, manifest):
     cli.add_command(_command)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
@@ -15,6 +16,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from magi_ray.render.progress import Phase, RunProgress, VideoProgress
+
+if TYPE_CHECKING:
+    from magi_ray.render.forecast import Forecast
 
 MAX_BARS = 12
 LINE_INTERVAL_S = 5.0
@@ -117,11 +121,12 @@ def runs_table(runs: Sequence[Mapping[str, object]]) -> Table:
     return table
 
 
-def dry_run_table(videos: Sequence[Mapping[str, object]]) -> Table:
-    """A line for each video of `magi-ray submit --dry-run`."""
-    table = _table("job", "plan", "frames", "stages", "to render", "denoising steps")
-    for video in videos:
-        table.add_row(*(str(value) for value in video.values()))
+def plan_table(rows: Sequence[Forecast]) -> Table:
+    """A line for each row of `magi-ray plan`."""
+    table = _table("job", "what", "why", "frames", "stages left", "forwards left")
+    for row in rows:
+        numbers = row.frames, row.stages_left, row.forwards_left
+        table.add_row(row.job_id, row.what, "; ".join(row.reasons), *map(str, numbers))
     return table
 
 
@@ -146,7 +151,7 @@ def _table(*columns: str) -> Table:
     """Names and sentences break into several lines on a narrow terminal, numbers never do."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in columns:
-        long = name in ("job", "job_id", "run", "captions", "settings", "")
+        long = name in ("job", "job_id", "run", "captions", "settings", "why", "")
         table.add_column(name, overflow="fold", no_wrap=not long)
     return table
 

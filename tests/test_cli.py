@@ -273,26 +273,6 @@ def submit(*more: str) -> Result:
     return run("submit", "m.parquet", "--job", "small.toml", "--local", *more)
 
 
-def test_a_dry_run_says_what_would_be_done_and_writes_nothing(here: Path) -> None:
-    before = tree(here)
-    told = json.loads(submit("--dry-run", "--json").stdout)
-    assert [(video["job_id"], video["plan"], video["stages_left"]) for video in told["videos"]] == [
-        ("one", "render", 5), ("two", "render", 4),
-    ]  # fmt: skip
-    assert tree(here) == before
-    with interrupted_at(3):
-        assert submit().exit_code == 130
-    before = tree(here)
-    dry = submit("--dry-run")
-    assert tree(here) == before
-    assert re.search(r"^one +resume at stage [34] ", dry.stdout, re.MULTILINE), dry.stdout
-    assert re.search(r"^two +render ", dry.stdout, re.MULTILINE)
-    assert submit().exit_code == 0
-    done = submit("--dry-run")
-    assert len(re.findall(r"^(?:one|two) +reuse ", done.stdout, re.MULTILINE)) == 2
-    assert "0 stages to render" in done.stderr
-
-
 def test_paths_of_videos_are_all_that_goes_to_stdout_and_they_open(here: Path) -> None:
     result = submit("--store", "my store")
     assert result.exit_code == 0

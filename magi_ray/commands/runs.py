@@ -31,7 +31,8 @@ from magi_ray.commands.common import (
     store_to_read,
     store_to_write,
 )
-from magi_ray.commands.inputs import as_options, require_manifest, require_place
+from magi_ray.commands.inputs import as_options, require_place
+from magi_ray.commands.plan import prepared, show_plan
 from magi_ray.commands.rendering import all_published, carry_out, detach, rendered_here, traces
 from magi_ray.settings import Settings
 
@@ -71,20 +72,12 @@ def submit(
     as_json: bool,
 ) -> None:
     """Render every row of MANIFEST into a video. What exists already is not rendered again."""
-    from magi_ray.manifest import Defaults, read_manifest
-
-    require_manifest(manifest, typed)
-    # Rows first: this takes a moment, what follows loads torch.
-    read_manifest(manifest, Defaults.of(settings))
-    store = store_to_write(store_uri)
-    from magi_ray.render.run import create, prepare
-
-    run, files = prepare(manifest.read_bytes(), name=str(manifest), base=manifest.parent, settings=settings)
-    for note in run.manifest.notes:
-        say(f"note: {note}", style="yellow")
+    store, run, files = prepared(typed, manifest, store_uri, settings)
     if dry_run:
-        _dry_run(store, run, as_json=as_json)
+        show_plan(typed, store, run, as_json=as_json)
         return
+    from magi_ray.render.run import create
+
     check(store)
     if create(store, run, files):
         say(f"Run {run.run_id}: {counted(len(run.plans), 'video')}, settings {settings.name}, store {store.uri}")
@@ -313,39 +306,3 @@ def _say_ended(store: Store, run: Run, progress: RunProgress, store_uri: str) ->
         say(f"The last process in the background wrote to {log}.")
     say(f"next: {command_line('resume', run, store_uri)}", style="bold")
     return FAILED_ROWS if failed == len(left) else FAILURE
-
-
-def _dry_run(store: Store, run: Run, *, as_json: bool) -> None:
-    from magi_ray.media.encoder import encoder_identity, find_ffmpeg
-    from magi_ray.render.inventory import take_stock
-    from magi_ray.report import dry_run_table
-
-    encoder = encoder_identity(find_ffmpeg())
-    lines: list[dict[str, Any]] = []
-    for plan in run.plans.values():
-        row = take_stock(store, run.run_id, plan, encoder)
-        left = row.num_stages - row.stages_done
-        if row.published:
-            what = "reuse"
-        elif row.stages_done:
-            what = f"resume at stage {row.stages_done + 1}" if left else "decode and join"
-        else:
-            what = "render"
-        lines.append(
-            {
-                "job_id": plan.job_id,
-                "plan": what,
-                "frames": plan.timeline.num_frames,
-                "stages": row.num_stages,
-                "stages_left": left,
-                "steps_left": left * plan.forwards_per_stage,
-            }
-        )
-    if as_json:
-        print_json({"run_id": run.run_id, "videos": lines})
-    else:
-        out(dry_run_table(lines))
-    left = sum(line["stages_left"] for line in lines)
-    steps = sum(line["steps_left"] for line in lines)
-    what = f"{counted(left, 'stage')} to render, {counted(steps, 'denoising step')}"
-    say(f"Run {run.run_id}: {what}. Nothing was written.")

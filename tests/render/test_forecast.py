@@ -117,6 +117,7 @@ def test_a_store_that_is_not_there_yet_holds_nothing(make_run: MakeRun) -> None:
         (STORM, "resume at stage 3", 5, 'prompt of chunks 2 to 3: "storm" → "calm"'),
         ({"seed": 7}, "render", 7, "seed 1234 → 7"),
         ({"num_steps": 4}, "render", 7, "num_steps 8 → 4"),
+        ({"num_chunks": None, "seconds": 5}, "render", 8, f"longer: 4 → 5 chunks {KNOWS}"),
         ({"num_chunks": 6}, "render", 9, f"longer: 4 → 6 chunks {KNOWS}"),
         ({"num_chunks": 3}, "render", 6, f"shorter: 4 → 3 chunks {KNOWS}"),
     ],

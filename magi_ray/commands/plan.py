@@ -1,0 +1,79 @@
+"""magi-ray plan: what a submission would do, why, and what it costs."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from magi_ray.commands.common import (
+    counted,
+    example,
+    json_option,
+    out,
+    print_json,
+    say,
+    settings_options,
+    store_option,
+    store_to_write,
+)
+from magi_ray.commands.inputs import require_manifest
+from magi_ray.settings import Settings
+
+if TYPE_CHECKING:
+    from magi_ray.render.run import Run
+    from magi_ray.storage.store import Store
+
+
+@click.command(epilog=example("magi-ray plan manifests/quickstart.parquet --store ./magi-ray-store"))
+@click.argument("manifest", type=click.Path(path_type=Path))
+@store_option
+@settings_options
+@json_option
+@click.pass_obj
+def plan(typed: list[str], manifest: Path, store_uri: str, settings: Settings, as_json: bool) -> None:
+    """What `submit` would do with every row of MANIFEST, why, and how many forwards it would cost. Writes nothing."""
+    store, run, _ = prepared(typed, manifest, store_uri, settings)
+    show_plan(typed, store, run, as_json=as_json)
+
+
+def prepared(
+    typed: list[str], manifest: Path, store_uri: str, settings: Settings
+) -> tuple[Store, Run, dict[str, Path]]:
+    """The store, the run that ``manifest`` asks for, and the media it needs, by sha256. Nothing is written."""
+    from magi_ray.manifest import Defaults, read_manifest
+
+    require_manifest(manifest, typed)
+    # Rows first: this takes a moment, what follows loads torch.
+    read_manifest(manifest, Defaults.of(settings))
+    store = store_to_write(store_uri)
+    from magi_ray.render.run import prepare
+
+    run, files = prepare(manifest.read_bytes(), name=str(manifest), base=manifest.parent, settings=settings)
+    for note in run.manifest.notes:
+        say(f"note: {note}", style="yellow")
+    return store, run, files
+
+
+def show_plan(typed: list[str], store: Store, run: Run, *, as_json: bool) -> None:
+    """A line for each row, the sums, and the command that does it. ``typed``: `plan` or `submit --dry-run`."""
+    from magi_ray.media.encoder import encoder_identity, find_ffmpeg
+    from magi_ray.render.forecast import forecast
+    from magi_ray.render.run import with_takes
+    from magi_ray.report import plan_table
+
+    rows = forecast(store, with_takes(store, run), encoder_identity(find_ffmpeg()))
+    stages = sum(row.stages_left for row in rows)
+    forwards = sum(row.forwards_left for row in rows)
+    words = [word for word in typed[1:] if word not in ("--json", "--dry-run")]
+    following = shlex.join(["magi-ray", "submit", *words])
+    if as_json:
+        sums = {"stages_left": stages, "forwards_left": forwards, "next_command": following}
+        print_json({"run_id": run.run_id, "videos": [asdict(row) for row in rows]} | sums)
+    else:
+        out(plan_table(rows))
+    say(f"Run {run.run_id}: {counted(stages, 'stage')} to render, {counted(forwards, 'forward')}. Nothing was written.")
+    say(f"next: {following}", style="bold")

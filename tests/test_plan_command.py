@@ -1,0 +1,102 @@
+"""`magi-ray plan`: what a submission would do, why, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from magi_ray.cli import cli
+from magi_ray.manifest import write_manifest
+
+SMALL = """
+preset = "magi-tiny"
+[runtime]
+video_size_h = 32
+video_size_w = 32
+num_steps = 4
+[encoder]
+preset = "ultrafast"
+"""
+ROWS: list[dict[str, Any]] = [
+    {"job_id": "one", "prompt": "sea", "num_chunks": 2},
+    {"job_id": "two", "prompt": "hills", "num_chunks": 1},
+]
+JOB = ("m.parquet", "--job", "small.toml", "--store", "my store")
+
+
+@pytest.fixture
+def here(tmp_path: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, but for small.toml and m.parquet; and a cache beside it."""
+    folder, cache = tmp_path / "here", tmp_path / "cache"
+    folder.mkdir()
+    cache.mkdir()
+    (cache / "magi-tiny").symlink_to(tiny_weights)
+    monkeypatch.setenv("MAGI_RAY_CACHE", str(cache))
+    monkeypatch.chdir(folder)
+    (folder / "small.toml").write_text(SMALL)
+    write_manifest(ROWS, folder / "m.parquet")
+    return folder
+
+
+def run(*words: str) -> Result:
+    result = CliRunner().invoke(cli, list(words))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+def told(*words: str) -> dict[str, Any]:
+    """The last line of stdout, as --json prints it."""
+    content: dict[str, Any] = json.loads(run(*words, "--json").stdout.splitlines()[-1])
+    return content
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_plan_against_a_store_that_is_not_there_renders_everything_and_writes_nothing(here: Path) -> None:
+    before = tree(here)
+    result = run("plan", *JOB)
+    assert tree(here) == before
+    assert not (here / "my store").exists()
+    lines = [re.split(r"  +", line) for line in result.stdout.splitlines()]
+    new = "new: no video of that job_id was rendered before"
+    assert lines == [
+        ["job", "what", "why", "frames", "stages left", "forwards left"],
+        ["one", "render", new, "48", "5", "5"],
+        ["two", "render", new, "24", "4", "4"],
+    ]
+    *_, sums, following = result.stderr.splitlines()
+    assert re.fullmatch(r"Run m-[0-9a-f]{10}: 9 stages to render, 9 forwards\. Nothing was written\.", sums)
+    assert shlex.split(following) == ["next:", "magi-ray", "submit", *JOB]
+
+
+def test_a_dry_run_of_submit_says_the_same(here: Path) -> None:
+    planned, dry = run("plan", *JOB), run("submit", *JOB, "--local", "--dry-run")
+    assert planned.stdout == dry.stdout
+    assert dry.stderr.splitlines()[-1] == f"{planned.stderr.splitlines()[-1]} --local"
+    assert told("plan", *JOB) | {"next_command": ""} == told("submit", *JOB, "--dry-run") | {"next_command": ""}
+
+
+def test_what_submit_then_does_is_what_was_planned(here: Path) -> None:
+    for prompt, what, reason in (
+        ("sea", "render", "new: no video of that job_id was rendered before"),
+        ("waves", "resume at stage 2", 'prompt of chunk 1: "sea" → "waves"'),
+    ):
+        schedule = [{"start_chunk": 0, "prompt": "sea"}, {"start_chunk": 1, "prompt": prompt}]
+        write_manifest([{"job_id": "one", "schedule": schedule, "num_chunks": 2}, ROWS[1]], here / "m.parquet")
+        planned = told("plan", *JOB)
+        one, two = planned["videos"]
+        assert (one["what"], one["reasons"]) == (what, [reason])
+        assert two["what"] == ("render" if prompt == "sea" else "reuse")
+        assert planned["stages_left"] == one["stages_left"] + two["stages_left"]
+        done = told(*shlex.split(planned["next_command"])[1:], "--local")
+        assert done["stages_rendered"] == planned["stages_left"]
+        assert {video["what"] for video in told("plan", *JOB)["videos"]} == {"reuse"}
