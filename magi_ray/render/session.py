@@ -10,7 +10,7 @@ from dataclasses import replace
 from magi_ray.errors import Superseded
 from magi_ray.media.encoder import encoder_identity, find_ffmpeg
 from magi_ray.render.control import requested
-from magi_ray.render.inventory import take_stock
+from magi_ray.render.inventory import take_stock, take_stock_of_run
 from magi_ray.render.journal import Journal, Outcome, read_failures
 from magi_ray.render.leading import Leadership, leading
 from magi_ray.render.progress import RunProgress, StepDone
@@ -91,8 +91,9 @@ def session(
 ) -> Iterator[Session]:
     """Take stock of ``run`` and drive it for as long as the block runs.
 
-    observe: called with every change.  take_over: see ``leading``.  retry: rows to try again though they failed
-    before; the other failed ones are left alone.  max_failed_rows: more, and the run stops.
+    observe: called with every change.  take_over: see ``leading``.  retry: rows to be read whole, and
+    tried again though they failed before; the other failed ones are left alone.  max_failed_rows: more, and the run
+    stops.
     Raises Superseded, WeightsError (not those of the submission), MediaError (no ffmpeg), StoreError.
     """
     require_same_weights(run)
@@ -101,7 +102,7 @@ def session(
         earlier = {job: failed for job, failed in read_failures(store, run.run_id).items() if job not in retry}
         rows = [
             replace(row, failed=row.job_id in earlier and not row.published)
-            for row in (take_stock(store, run.run_id, plan, encoder) for plan in run.plans.values())
+            for row in take_stock_of_run(store, run, encoder, reread=retry)
         ]
         journal = Journal(store, run, rows, earlier=earlier, observe=observe)
         scheduler = Scheduler(rows, max_failed_rows=max_failed_rows)

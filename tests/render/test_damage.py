@@ -22,6 +22,7 @@ from magi_ray.render.takes import add_take
 from magi_ray.settings import Settings
 from magi_ray.storage import keys
 from magi_ray.storage.memory import MemoryStore
+from magi_ray.storage.records import verified_commit
 
 ROW = {"job_id": "a", "prompt": "sea", "num_chunks": 3}
 
@@ -115,6 +116,27 @@ def test_a_clean_chunk_that_is_looked_back_to_is_rendered_again_though_its_segme
     assert stages_done(store, plan) == first - 1
     assert render_here(store, run).published == ("far",)
     assert contents(store, run) == expected
+
+
+def test_a_row_that_is_read_again_has_everything_damaged_made_again(make_run: MakeRun) -> None:
+    store = MemoryStore()
+    run = make_run(store, [ROW | {"num_chunks": 2, "image": FAR["video"].replace("clip.mp4", "image.png")}])
+    render_here(store, run)
+    whole = {key: store.get(key) for key in store.list("") if not key.endswith("commit.json")}
+    videos = [keys.video(run.run_id, "a"), keys.video_record(run.run_id, "a")]
+    committed = [key for key in store.list("") if not key.startswith(("runs/", "media/"))]
+    for number, key in enumerate([*videos, *committed]):
+        flip(store, key, PLACES[number % 3])
+        assert render_here(store, run, retry={"a"}).published == ("a",)
+        assert all(verified_commit(store, kind, name.split("/")[-2]) for kind, name in commits(store)), key
+        assert store.get(videos[0]) == whole[videos[0]]
+        assert published(store, run.run_id, run.plans["a"], reread=True), key
+    assert render_here(store, run, retry={"a"}).already_published == 1
+
+
+def commits(store: MemoryStore) -> list[tuple[keys.Kind, str]]:
+    kinds: tuple[keys.Kind, ...] = ("stage", "segment", "text", "prefix")
+    return [(kind, key) for kind in kinds for key in store.list(keys.commits(kind)) if key.endswith("commit.json")]
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "record"])
