@@ -257,7 +257,7 @@ def _content(store: Store, run_id: str) -> dict[str, Any]:
     try:
         return read_record(data)
     except ObjectDamaged as exc:
-        raise _damaged(store, run_id, "its record is not what was written") from exc
+        raise _damaged(store, run_id, f"of its record, {exc.message}") from exc
 
 
 def _damaged(store: Store, run_id: str, what: str) -> ObjectDamaged:

@@ -43,6 +43,14 @@ class Payload(Frozen):
     size: int
     sha256: str
 
+    def unlike(self, found: Payload) -> str:
+        """In what ``found`` is not what was committed, with both numbers; '' when it is."""
+        if found.size != self.size:
+            return f"has {found.size} bytes, but {self.size} were committed"
+        if found.sha256 != self.sha256:
+            return f"has sha256 {found.sha256}, but {self.sha256} was committed"
+        return ""
+
 
 class Commit(Frozen):
     """One durable result. ``payloads`` by role: 'state', 'chunk', 'segment', 'text', 'prefix'."""
@@ -83,11 +91,14 @@ def unseal(data: bytes, *, under: str = "sha256", indent: int | None = None) -> 
     try:
         content = json.loads(data)
         body = {name: value for name, value in content.items() if name != under}
-        intact = content[under] == digest(body) and _spelled(content, indent) == data
-    except (ValueError, KeyError, AttributeError, RecursionError):
-        intact = False
-    if not intact:
-        raise ObjectDamaged("It is not what was written: its bytes do not have the digest they hold.")
+        recorded, found = content[under], digest(body)
+        spelled = _spelled(content, indent)
+    except (ValueError, KeyError, AttributeError, RecursionError) as exc:
+        raise ObjectDamaged(f"its {len(data)} bytes are no record with a digest of its own") from exc
+    if recorded != found:
+        raise ObjectDamaged(f"its content has sha256 {found}, but says that it has {recorded}")
+    if spelled != data:
+        raise ObjectDamaged(f"its {len(data)} bytes are not spelled as they were written")
     return body
 
 
@@ -210,19 +221,18 @@ def payload_to_file(store: Store, commit: Commit, role: str, path: Path) -> None
         raise
 
 
-def measure(store: Store, key: str) -> tuple[int, str]:
-    """Size in bytes and sha256 in hex of an object, read in constant memory. Raises ObjectMissing."""
+def measure(store: Store, key: str) -> Payload:
+    """Size and digest of an object, read in constant memory. Raises ObjectMissing."""
     with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
         path = Path(folder) / "object"
         store.get_to_file(key, path)
-        found = _describe("", path)
-    return found.size, found.sha256
+        return _describe(key.rpartition("/")[2], path)
 
 
 def holds(store: Store, key: str, sha256: str) -> bool:
     """Whether the object is there and its bytes have that digest."""
     try:
-        return measure(store, key)[1] == sha256
+        return measure(store, key).sha256 == sha256
     except ObjectMissing:
         return False
 
@@ -236,10 +246,8 @@ def _describe(name: str, content: bytes | Path) -> Payload:
 
 
 def _check(store: Store, commit: Commit, expected: Payload, found: Payload) -> None:
-    if found.size != expected.size:
-        raise _damaged(store, commit, expected, f"has {found.size} bytes, but {expected.size} were committed")
-    if found.sha256 != expected.sha256:
-        raise _damaged(store, commit, expected, f"has sha256 {found.sha256}, but {expected.sha256} was committed")
+    if unlike := expected.unlike(found):
+        raise _damaged(store, commit, expected, unlike)
 
 
 def _damaged(store: Store, commit: Commit, payload: Payload, what: str) -> ObjectDamaged:
