@@ -40,7 +40,7 @@ def committed(store: Store, kind: Kind, key: str) -> Commit:
 
 def embedded(store: Store, plan: RowPlan) -> bool:
     """Whether the captions and the prefix that denoising ``plan`` reads are in the store."""
-    texts = all(verified_commit(store, "text", digest) for digest in set(plan.caption_digests))
+    texts = all(verified_commit(store, "text", digest) for digest in sorted(set(plan.caption_digests)))
     return texts and (plan.prefix_digest is None or verified_commit(store, "prefix", plan.prefix_digest) is not None)
 
 

@@ -1,0 +1,335 @@
+"""One simulated run: what is to be rendered, what goes wrong, and whether every promise was kept."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+from magi_ray.errors import FailureClass, MagiRayError, ObjectDamaged, ObjectMissing
+from magi_ray.render import durable, finish
+from magi_ray.render.control import clear, request
+from magi_ray.render.plan import RowPlan
+from magi_ray.render.run import create
+from magi_ray.render.scheduler import BUDGETS, Kind, RowFailed, RunState, Task
+from magi_ray.storage import keys
+from magi_ray.storage.leases import BEAT_S, TTL_S, Lease, acquire
+from magi_ray.storage.records import read_payload, verified_commit
+from magi_ray.storage.retrying import RetryingStore
+
+from .cast import Attempt, Driver, Poison
+from .material import ENCODER, NUM_RUNS, Contents, contents_of, run_of, segment_key
+from .server import Client, Server, Weather
+from .world import Process, World
+
+MOST_DRIVERS = 200
+MISHAPS = {"worker dies": 4, "driver dies": 2, "stall": 4, "another": 2, "gone": 2, "halt": 1}
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a seed went. ``wrong``: what was violated, '' for nothing."""
+
+    seed: int
+    digest: str
+    calls: int
+    faults: int
+    trace: list[str]
+    wrong: str
+
+
+def simulate(seed: int) -> Result:
+    """Never raises what the simulated code does wrong: ``wrong`` says it."""
+    world = World(seed)
+    wrong = ""
+    with _repeatable(world):
+        simulation = Simulation(world)
+        try:
+            world.run()
+            simulation.check()
+        except Exception as exc:  # noqa: BLE001 - whatever it is, it is what this seed shows
+            wrong = str(exc) if isinstance(exc, AssertionError) and str(exc) else f"seed {seed}: {exc!r}"
+        finally:
+            world.close()
+    server = simulation.server
+    return Result(seed, world.digest(), server.calls, server.faults + simulation.mishaps, world.trace, wrong)
+
+
+class Simulation:
+    def __init__(self, world: World) -> None:
+        random = world.random
+        self.world = world
+        self.number = random.randrange(NUM_RUNS)
+        self.run = run_of(self.number)
+        self.nodes = [f"node{number}" for number in range(random.randint(1, 4))]
+        self.step_s = random.choice([1.0, 4.0, 15.0])
+        self.patience_s = random.choice([5.0, 30.0, 120.0])
+        self.silence_s = random.choice([60.0, 300.0, 900.0])
+        self.unreachable = random.choice([0.0, 0.2, 0.7])
+        self.weather = Weather.of(random)
+        self.server = Server(world, self._written)
+        self.poisons = [*self._draw_poisons()]
+        self.drivers: list[Driver] = []
+        self.attempts: list[Attempt] = []
+        self.failed: dict[str, RowFailed] = {}
+        self.mishaps = 0
+        self._commits: dict[str, bytes] = {}
+        self._payloads: dict[str, bytes] = {}
+        self._records: dict[str, bytes] = {}
+        create(self.server, self.run, {})
+        # Until then things go wrong; afterwards everything must come to its end.
+        forwards = sum(plan.timeline.num_stages * plan.forwards_per_stage for plan in self.run.plans.values())
+        self._calm_at = (60.0 + forwards * self.step_s) * random.uniform(0.3, 4)
+        for _ in range(random.choice([0, 2, 4, 8, 16])):
+            world.after(self._calm_at * random.random(), self._mishap)
+        world.after(self._calm_at, self._calm)
+        self._people()
+
+    # What the cast asks for ----------------------------------------------------------------------------------------
+
+    def client(self, process: Process, purpose: object = None) -> RetryingStore:
+        return RetryingStore(
+            Client(self.server, process, self.weather, purpose, stall_s=self.stall_s),
+            patience_s=self.patience_s,
+            clock=process.clock,
+            sleep=process.sleep,
+            jitter=lambda longest_s: self.world.random.uniform(0, longest_s),
+        )
+
+    def row_taken(self, attempt: Attempt, lease: Lease) -> None:
+        """Two that hold one row at a time would both be right to go on."""
+        for other in self.attempts:
+            if (
+                other.plan.job_id == attempt.plan.job_id
+                and other.lease is not None
+                and other.process.alive
+                and other.lease.valid
+            ):
+                self.world.fail(f"{attempt.worker} and {other.worker} both hold {attempt.plan.job_id}")
+        attempt.lease = lease
+        attempt.before = {key for key in attempt.plan.stage_keys if self.server.peek(keys.commit("stage", key))}
+
+    def forward(self, attempt: Attempt, stage: int, step: int) -> None:
+        self.world.note(attempt.worker, "computes", attempt.plan.job_id, stage, step)
+        attempt.forwards += 1
+        if attempt.plan.stage_keys[stage] in attempt.before:
+            self.world.fail(f"{attempt.worker} computes stage {stage} of {attempt.plan.job_id}, which was committed")
+
+    def stages_there(self, plan: RowPlan) -> int:
+        """How many stages of a video are committed, from the first on."""
+        there = [self.server.peek(keys.commit("stage", key)) is not None for key in plan.stage_keys]
+        return [*there, False].index(False)
+
+    def unexpected(self, exc: Exception) -> None:
+        """Errors that the code under test makes itself must not be: nothing is ever damaged or gone here."""
+        ours = isinstance(exc, MagiRayError) and not isinstance(exc, ObjectMissing | ObjectDamaged)
+        if not ours and str(exc) != "poisoned":
+            raise exc
+
+    # What goes wrong -----------------------------------------------------------------------------------------------
+
+    def _draw_poisons(self) -> Iterator[Poison]:
+        random = self.world.random
+        for job_id, plan in self.run.plans.items():
+            if random.random() < 0.8:
+                continue
+            kind = random.choice(list(Kind))
+            most = {Kind.DENOISE: plan.timeline.num_stages, Kind.DECODE: plan.timeline.num_chunks}.get(kind, 1)
+            failure = random.choice(list(FailureClass))
+            for_ever = random.random() < 0.6 and failure is not FailureClass.PREEMPTED
+            budget = BUDGETS[failure]
+            times = 10**9 if for_ever else 8 if budget is None else budget
+            yield Poison(Task(kind=kind, job_id=job_id, index=random.randrange(most)), failure, times)
+
+    def _mishap(self) -> None:
+        random, world = self.world.random, self.world
+        self.mishaps += 1
+        drivers = [driver.process for driver in self.drivers if driver.process.alive and not driver.process.idle]
+        workers = [
+            process
+            for process in world.processes.values()
+            if process.alive and not process.idle and process not in drivers
+        ]
+        match random.choices([*MISHAPS], weights=[*MISHAPS.values()])[0]:
+            case "worker dies" if workers:
+                random.choice(workers).kill()
+            case "driver dies" if drivers:
+                random.choice(drivers).kill()
+            case "stall" if workers + drivers:
+                random.choice(workers + drivers).stall(self.stall_s())
+            case "another":
+                self._start_driver(take_over=world.chance(0.5))
+            case "gone":
+                self.weather.gone_until = world.now + random.choice([20, 300]) * random.random()
+            case "halt":
+                what = random.choice(["pause", "cancel"])
+                world.note("people", what)
+                request(self.server, self.run.run_id, what)
+
+    def stall_s(self) -> float:
+        """From less than a lease's time to more than garbage is given."""
+        return (
+            self.world.random.choice([30, 120, 2 * self.silence_s, 6 * 3600, 10 * 86400]) * self.world.random.random()
+        )
+
+    def _calm(self) -> None:
+        self.world.note("calm")
+        self.weather.clear = True
+
+    def _people(self) -> None:
+        """They look now and then, and resume what stands still, until everything that can be is rendered."""
+        world = self.world
+        done = [driver for driver in self.drivers if driver.state is RunState.DONE]
+        if any(not driver.failed or (driver.started_calm and driver.retry) for driver in done):
+            return
+        active = any(
+            driver.process.alive and not driver.thread.dead and driver.process.stalled_until <= world.now
+            for driver in self.drivers
+        )
+        if not active and (self.weather.clear or not done):
+            clear(self.server, self.run.run_id)
+            self._start_driver(take_over=world.chance(0.3))
+        world.after(world.random.uniform(30, 120), self._people)
+
+    def _start_driver(self, *, take_over: bool) -> None:
+        if len(self.drivers) >= MOST_DRIVERS:
+            self.world.fail(f"{MOST_DRIVERS} drivers came, and the run is not done")
+        calm = self.weather.clear
+        driver = Driver(
+            self,
+            f"driver{len(self.drivers)}",
+            take_over=take_over,
+            retry=calm or self.world.chance(0.3),
+            started_calm=calm,
+        )
+        self.world.note(driver.process.name, "starts", "and takes over" if take_over else "")
+        self.drivers.append(driver)
+
+    # The books -----------------------------------------------------------------------------------------------------
+
+    def _written(self, key: str, data: bytes | None, by: Client) -> None:
+        if key.endswith("/commit.json"):
+            self._commit_written(key, data, by)
+        elif key in self._payloads:
+            if data != self._payloads[key]:
+                self._say(f"{by.process.name} {'deletes' if data is None else 'changes'} {key}, which is committed")
+        elif key.startswith(keys.videos(self.run.run_id)):
+            before = self._records.setdefault(key, data or b"")
+            if data != before:
+                self._say(f"{by.process.name} {'deletes' if data is None else 'changes'} {key}, which is published")
+
+    def _commit_written(self, key: str, data: bytes | None, by: Client) -> None:
+        before = self.server.peek(key)
+        if before is not None and data != before:
+            self._say(f"{by.process.name} {'deletes' if data is None else 'changes'} the commit {key}")
+        if data is not None and before is None:
+            folder = key.removesuffix("commit.json")
+            for payload in json.loads(data)["payloads"].values():
+                content = self.server.peek(folder + payload["name"])
+                if content is None:
+                    self._say(f"{by.process.name} commits {key} before its payload {payload['name']}")
+                self._payloads[folder + payload["name"]] = content or b""
+            if isinstance(by.purpose, Attempt) and key.startswith(keys.commits("stage")):
+                by.purpose.won += 1
+
+    def _say(self, what: str) -> None:
+        self.world.fail(what)
+
+    # Afterwards ----------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        for check in (
+            self.every_row_ends_in_done_or_failed_with_its_reason,
+            self.every_video_is_whole_and_right,
+            self.nothing_was_computed_twice_beyond_promise_2,
+            self.no_lease_is_held_for_ever,
+        ):
+            check()
+
+    def every_row_ends_in_done_or_failed_with_its_reason(self) -> None:
+        last = [driver for driver in self.drivers if driver.state is RunState.DONE][-1]
+        hopeless = {poison.at.job_id: poison.failure for poison in self.poisons if poison.times > 10**6}
+        struck = {job for job in hopeless if next(p for p in self.poisons if p.at.job_id == job).times < 10**9}
+        for job_id in self.run.plans:
+            published = self.server.peek(keys.video_record(self.run.run_id, job_id)) is not None
+            failed = last.failed.get(job_id)
+            if published == (failed is not None):
+                self._say(f"{job_id} is {'both' if published else 'neither'} published and failed")
+            if failed and (job_id not in struck or failed.failure != hopeless[job_id] or not failed.message):
+                self._say(f"{job_id} failed though nothing was wrong with it: {failed}")
+
+    def every_video_is_whole_and_right(self) -> None:
+        store = self.server
+        for job_id, plan in self.run.plans.items():
+            record = self.server.peek(keys.video_record(self.run.run_id, job_id))
+            if record is None:
+                continue
+            contents = contents_of(self.number, job_id)
+            if self.server.peek(keys.video(self.run.run_id, job_id)) != contents.video:
+                self._say(f"the video of {job_id} is not what its plan gives")
+            if finish.published(store, self.run.run_id, plan, reread=True) is None:
+                self._say(f"the video of {job_id} does not count as published")
+            for stage, key in enumerate(plan.stage_keys):
+                self._holds("stage", key, "state", contents.states[stage])
+            for chunk, latent in enumerate(contents.chunks):
+                self._holds("stage", plan.stage_keys[plan.timeline.finishing_stage(chunk)], "chunk", latent)
+                self._holds("segment", segment_key(store, plan, chunk), "segment", Contents.segment(latent))
+            for key in plan.caption_digests:
+                self._holds("text", key, "text", Contents.text(key))
+
+    def _holds(self, kind: keys.Kind, key: str, role: str, expected: bytes) -> None:
+        found = verified_commit(self.server, kind, key)
+        if found is None or read_payload(self.server, found, role) != expected:
+            self._say(f"{kind} {key} is not committed whole and right")
+
+    def nothing_was_computed_twice_beyond_promise_2(self) -> None:
+        """At most a stage and a forward are lost for each go at a video that was interrupted, and none else."""
+        for job_id, plan in self.run.plans.items():
+            attempts = [attempt for attempt in self.attempts if attempt.plan.job_id == job_id]
+            wasted = sum(attempt.forwards - plan.forwards_per_stage * attempt.won for attempt in attempts)
+            interrupted = sum(not attempt.completed for attempt in attempts)
+            if wasted > interrupted * (plan.forwards_per_stage + 1):
+                self._say(f"{wasted} forwards of {job_id} were wasted in {interrupted} interruptions")
+
+    def no_lease_is_held_for_ever(self) -> None:
+        for key in self.server.list(keys.run(self.run.run_id)):
+            if key.endswith("/lease.json"):
+                begun = self.world.now
+                stranger = Process(self.world, "stranger", "elsewhere")
+                acquire(
+                    self.server,
+                    key,
+                    stranger.owner,
+                    epoch=10**9,
+                    clock=lambda: self.world.now,
+                    sleep=lambda seconds: setattr(self.world, "now", self.world.now + seconds),
+                ).release()
+                if self.world.now - begun > TTL_S + BEAT_S:
+                    self._say(f"{key} was held long after everybody had gone")
+
+
+@contextmanager
+def _repeatable(world: World) -> Iterator[None]:
+    """The few places where the code under test asks the system for chance, the time of day or ffmpeg."""
+
+    def join(segments: list[Path], *, out: Path, ffmpeg: Path) -> None:
+        out.write_bytes(b"".join(path.read_bytes() for path in segments))
+
+    with ExitStack() as patches:
+        for of, name, instead in (
+            (uuid, "uuid4", lambda: uuid.UUID(int=world.random.getrandbits(128))),
+            (durable, "provenance", lambda seconds: {"seconds": seconds}),
+            (finish, "provenance", lambda seconds: {"seconds": 1.0}),
+            (finish, "find_ffmpeg", lambda: Path("ffmpeg")),
+            (finish, "join", join),
+            (finish, "verify", lambda *_, **__: None),
+        ):
+            patches.enter_context(patch.object(of, name, instead))
+        yield
+
+
+__all__ = ["ENCODER", "Result", "simulate"]

@@ -1,0 +1,173 @@
+"""A world in one thread: processes that interleave wherever they wait, a clock that jumps, one source of chance.
+
+A process is a few greenlets. It gives way whenever it sleeps, and every call to the store sleeps, so the code under
+test runs unchanged and any two processes can meet at any call. A process that was killed never runs again: what its
+``finally`` blocks would still do when the world is torn down reaches neither the store nor anybody else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from contextlib import suppress
+from heapq import heappop, heappush
+from itertools import count
+from random import Random
+
+from greenlet import getcurrent, greenlet
+
+from magi_ray.storage.leases import Owner
+
+MOST_EVENTS = 400_000
+
+
+class Killed(BaseException):
+    """Not an Exception: the code under test must not get to handle its own death."""
+
+
+class Violation(AssertionError):
+    """A promise was broken."""
+
+
+class World:
+    """``now``: seconds since the beginning, which no process is told: each has a clock of its own."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.random = Random(seed)
+        self.now = 0.0
+        self.trace: list[str] = []
+        self.processes: dict[int, Process] = {}
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = count()
+
+    def note(self, *words: object) -> None:
+        self.trace.append(f"{self.now:.6f} " + " ".join(map(str, words)))
+
+    def digest(self) -> str:
+        """Of all that happened."""
+        return hashlib.sha256("\n".join(self.trace).encode()).hexdigest()
+
+    def fail(self, what: str) -> None:
+        raise Violation(f"seed {self.seed}, at {self.now:.3f} s: {what}")
+
+    def chance(self, probability: float) -> bool:
+        return self.random.random() < probability
+
+    def after(self, seconds: float, call: Callable[[], None]) -> None:
+        heappush(self._due, (self.now + seconds, next(self._numbers), call))
+
+    def run(self) -> None:
+        """Until nothing is left to happen."""
+        for _ in range(MOST_EVENTS):
+            if not self._due:
+                return
+            self.now, _, call = heappop(self._due)
+            call()
+        self.fail(f"no end after {MOST_EVENTS} events: somebody waits or beats for ever")
+
+    def close(self) -> None:
+        """End what was killed or never woke."""
+        for process in self.processes.values():
+            process.alive = False
+        for process in self.processes.values():
+            for thread in process.threads:
+                if thread and not thread.dead:
+                    thread.throw(Killed)
+
+
+class Thread(greenlet):
+    """``sleeps``: counts them, so that nobody is woken out of a later one."""
+
+    sleeps = 0
+
+
+class Process:
+    """``stalled_until``: like SIGSTOP, it does nothing till then, but its clock goes on."""
+
+    def __init__(self, world: World, name: str, host: str) -> None:
+        self.world, self.name, self.host = world, name, host
+        self.alive = True
+        self.stalled_until = 0.0
+        self.threads: list[Thread] = []
+        self.on_death: list[Callable[[], None]] = []
+        self.pid = len(world.processes) + 1
+        world.processes[self.pid] = self
+        # Machines agree neither on the time of day nor on when time began.
+        self._began = world.random.uniform(-1e7, 1e7)
+
+    @property
+    def owner(self) -> Owner:
+        return Owner(name=self.name, host=self.host, boot=f"boot of {self.host}", pid=self.pid, started=self.pid)
+
+    @property
+    def idle(self) -> bool:
+        return all(thread.dead for thread in self.threads)
+
+    def clock(self) -> float:
+        return self.world.now + self._began
+
+    def gone(self, owner: Owner) -> bool:
+        """``leases.gone``, as seen from this process's machine."""
+        return owner.host == self.host and not self.world.processes[owner.pid].alive
+
+    def start(self, work: Callable[[], None]) -> Thread:
+        """Do ``work`` in a thread of this process."""
+
+        def body() -> None:
+            with suppress(Killed):
+                work()
+
+        self.threads = [thread for thread in self.threads if not thread.dead]
+        thread = Thread(body)
+        self.threads.append(thread)
+        self._wake_after(0.0, thread)
+        return thread
+
+    def sleep(self, seconds: float) -> None:
+        self.breathe()
+        thread = getcurrent()
+        self._wake_after(seconds, thread)
+        thread.parent.switch()
+        self.breathe()
+
+    def nudge(self, thread: Thread) -> None:
+        """Wake a thread of this process before its time."""
+        self._wake_after(0.0, thread, thread.sleeps)
+
+    def join(self, thread: Thread) -> None:
+        while not thread.dead:
+            self.sleep(0.2)
+
+    def breathe(self) -> None:
+        if not self.alive:
+            raise Killed
+
+    def kill(self) -> None:
+        """-9."""
+        if self.alive:
+            self.alive = False
+            self.world.note(self.name, "dies")
+            for call in self.on_death:
+                call()
+
+    def stall(self, seconds: float) -> None:
+        if self.alive:
+            self.world.note(self.name, f"stalls for {seconds:.0f} s")
+            self.stalled_until = max(self.stalled_until, self.world.now + seconds)
+
+    def _wake_after(self, seconds: float, thread: Thread, sleep: int | None = None) -> None:
+        if sleep is None:
+            thread.sleeps += 1
+            sleep = thread.sleeps
+
+        def wake() -> None:
+            if not self.alive or thread.sleeps != sleep:
+                return  # dead, or nudged meanwhile
+            if self.world.now < self.stalled_until:
+                self.world.after(self.stalled_until - self.world.now, wake)
+            else:
+                thread.sleeps += 1
+                thread.switch()
+
+        self.world.after(seconds, wake)
