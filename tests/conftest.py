@@ -18,6 +18,14 @@ from magi_ray.settings import Settings, override, preset
 from magi_ray.storage.store import Store
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-crash-points",
+        action="store_true",
+        help="tests/test_crash_points.py: die at every call to the store, not at some of them",
+    )
+
+
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of magi-tiny's networks."""

@@ -53,7 +53,11 @@ def render_here(
         store, run, observe=observe, take_over=take_over, retry=retry, max_failed_rows=max_failed_rows
     ) as driving:
         use_threads(run.settings.numeric.cpu_threads)
-        _Here(driving).work()
+        here = _Here(driving)
+        try:
+            here.work()
+        finally:
+            here.stop()
         return driving.close()
 
 
@@ -81,6 +85,9 @@ class _Here:
                 self._carry_out(self._waiting.popleft())
             elif self._denoising is not None:
                 self._step(*self._denoising)
+
+    def stop(self) -> None:
+        """Let go of the row in work, whatever happened."""
         self._stop_denoising()
 
     def _obey(self, command: Command) -> None:
