@@ -272,7 +272,7 @@ class S3Store:
         if code == "QuotaExceeded":
             return StoreError(said, remedy="The quota of the bucket or user is used up: raise it, then resume.")
         if status == 501:
-            return StoreError(said, remedy="This server lacks what a store needs; use another one.")
+            return StoreError(said, remedy="A store needs atomic conditional puts: AWS S3, Ceph RGW and others do.")
         if status in (408, 409, 429) or status >= 500 or code in _TRANSIENT or code in _DAMAGED_ON_THE_WAY:
             return StoreUnavailable(said, remedy="The server is busy or down: resume later; nothing committed is lost.")
         if code.removesuffix("Exception") in _BAD_CREDENTIALS:

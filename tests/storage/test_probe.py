@@ -109,7 +109,10 @@ def test_what_cannot_be_deleted_is_found() -> None:
 def test_swift_is_refused_with_its_two_reasons() -> None:
     with pytest.raises(StoreError) as caught:
         check_store(RetryingStore(Swift()))
-    assert "creation is not atomic: of 16 writers racing for one object" in caught.value.message
+    assert (
+        "creation is not atomic: of several writers that race to create one object exactly one must win"
+        in caught.value.message
+    )
     assert "HTTP 501 NotImplemented" in caught.value.message
     assert "no lease can be held" in caught.value.message
 

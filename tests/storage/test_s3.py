@@ -9,14 +9,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from contract import StoreContract
 from rgw import Rgw
 
-from magi_ray.errors import ObjectMissing, StoreDenied, StoreError, StoreUnavailable
+from magi_ray.errors import InputError, ObjectMissing, StoreDenied, StoreError, StoreUnavailable
 from magi_ray.storage.opening import open_store
 from magi_ray.storage.probe import check_store
 from magi_ray.storage.retrying import RetryingStore
@@ -293,3 +296,153 @@ def test_nobody_at_the_address_is_unavailable_and_names_it(s3_address: str, monk
 def test_a_missing_object_is_missing_whatever_else_the_bucket_holds(once: S3Store) -> None:
     with pytest.raises(ObjectMissing, match="no object a/b in s3://"):
         once.get_versioned("a/b")
+
+
+# What the real server does not say when it is asked to.
+ANSWERS = [
+    (503, "SlowDown", StoreUnavailable, "HTTP 503 SlowDown from PutObject"),
+    (429, "TooManyRequests", StoreUnavailable, "HTTP 429"),
+    (500, "InternalError", StoreUnavailable, "HTTP 500"),
+    (409, "ConditionalRequestConflict", StoreUnavailable, "HTTP 409"),
+    (400, "RequestTimeout", StoreUnavailable, "RequestTimeout"),
+    (501, "NotImplemented", StoreError, "HTTP 501 NotImplemented from PutObject.*\n.*atomic conditional puts"),
+    (400, "ExpiredToken", StoreDenied, "ExpiredToken.*\n.*log in again"),
+    (403, "RequestTimeTooSkewed", StoreDenied, "RequestTimeTooSkewed.*\n.*clock of this machine"),
+    (403, "AccessDenied", StoreDenied, "AccessDenied.*\n.*s3:PutObject on s3://films/v1"),
+    (403, "QuotaExceeded", StoreError, "QuotaExceeded.*\n.*quota"),
+    (404, "NoSuchBucket", StoreError, "NoSuchBucket(.|\n)*aws s3 mb s3://films"),
+    (400, "AuthorizationHeaderMalformed", StoreError, "AuthorizationHeaderMalformed.*\n.*AWS_REGION"),
+    (400, "InvalidRequest", StoreError, "HTTP 400 InvalidRequest.*\n.*AWS_ENDPOINT_URL"),
+]
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
+    """A server that gives one answer to everything: {"status": …, "code": …, "paths": what was asked}."""
+    answer: dict[str, Any] = {"status": 500, "code": "InternalError", "paths": []}
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            answer["paths"].append(self.path)
+            body = f"<Error><Code>{answer['code']}</Code><Message>so it is</Message></Error>".encode()
+            self.send_response(answer["status"])
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://localhost:{server.server_port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield answer
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(("status", "code", "kind", "says"), ANSWERS, ids=[code for _, code, *_ in ANSWERS])
+def test_every_answer_becomes_the_error_its_caller_can_act_on(
+    answering: dict[str, Any], status: int, code: str, kind: type[StoreError], says: str
+) -> None:
+    answering |= {"status": status, "code": code}
+    store = S3Store("films", "v1")
+    for act in (
+        lambda: store.put("a", b"x"),
+        lambda: store.put_if_absent("a", b"x"),
+        lambda: store.swap("a", b"x", "version"),
+    ):
+        with pytest.raises(StoreError, match=says) as caught:
+            act()
+        assert type(caught.value) is kind
+        assert caught.value.message.startswith("s3://films/v1 failed on a (at http://localhost")
+    assert answering["paths"] == ["/films/v1/a"] * 3, "asked once each, with the bucket in the path"
+
+
+def test_a_refused_condition_is_a_no(answering: dict[str, Any]) -> None:
+    answering |= {"status": 412, "code": "PreconditionFailed"}
+    store = S3Store("films", "v1")
+    assert store.put_if_absent("a", b"x") is False
+    assert store.swap("a", b"x", "version") is None
+
+
+def test_an_object_gone_before_its_swap_is_a_no(answering: dict[str, Any]) -> None:
+    answering |= {"status": 404, "code": "NoSuchKey"}
+    assert S3Store("films", "v1").swap("a", b"x", "version") is None
+
+
+def test_at_amazon_the_bucket_stands_in_the_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+    with S3Store("films", "v1")._calling("a") as client:
+        url = client.generate_presigned_url("get_object", Params={"Bucket": "films", "Key": "v1/a"})
+    assert url.startswith("https://films.s3")
+
+
+def test_an_endpoint_that_is_no_address_is_an_input_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "films.example")
+    with pytest.raises(InputError, match=r"Invalid endpoint.*\n.*http\(s\)://host:port"):
+        S3Store("films", "v1").get("a")
+
+
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("s3://", "'' is not the name of a bucket"),
+        ("s3://Films/x", "lower-case"),
+        ("s3://my_films/x", "lower-case"),
+        ("s3://films/a b", "is not a key"),
+        ("s3://films/../x", "is not a key"),
+        ("s3://films//x", "is not a key"),
+        ("s3://films/.x", "is not a key"),
+        ("s3://KEY:SECRET@films/x", "no keys, host or port"),
+        ("s3://localhost:9000/films", "AWS_ENDPOINT_URL"),
+    ],
+)
+def test_an_address_that_names_no_bucket_and_prefix_is_explained(uri: str, says: str) -> None:
+    with pytest.raises(InputError, match=says) as caught:
+        open_store(uri)
+    assert "SECRET" not in str(caught.value)
+
+
+def test_opening_an_address_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("magi_ray.storage.s3._connect", None)
+    for uri, prefix in (("s3://films", ""), ("s3://films/", ""), ("s3://films/a/b/", "a/b")):
+        store = open_store(uri)
+        assert store == RetryingStore(S3Store("films", prefix))
+        assert store.uri == uri.rstrip("/")
+
+
+def test_a_large_file_passes_through_little_memory(s3_address: str, tmp_path: Path) -> None:
+    code = """
+import resource, sys
+from pathlib import Path
+from magi_ray.storage.opening import open_store
+store, path = open_store(sys.argv[1]), Path(sys.argv[2])
+path.write_bytes(bytes(2**20))
+store.put_file("small", path)
+store.get_to_file("small", path)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with path.open("wb") as file:
+    file.truncate(200 * 2**20)
+store.put_file("large", path)
+store.get_to_file("large", path)
+assert path.stat().st_size == 200 * 2**20
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    child = subprocess.run(
+        [sys.executable, "-c", code, s3_address, str(tmp_path / "file")], capture_output=True, text=True, timeout=120
+    )
+    assert child.returncode == 0, child.stderr
+    assert int(child.stdout) < 40, "MiB"
