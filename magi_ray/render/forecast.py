@@ -6,6 +6,7 @@ store, that shares most stages with it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from magi_ray.render.durable import segment_pre_image
 from magi_ray.render.edits import segment_changes, stage_changes, stages_shared
 from magi_ray.render.finish import read_video_record
 from magi_ray.render.inventory import take_stock_of_run
+from magi_ray.render.journal import read_failures
 from magi_ray.render.plan import RowPlan, plan_row
 from magi_ray.render.run import Run, RunRecord, read_run
 from magi_ray.render.takes import read_takes
@@ -36,10 +38,11 @@ _STOPPED = "the run stopped before its end"
 class Forecast:
     """One row. Stages in ``what`` and ``reasons`` are numbered from 1, as in `status`; chunks from 0, as in a manifest.
 
-    what: "reuse" (nothing is denoised or decoded), "decode and join", "resume at stage n" or "render".
-    reasons: a sentence each.  stages_left: to compute.  forwards_left: denoising steps that these take, each of which
-    is reported as it is done; passes over chunks that are clean are not counted, as they are nowhere.
-    frames: of the finished video.
+    what: "reuse" (nothing is denoised or decoded), "decode and join", "resume at stage n", "render", or "leave failed":
+    what failed in this very run waits for `retry`.
+    reasons: a sentence each.  stages_left: to compute; what rows have in common counts for the first of them.
+    forwards_left: denoising steps that these take, each of which is reported as it is done; passes over chunks that are
+    clean are not counted, as they are nowhere.  frames: of the finished video.
     """
 
     job_id: str
@@ -53,54 +56,89 @@ class Forecast:
 
 def forecast(store: Store, run: Run, encoder: str) -> tuple[Forecast, ...]:
     """Every row of a prepared ``run`` with its takes, in the manifest's order. ``encoder``: the identity of ffmpeg."""
-    why = _Why(store, encoder)
+    forecaster = _Forecaster(store, run, encoder)
     stock = take_stock_of_run(store, run, encoder)
-    told = []
-    for held, row in zip(stock, run.manifest.rows, strict=True):
-        plan = run.plans[row.job_id]
-        left = held.num_stages - held.stages_done
+    rows = {row.job_id: row for row in run.manifest.rows}
+    # As they are rendered: a stage that several rows have in common is computed for the first of them.
+    told = {
+        held.job_id: forecaster.of(held, rows[held.job_id]) for held in sorted(stock, key=lambda row: -row.priority)
+    }
+    return tuple(told[job_id] for job_id in rows)
+
+
+def _absent(store: Store, plan: RowPlan, done: int) -> list[int]:
+    """The stages from ``done`` on that are not there whole: denoising computes these and passes over the others."""
+    absent: list[int] = []
+    for stage in range(done, len(plan.stage_keys)):
+        if not (_there(store, plan, stage) or _there(store, plan, stage + 1)):
+            # Here the chain ends; to ask for every later stage would take a call each.
+            return [*absent, *range(stage, len(plan.stage_keys))]
+        if verified_commit(store, "stage", plan.stage_keys[stage]) is None:
+            absent.append(stage)
+    return absent
+
+
+def _there(store: Store, plan: RowPlan, stage: int) -> bool:
+    """Whether there is a commit, damaged or not."""
+    return stage < len(plan.stage_keys) and store.exists(keys.commit("stage", plan.stage_keys[stage]))
+
+
+class _Forecaster:
+    """Goes through the rows of a run in the order in which they are rendered."""
+
+    def __init__(self, store: Store, run: Run, encoder: str) -> None:
+        self._store, self._run, self._encoder = store, run, encoder
+        self._archive = _Archive(store)
+        self._failures = read_failures(store, run.run_id)
+        self._computed: dict[str, str] = {}  # stage key: the row that it is computed for
+
+    def of(self, held: scheduler.Row, row: manifest.Row) -> Forecast:
+        """What becomes of ``row``, of which the store holds ``held``."""
+        plan = self._run.plans[row.job_id]
+        left: list[int] = []
         if held.published:
             what, reasons = "reuse", ["its video is published"]
-        elif left:
-            what = f"resume at stage {held.stages_done + 1}" if held.stages_done else "render"
-            reasons = why.stages(held, plan, row)
+        elif failed := self._failures.get(row.job_id):
+            first = (failed.message.splitlines() or [""])[0]
+            what, reasons = "leave failed", [f"failed before ({failed.failure}), `retry` tries again: {first}"]
+        elif held.stages_done < held.num_stages:
+            absent = _absent(self._store, plan, held.stages_done)
+            common = {stage: self._computed.get(plan.stage_keys[stage]) for stage in absent}
+            left = [stage for stage, job_id in common.items() if job_id is None]
+            self._computed |= {plan.stage_keys[stage]: row.job_id for stage in left}
+            what = "decode and join" if not left else f"resume at stage {left[0] + 1}" if left[0] else "render"
+            reasons = [
+                f"{count} of its stages are computed for {job_id}"
+                for job_id, count in Counter(filter(None, common.values())).items()
+            ]
+            reasons += self._why_stages(held, plan, row, absent)
         elif len(held.segments_done) == held.num_chunks:
             what, reasons = "reuse", ["all of it is in the store, only to be joined"]
         else:
-            what, reasons = "decode and join", why.segments(held, plan, row)
-        told.append(
-            Forecast(
-                job_id=row.job_id,
-                what=what,
-                reasons=tuple(reasons),
-                frames=plan.timeline.num_frames,
-                stages=held.num_stages,
-                stages_left=left,
-                forwards_left=left * plan.forwards_per_stage,
-            )
+            what, reasons = "decode and join", self._why_segments(held, plan, row)
+        return Forecast(
+            job_id=row.job_id,
+            what=what,
+            reasons=tuple(reasons),
+            frames=plan.timeline.num_frames,
+            stages=held.num_stages,
+            stages_left=len(left),
+            forwards_left=len(left) * plan.forwards_per_stage,
         )
-    return tuple(told)
 
-
-class _Why:
-    """The reasons for what is to be done."""
-
-    def __init__(self, store: Store, encoder: str) -> None:
-        self._store, self._encoder, self._archive = store, encoder, _Archive(store)
-
-    def stages(self, held: scheduler.Row, plan: RowPlan, row: manifest.Row) -> list[str]:
-        """Why stages of ``plan`` are to be computed."""
-        done, told = held.stages_done, []
+    def _why_stages(self, held: scheduler.Row, plan: RowPlan, row: manifest.Row, absent: list[int]) -> list[str]:
+        """Why stages of ``plan`` are to be computed. ``absent``: those that are not there."""
+        done = held.stages_done
+        told: list[str] = []
         before = self._archive.nearest(plan) or (self._archive.alike(plan, row) if done else None)
         shared = 0 if before is None else stages_shared(before.plan, plan)
         # Whether anything was computed that no earlier video explains.
-        begun = self._archive.submitted(plan) if before is None else self._there(plan, shared)
-        if self._there(plan, done):
-            damaged = verified_commit(self._store, "stage", plan.stage_keys[done]) is None
-            told.append(
-                f"stage {done + 1} is damaged in the store" if damaged else "a caption or the prefix is damaged"
-            )
-        elif any(self._there(plan, stage) for stage in range(done + 1, held.num_stages)):
+        begun = self._archive.submitted(plan) if before is None else _there(self._store, plan, shared)
+        if done not in absent:
+            told.append("a caption or the prefix is damaged in the store")
+        elif _there(self._store, plan, done):
+            told.append(f"stage {done + 1} is damaged in the store")
+        elif len(absent) < held.num_stages - done:
             told.append(f"stage {done + 1} is gone from the store")
         elif begun or done < shared:
             told.append(f"{done} of {held.num_stages} stages are there: {_STOPPED}")
@@ -114,7 +152,7 @@ class _Why:
                 told += self._encoded_anew(before, plan)
         return told
 
-    def segments(self, held: scheduler.Row, plan: RowPlan, row: manifest.Row) -> list[str]:
+    def _why_segments(self, held: scheduler.Row, plan: RowPlan, row: manifest.Row) -> list[str]:
         """Why chunks are to be decoded, though all latents are there."""
         chunk = min(set(range(held.num_chunks)) - held.segments_done)
         image = segment_pre_image(self._store, plan, chunk, self._encoder)
@@ -131,9 +169,6 @@ class _Why:
         record = read_video_record(self._store, before.run_id, before.plan.job_id) or {}
         encoders = record.get("encoder", self._encoder), self._encoder
         return [f"{change}: segments are encoded anew" for change in segment_changes(before.plan, plan, encoders)]
-
-    def _there(self, plan: RowPlan, stage: int) -> bool:
-        return stage < len(plan.stage_keys) and self._store.exists(keys.commit("stage", plan.stage_keys[stage]))
 
 
 @dataclass(frozen=True, kw_only=True)

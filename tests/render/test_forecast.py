@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from runs import MakeRun
 
+from magi_ray.errors import NumericError
 from magi_ray.media.encoder import encoder_identity, find_ffmpeg
+from magi_ray.render.decode import Decoder
 from magi_ray.render.denoise import Denoiser
 from magi_ray.render.forecast import Forecast, forecast
 from magi_ray.render.local import render_here
+from magi_ray.render.plan import RowPlan
 from magi_ray.render.progress import StepDone
 from magi_ray.render.run import Run, open_run
 from magi_ray.render.scheduler import StageCommitted
@@ -71,10 +74,8 @@ def comes_true(store: MemoryStore, run: Run, watch: Watch) -> dict[str, Forecast
     """The forecast of ``run``, once rendering has computed just as many forwards as it said for each row."""
     expected = told(store, run)
     watch.forwards.clear()
-    outcome = render_here(store, run)
-    assert not outcome.failed
+    assert not render_here(store, run).failed
     assert watch.forwards == Counter({job_id: row.forwards_left for job_id, row in expected.items()})
-    assert outcome.stages_rendered == sum(row.stages_left for row in expected.values())
     assert {row.what for row in told(store, run).values()} == {"reuse"}
     return expected
 
@@ -189,7 +190,7 @@ def test_a_take_is_named_until_it_has_begun(make_run: MakeRun, watch: Watch) -> 
 
 
 @pytest.mark.parametrize("damage", ["alter", "empty", "delete"])
-def test_a_damaged_or_missing_stage_is_named(damage: str, make_run: MakeRun, watch: Watch) -> None:
+def test_a_damaged_or_missing_stage_is_named_and_rendered_alone(damage: str, make_run: MakeRun, watch: Watch) -> None:
     store = MemoryStore()
     run = make_run(store, [ROW])
     render_here(store, run)
@@ -206,7 +207,53 @@ def test_a_damaged_or_missing_stage_is_named(damage: str, make_run: MakeRun, wat
             store.delete(folder + "commit.json")
     found = comes_true(store, run, watch)
     reason = "stage 5 is gone from the store" if damage == "delete" else "stage 5 is damaged in the store"
-    assert summary(found["a"]) == ("resume at stage 5", 3, (reason,))
+    assert summary(found["a"]) == ("resume at stage 5", 1, (reason,))
+
+
+def test_damaged_captions_are_embedded_again_and_nothing_is_denoised(make_run: MakeRun, watch: Watch) -> None:
+    store = MemoryStore()
+    run = make_run(store, [ROW])
+    watch.kill_at = 6
+    with pytest.raises(Killed):
+        render_here(store, run)
+    [damaged, *_] = [key for key in store.list("texts/") if not key.endswith("commit.json")]
+    store.put(damaged, b"")
+    found = comes_true(store, run, watch)
+    assert summary(found["a"])[:2] == ("resume at stage 7", 1)
+
+
+def test_stages_that_rows_have_in_common_are_computed_for_the_first_of_them(make_run: MakeRun, watch: Watch) -> None:
+    store = MemoryStore()
+    rows = [ROW | {"job_id": "late"} | STORM, ROW | {"job_id": "again"}, ROW | {"job_id": "first", "priority": 1}]
+    found = comes_true(store, make_run(store, rows), watch)
+    stopped = "0 of 7 stages are there: the run stopped before its end"
+    assert summary(found["first"]) == ("render", 7, (stopped,))
+    assert summary(found["late"]) == ("resume at stage 3", 5, ("2 of its stages are computed for first", stopped))
+    assert summary(found["again"]) == ("decode and join", 0, ("7 of its stages are computed for first", stopped))
+
+
+def test_a_row_that_failed_is_left_to_retry(make_run: MakeRun, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore()
+    run = make_run(store, ROWS)
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "decode", refuse_b(Decoder.decode))
+        assert [failed.job_id for failed in render_here(store, run).failed] == ["b"]
+    expected = told(store, run)
+    assert summary(expected["b"]) == (
+        "leave failed", 0, ("failed before (numeric), `retry` tries again: chunk 0 is black",),
+    )  # fmt: skip
+    watch.forwards.clear()
+    assert [failed.job_id for failed in render_here(store, run).failed] == ["b"]
+    assert not watch.forwards
+
+
+def refuse_b(decode: Callable[[Decoder, RowPlan, int], None]) -> Callable[[Decoder, RowPlan, int], None]:
+    def refuse(self: Decoder, plan: RowPlan, chunk: int) -> None:
+        if plan.job_id == "b":
+            raise NumericError(f"chunk {chunk} is black\nin every pixel")
+        decode(self, plan, chunk)
+
+    return refuse
 
 
 def test_segments_that_are_missing_are_decoded_alone(make_run: MakeRun, watch: Watch) -> None:
