@@ -389,6 +389,8 @@ class Driver:
         lease.check()
         self.state = self.scheduler.state
         self.sim.failed = self.failed
+        if self.state is RunState.DONE:
+            self.sim.ended.append(self)
         self.world.note(self.process.name, "ends", self.state)
 
     def _receive(self, store: Store, worker: Worker | None, event: Event) -> None:

@@ -27,7 +27,7 @@ from .server import Client, Server, Weather
 from .world import Process, World
 
 MOST_DRIVERS = 200
-MISHAPS = {"worker dies": 4, "driver dies": 2, "stall": 4, "another": 2, "gone": 2, "halt": 1}
+MISHAPS = {"worker dies": 4, "driver dies": 2, "stall": 4, "another": 2, "gone": 2, "cut off": 2, "halt": 1}
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Simulation:
         self.server = Server(world, self._written)
         self.poisons = [*self._draw_poisons()]
         self.drivers: list[Driver] = []
+        self.ended: list[Driver] = []  # those that came to the end of the run, in that order
         self.attempts: list[Attempt] = []
         self.failed: dict[str, RowFailed] = {}
         self.mishaps = 0
@@ -165,6 +166,10 @@ class Simulation:
                 self._start_driver(take_over=world.chance(0.5))
             case "gone":
                 self.weather.gone_until = world.now + random.choice([20, 300]) * random.random()
+            case "cut off" if workers + drivers:
+                process = random.choice(workers + drivers)
+                world.note(process.name, "is cut off from the store")
+                process.cut_off_until = world.now + random.choice([20, 300]) * random.random()
             case "halt":
                 what = random.choice(["pause", "cancel"])
                 world.note("people", what)
@@ -183,14 +188,13 @@ class Simulation:
     def _people(self) -> None:
         """They look now and then, and resume what stands still, until everything that can be is rendered."""
         world = self.world
-        done = [driver for driver in self.drivers if driver.state is RunState.DONE]
-        if any(not driver.failed or (driver.started_calm and driver.retry) for driver in done):
+        if any(not driver.failed or (driver.started_calm and driver.retry) for driver in self.ended):
             return
         active = any(
             driver.process.alive and not driver.thread.dead and driver.process.stalled_until <= world.now
             for driver in self.drivers
         )
-        if not active and (self.weather.clear or not done):
+        if not active and (self.weather.clear or not self.ended):
             clear(self.server, self.run.run_id)
             self._start_driver(take_over=world.chance(0.3))
         world.after(world.random.uniform(30, 120), self._people)
@@ -251,7 +255,7 @@ class Simulation:
             check()
 
     def every_row_ends_in_done_or_failed_with_its_reason(self) -> None:
-        last = [driver for driver in self.drivers if driver.state is RunState.DONE][-1]
+        last = self.ended[-1]
         hopeless = {poison.at.job_id: poison.failure for poison in self.poisons if poison.times > 10**6}
         struck = {job for job in hopeless if next(p for p in self.poisons if p.at.job_id == job).times < 10**9}
         for job_id in self.run.plans:

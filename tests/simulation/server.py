@@ -44,10 +44,11 @@ class Weather:
         most |= {"asleep before": 0.01, "asleep after": 0.01}
         return cls({fate: storm * random.uniform(0, most[fate]) for fate in FATES})
 
-    def fate(self, world: World, writes: bool) -> str:
+    def fate(self, process: Process, writes: bool) -> str:
+        world = process.world
         if self.clear:
             return ""
-        if world.now < self.gone_until:
+        if world.now < max(self.gone_until, process.cut_off_until):
             return "late" if writes and world.chance(0.05) else "refused"
         drawn = world.random.random()
         for fate, probability in self.fates.items():
@@ -146,7 +147,7 @@ class Client:
     def _call(self, verb: str, key: str, effect: Callable[[], T], *, writes: bool = False) -> T:
         world, process = self.world, self.process
         process.sleep(world.random.expovariate(50))
-        fate = self.weather.fate(world, writes)
+        fate = self.weather.fate(process, writes)
         self.server.calls += 1
         self.server.faults += bool(fate)
         if fate == "slow":

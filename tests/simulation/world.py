@@ -83,12 +83,13 @@ class Thread(greenlet):
 
 
 class Process:
-    """``stalled_until``: like SIGSTOP, it does nothing till then, but its clock goes on."""
+    """``stalled_until``: like SIGSTOP, it does nothing till then, but its clock goes on. ``cut_off_until``: it does not
+    reach the store till then."""
 
     def __init__(self, world: World, name: str, host: str) -> None:
         self.world, self.name, self.host = world, name, host
         self.alive = True
-        self.stalled_until = 0.0
+        self.stalled_until = self.cut_off_until = 0.0
         self.threads: list[Thread] = []
         self.on_death: list[Callable[[], None]] = []
         self.pid = len(world.processes) + 1
