@@ -1,6 +1,12 @@
 """The command line. Data goes to stdout, everything else to stderr; errors end with the next command to type.
 
-Exit codes: 0 done · 1 failure · 2 usage or input · 3 invalid manifest · 4 finished with failed rows · 130 interrupted.
+Exit codes:
+  0  done                              5  cancelled
+  1  failure                           6  paused, by somebody else
+  2  usage or input                    7  the store denied access
+  3  invalid manifest                  8  another process renders the run, or took it over
+  4  finished with failed rows       130  detached, interrupted
+
 Heavy imports are inside the commands: a wrong manifest is explained before torch would have been found.
 """
 
@@ -9,7 +15,6 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NoReturn
@@ -17,10 +22,12 @@ from typing import Any, NoReturn
 import click
 
 from magi_ray import __version__
-from magi_ray.commands.common import FAILURE, INTERRUPTED, USAGE, example, json_option, print_json, say
+from magi_ray.commands.common import FAILURE, INTERRUPTED, USAGE, as_ours, example, json_option, print_json, say
 from magi_ray.commands.manifests import manifest
 from magi_ray.commands.plan import plan
-from magi_ray.commands.runs import list_command, render, resume, status, submit, watch
+from magi_ray.commands.runs import drive, list_command, render, resume, status, submit, watch
+from magi_ray.commands.steering import cancel, pause, retry
+from magi_ray.commands.upkeep import doctor, gc, verify
 from magi_ray.errors import InputError, MagiRayError, ManifestError
 
 
@@ -51,13 +58,17 @@ class _Group(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(FAILURE)
         except Exception as exc:  # noqa: BLE001 - the last line of defence
-            if isinstance(exc, OSError) and exc.filename is not None:
-                _explain(MagiRayError(f"{exc.filename}: {exc.strerror}.", remedy="Mend that, then go on."), typed)
-            else:
-                traceback.print_exc()
-                _explain(MagiRayError("This is a bug in magi-ray; please report it with the lines above."), typed)
+            error, traceback = as_ours(exc)
+            click.echo(traceback, err=True, nl=False)
+            _explain(error, typed)
             sys.exit(FAILURE)
         sys.exit(code if isinstance(code, int) else 0)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """By what people want, not by the alphabet."""
+        for title, commands in _SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(command.name or "", command.get_short_help_str(80)) for command in commands])
 
 
 def main() -> NoReturn:
@@ -130,8 +141,16 @@ def version(as_json: bool) -> None:
         click.echo(__version__)
 
 
-for _command in (plan, submit, resume, status, list_command, watch, render, manifest):
-    cli.add_command(_command)
+_SECTIONS = {
+    "Render": (plan, submit, resume, retry, render, drive),
+    "Look": (status, watch, list_command),
+    "Stop": (pause, cancel),
+    "Prepare and keep": (manifest, doctor, verify, gc, version),
+}
+
+for _commands in _SECTIONS.values():
+    for _command in _commands:
+        cli.add_command(_command)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,14 @@ from magi_ray.render.progress import Phase, RunProgress, VideoProgress
 
 if TYPE_CHECKING:
     from magi_ray.render.forecast import Forecast
+    from magi_ray.render.gc import Item
+    from magi_ray.render.verify import Damage
+    from magi_ray.storage.probe import Finding
 
 MAX_BARS = 12
 LINE_INTERVAL_S = 5.0
+# More lines than that nobody reads.
+MAX_PLACES = 40
 _COLOURS = {Phase.DONE: "green", Phase.FAILED: "red", Phase.WAITING: "dim"}
 _ACTIVE = (Phase.EMBEDDING, Phase.RENDERING, Phase.FINISHING)
 
@@ -45,6 +50,24 @@ def follow(console: Console, *, clock: Callable[[], float] = time.monotonic) -> 
         if last is None or now - last >= LINE_INTERVAL_S:
             last = now
             console.print(summary(progress), soft_wrap=True)
+
+    yield line
+
+
+@contextmanager
+def count_up(console: Console, *, clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[str], None]]:
+    """A function to call with how far something is, in words, as often as one likes. Arguments as of ``follow``."""
+    if console.is_terminal and not console.is_dumb_terminal:
+        with console.status("") as status:
+            yield status.update
+        return
+    last = clock()
+
+    def line(words: str) -> None:
+        nonlocal last
+        if clock() - last >= LINE_INTERVAL_S:
+            last = clock()
+            console.print(words, soft_wrap=True)
 
     yield line
 
@@ -115,10 +138,61 @@ def status_table(progress: RunProgress) -> Table:
 
 def runs_table(runs: Sequence[Mapping[str, object]]) -> Table:
     """A line for each run of `magi-ray list`."""
-    table = _table("run", "submitted", "videos", "done", "failed", "running", "settings")
+    table = _table("run", "submitted", "videos", "done", "failed", "state", "settings")
     for run in runs:
-        table.add_row(*("yes" if value is True else "" if value is False else str(value) for value in run.values()))
+        table.add_row(*(str(value) for value in run.values()))
     return table
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """A line for each thing that `magi-ray doctor` looked at."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    for finding in findings:
+        mark, style = ("ok", "green") if finding.ok else ("missing", "red") if finding.needed else ("note", "yellow")
+        table.add_row(mark, finding.name, finding.seen, style="" if finding.ok else style)
+    return table
+
+
+def damages_table(damages: Sequence[Damage]) -> Table:
+    """A line for each damaged object of `magi-ray verify`."""
+    table = _table("object", "what is wrong", "needed by")
+    for damage in damages:
+        needed_by = ", ".join(f"{run_id} {job_id}".rstrip() for run_id, job_id in damage.needed_by)
+        table.add_row(damage.key, damage.what, needed_by or "nobody")
+    return table
+
+
+def garbage_table(items: Sequence[Item]) -> Table:
+    """What `magi-ray gc` found: a line for each folder of a commit or object; where those are too many, for each kind
+    and reason."""
+    places = {(_folder(item), item.reason) for item in items}
+    groups: dict[tuple[str, str], list[Item]] = {}
+    for item in items:
+        place = _folder(item) if len(places) <= MAX_PLACES else f"{_folder(item).split('/')[0]}/…"
+        groups.setdefault((place, item.reason), []).append(item)
+    table = _table("where", "objects", "size", "age", "reason")
+    for (place, reason), group in groups.items():
+        ages = sorted({f"{item.age_s / 86400:.0f} d" for item in (min(group, key=_age), max(group, key=_age))})
+        size = in_bytes(sum(item.size for item in group))
+        table.add_row(place, str(len(group)), size, " to ".join(ages), reason)
+    return table
+
+
+def in_bytes(size: float) -> str:
+    """A number of bytes in the unit that fits."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _folder(item: Item) -> str:
+    return "(half written)" if item.leftover else f"{item.key.rpartition('/')[0]}/"
+
+
+def _age(item: Item) -> float:
+    return item.age_s
 
 
 def plan_table(rows: Sequence[Forecast]) -> Table:

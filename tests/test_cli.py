@@ -24,6 +24,8 @@ from magi_ray.cli import cli
 from magi_ray.errors import MediaError
 from magi_ray.manifest import write_manifest
 from magi_ray.render.progress import RunProgress
+from magi_ray.render.run import create, prepare
+from magi_ray.settings import job
 from magi_ray.storage import keys
 from magi_ray.storage.local import LocalStore
 
@@ -107,6 +109,18 @@ def interrupted_at(stage: int) -> Iterator[None]:
         yield
 
 
+def begun(stage: int, store: str = "magi-ray-store") -> str:
+    """A run of m.parquet, submitted and interrupted at ``stage``; its id."""
+    made, files = prepare(
+        Path("m.parquet").read_bytes(), name="m.parquet", base=Path(), settings=job(Path("small.toml"))
+    )
+    create(LocalStore(Path(store).absolute()), made, files)
+    with interrupted_at(stage):
+        stopped = run("drive", made.run_id, "--local", "--store", store)
+    assert stopped.exit_code == 130, stopped.stderr
+    return made.run_id
+
+
 def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
     for name, command in group.commands.items():
         yield (*path, name), command
@@ -158,7 +172,7 @@ def test_the_examples_of_the_help_work_as_they_stand(here: Path) -> None:
 def test_nothing_typed_shows_the_help() -> None:
     result = run()
     assert result.exit_code == 2
-    assert "Commands:" in result.stderr
+    assert "Render:" in result.stderr
     assert result.stdout == ""
 
 
@@ -184,7 +198,8 @@ WRONG: list[tuple[tuple[str, ...], int, str, tuple[str, ...]]] = [
     (("submit", "m.parquet", "--weights", "nowhere"), 2, "nowhere/magi", ("submit", "--help")),
     (("submit", "m.parquet", "--store", "m.parquet"), 2, "m.parquet is a file, not a folder", ("submit", "--help")),
     (("submit", "m.parquet", "--store", "m.parquet/s", "--dry-run"), 2, "is a file", ("submit", "--help")),
-    (("submit", "m.parquet", "--store", "s3://b/p"), 2, "S3", ("submit", "--help")),
+    (("submit", "m.parquet", "--store", "s3://b/p"), 2, "'b' is not the name of a bucket", ("submit", "--help")),
+    (("submit", "m.parquet", "--max-failed-rows", "-1"), 2, "--max-failed-rows", ("submit", "--help")),
     (("submit", "m.parquet", "--store", ""), 2, "is empty", ("submit", "--help")),
     (("submit", "bad rows.parquet", "--job", "small.toml"), 3, 'row 1 (job "one"), column width: 100',
      ("submit", "bad rows.parquet", "--job", "small.toml")),
@@ -192,6 +207,13 @@ WRONG: list[tuple[tuple[str, ...], int, str, tuple[str, ...]]] = [
     (("status", "x"), 2, "There is no store", ("status", "--help")),
     (("watch", "x", "--store", "none"), 2, "There is no store", ("watch", "--help")),
     (("resume", "x", "--store", "small.toml"), 2, "small.toml is a file", ("resume", "--help")),
+    (("drive", "x"), 2, "There is no store", ("drive", "--help")),
+    (("pause", "x"), 2, "There is no store", ("pause", "--help")),
+    (("cancel", "x"), 2, "There is no store", ("cancel", "--help")),
+    (("retry", "x"), 2, "There is no store", ("retry", "--help")),
+    (("retry", "x", "--failed", "--job", "y"), 2, "--failed stands beside --job", ("retry", "--help")),
+    (("retry", "x", "--from-chunk", "1"), 2, "0 are named", ("retry", "--help")),
+    (("doctor", "--store", "small.toml"), 2, "small.toml is a file", ("doctor", "--help")),
     (("manifest", "build", "rows.jsonl", "-o", "rows.csv"), 2, "does not end in .parquet",
      ("manifest", "build", "--help")),
     (("manifest", "build", "rows.jsnl", "-o", "b.parquet"), 2, "Did you mean rows.jsonl?",
@@ -285,8 +307,9 @@ def test_paths_of_videos_are_all_that_goes_to_stdout_and_they_open(here: Path) -
 
 
 def test_a_run_is_gone_on_with_and_a_finished_one_renders_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun(0)
     with interrupted_at(3):
-        stopped = submit("--json")
+        stopped = run("drive", run_id_of(), "--local", "--json")
     assert stopped.exit_code == 130
     assert json.loads(stopped.stdout)["interrupted"] is True
     assert next_command(stopped) == ["resume", run_id_of()]
@@ -305,32 +328,29 @@ def test_a_run_is_gone_on_with_and_a_finished_one_renders_nothing(here: Path, mo
 
 
 def test_status_and_list_tell_how_far_a_run_is(here: Path) -> None:
-    with interrupted_at(3):
-        submit()
+    begun(3)
     half = json.loads(run("status", run_id_of(), "--json").stdout)
-    assert half["running"] is False
+    assert (half["state"], half["driver"]) == ("stopped", None)
     assert 2 <= half["videos"][0]["stages_done"] < 5
     [line] = json.loads(run("list", "--json").stdout)["runs"]
-    assert (line["run_id"], line["videos"], line["done"], line["running"]) == (run_id_of(), 2, 0, False)
+    assert (line["run_id"], line["videos"], line["done"], line["state"]) == (run_id_of(), 2, 0, "stopped")
     shown = run("status", run_id_of())
     assert next_command(shown) == ["resume", run_id_of()]
     watched = run("watch", run_id_of())
     assert watched.exit_code == 1
-    submit()
+    assert run("drive", run_id_of(), "--local").exit_code == 0
     shown = run("status", run_id_of())
     assert [line.split()[1] for line in shown.stdout.splitlines()[1:]] == ["done", "done"]
     assert f"{here}/magi-ray-store/runs/{run_id_of()}/videos" in shown.stderr
     [line] = json.loads(run("list", "--json").stdout)["runs"]
-    assert (line["done"], line["failed"]) == (2, 0)
+    assert (line["done"], line["failed"], line["state"]) == (2, 0, "done")
     assert run("watch", run_id_of()).exit_code == 0
-    assert json.loads(run("watch", run_id_of(), "--json").stdout)["running"] is False
+    assert json.loads(run("watch", run_id_of(), "--json").stdout)["state"] == "done"
 
 
 def test_a_run_is_found_by_the_beginning_of_its_id_and_a_near_one_is_proposed(here: Path) -> None:
     assert run("list", "--store", str(here)).stderr.splitlines()[-1] == "next: magi-ray submit --help"
-    with interrupted_at(0):
-        submit()
-    run_id = run_id_of()
+    run_id = begun(0)
     for short in ("m", run_id[:-1], f"magi-ray-store/runs/{run_id}", f"magi-ray-store/runs/{run_id}/"):
         assert run_id in run("status", short).stderr
     wrong = run("status", f"m-{run_id[2:-2]}zz")
@@ -340,39 +360,10 @@ def test_a_run_is_found_by_the_beginning_of_its_id_and_a_near_one_is_proposed(he
         result = run("resume", nonsense)
         assert (result.exit_code, next_command(result)) == (2, ["list"])
     with interrupted_at(0):
-        submit("--store", "magi-ray-store", "--no-dashboard")
         run("render", "--job", "small.toml", "--prompt", "sea", "-o", "m.mp4")
     two = run("status", "m")
     assert "2 runs begin with 'm'" in two.stderr
     assert run(*next_command(two)).exit_code == 0
-
-
-def test_a_failed_row_ends_with_4_and_its_reason(here: Path) -> None:
-    write_manifest(
-        [*ROWS, {"job_id": "image", "prompt": "x", "image": str(IMAGE), "num_chunks": 1}], here / "m.parquet"
-    )
-    with interrupted_at(0):
-        submit()
-    rot_media(here)
-    result = run("resume", "m", "--local", "--json")
-    assert result.exit_code == 4
-    told = json.loads(result.stdout)
-    assert set(told["videos"]) == {"one", "two"}
-    [failed] = told["failed"]
-    assert (failed["job_id"], failed["class"]) == ("image", "input")
-    assert "image failed (input, embed): " in result.stderr
-    assert next_command(result) == ["resume", run_id_of()]
-    [line] = json.loads(run("list", "--json").stdout)["runs"]
-    assert (line["done"], line["failed"]) == (2, 1)
-    watched = run("watch", "m")
-    assert watched.exit_code == 4
-    assert "1 of 3 videos failed" in watched.stderr
-
-
-def rot_media(here: Path) -> None:
-    store = LocalStore(here / "magi-ray-store")
-    [image] = list(store.list("media/"))
-    store.put(image, b"rotten")
 
 
 # One video ------------------------------------------------------------------------------------------------------
@@ -426,15 +417,14 @@ def wait_until(true: Callable[[], bool], *, seconds: float = 60.0) -> None:
 
 
 def test_no_wait_renders_on_ray_in_the_background_while_others_watch(here: Path) -> None:
-    begun = time.monotonic()
     sent = spawn("submit", "m.parquet", "--job", "small.toml", "--no-dashboard", "--no-wait", "--json")
     assert sent.returncode == 0, sent.stderr
     told = json.loads(sent.stdout)
     status = json.loads(run("status", told["run_id"], "--json").stdout)
-    assert status["running"] is True, Path(told["log"]).read_text()
-    assert time.monotonic() - begun < 20
+    assert status["state"] == "rendering", Path(told["log"]).read_text()
+    assert status["driver"]["pid"] == told["pid"]
     second = run("resume", told["run_id"])
-    assert second.exit_code == 2
+    assert second.exit_code == 8
     assert f"is being rendered already, by process {told['pid']}" in second.stderr
     watched = spawn(*next_command(second), "--json")
     assert watched.returncode == 0, Path(told["log"]).read_text()
@@ -449,16 +439,16 @@ def test_a_killed_background_process_is_noticed_at_once_and_its_log_is_named(her
     write_manifest([{"job_id": "long", "prompt": "sea", "num_chunks": 200}], here / "m.parquet")
     told = json.loads(submit("--no-wait", "--json").stdout)
     wait_until(lambda: any((here / "magi-ray-store").glob("stages/*/*/commit.json")))
-    assert json.loads(run("list", "--json").stdout)["runs"][0]["running"] is True
+    assert json.loads(run("list", "--json").stdout)["runs"][0]["state"] == "rendering"
     os.kill(told["pid"], signal.SIGKILL)
-    wait_until(lambda: not json.loads(run("status", "m", "--json").stdout)["running"], seconds=5)
+    wait_until(lambda: json.loads(run("status", "m", "--json").stdout)["state"] == "stopped", seconds=20)
     watched = run("watch", "m")
     assert watched.exit_code == 1
     assert told["log"] in watched.stderr
     assert Path(told["log"]).exists()
     assert next_command(watched) == ["resume", told["run_id"]]
     with interrupted_at(0):
-        assert run("resume", "m", "--local").exit_code == 130, "nobody holds the run any more"
+        assert run("drive", "m", "--local").exit_code == 130, "nobody holds the run any more"
 
 
 def test_a_reader_that_leaves_early_is_no_error_of_ours(here: Path) -> None:

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import shlex
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 from rich.console import Console, RenderableType
 
-from magi_ray.errors import InputError, RunNotFound, SettingsError
+from magi_ray.errors import InputError, MagiRayError, RunNotFound, SettingsError
 from magi_ray.settings import PRESETS, Settings, device_here, job, override, preset, published
 
 if TYPE_CHECKING:
@@ -22,7 +23,18 @@ if TYPE_CHECKING:
     from magi_ray.storage.store import Store
 
 DEFAULT_STORE = "magi-ray-store"
-FAILURE, USAGE, FAILED_ROWS, INTERRUPTED = 1, 2, 4, 130
+# 3, 7 and 8 come with errors of their own, see ``errors``.
+FAILURE, USAGE, FAILED_ROWS, CANCELLED, PAUSED, INTERRUPTED = 1, 2, 4, 5, 6, 130
+
+
+def as_ours(exc: Exception) -> tuple[MagiRayError, str]:
+    """What to tell people of ``exc``; and its traceback, if it is a bug, else ''."""
+    if isinstance(exc, MagiRayError):
+        return exc, ""
+    if isinstance(exc, OSError) and exc.filename is not None:
+        return MagiRayError(f"{exc.filename}: {exc.strerror}.", remedy="Mend that, then go on."), ""
+    bug = MagiRayError("This is a bug in magi-ray; please report it with the lines above.")
+    return bug, "".join(traceback.format_exception(exc))
 
 
 def example(command: str) -> str:
@@ -33,7 +45,7 @@ def example(command: str) -> str:
 def store_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--store", "store_uri", default=DEFAULT_STORE, show_default=True, metavar="URI",
-        help="Where everything durable lives: a folder or file:///….",
+        help="Where everything durable lives: a folder, file:///… or s3://bucket/prefix.",
     )(command)  # fmt: skip
 
 
@@ -143,16 +155,28 @@ def _require_folder(root: Path) -> None:
             )
 
 
-def open_named_run(store: Store, run_id: str, verb: str, store_uri: str) -> Run:
-    """The run of that id, or the only one whose id begins so. Raises RunNotFound with what it could have meant."""
-    from magi_ray.render.run import list_runs, open_run
+def open_named_run(store: Store, run_id: str, verb: str, store_uri: str, *, weights: Path | None = None) -> Run:
+    """The run of that id, or the only one whose id begins so. Raises RunNotFound with what it could have meant.
+
+    weights: where its networks lie on this machine, if not where they lay at submission.
+    """
+    from magi_ray.render.run import open_run
+
+    return open_run(store, find_run(store, run_id, verb, store_uri), weights=weights)
+
+
+def find_run(store: Store, run_id: str, verb: str, store_uri: str) -> str:
+    """The id that ``run_id`` is or begins; it may be that of a damaged run. Raises RunNotFound."""
+    from magi_ray.render.run import damaged_runs, list_runs
 
     known = list_runs(store)
     # A path, as the shell completes it, names the run by its last part.
     wanted = run_id if run_id in known else Path(run_id).name
     fitting = [known_id for known_id in known if wanted and known_id.startswith(wanted)]
     if wanted in known or len(fitting) == 1:
-        return open_run(store, wanted if wanted in known else fitting[0])
+        return wanted if wanted in known else fitting[0]
+    if wanted in damaged_runs(store):
+        return wanted
     fitting = fitting[-5:] or difflib.get_close_matches(wanted, known, n=1, cutoff=0.4)
     at = at_store(store_uri)
     if not fitting:
@@ -167,6 +191,10 @@ def open_named_run(store: Store, run_id: str, verb: str, store_uri: str) -> Run:
 
 def command_line(verb: str, run: Run, store_uri: str) -> str:
     return f"magi-ray {verb} {run.run_id}{at_store(store_uri)}"
+
+
+def retry_line(run: Run, store_uri: str) -> str:
+    return f"magi-ray retry {run.run_id} --failed{at_store(store_uri)}"
 
 
 def at_store(store_uri: str) -> str:
