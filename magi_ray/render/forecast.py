@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import compress, islice
 
 from magi_ray import manifest
 from magi_ray.errors import InputError, ObjectDamaged, ObjectMissing
@@ -130,7 +130,7 @@ class _Forecaster:
         """Why stages of ``plan`` are to be computed. ``absent``: those that are not there."""
         done = held.stages_done
         told: list[str] = []
-        before = self._archive.nearest(plan) or (self._archive.alike(plan, row) if done else None)
+        before = self._archive.nearest(plan, row) or (self._archive.alike(plan, row) if done else None)
         shared = 0 if before is None else stages_shared(before.plan, plan)
         # Whether anything was computed that no earlier video explains.
         begun = self._archive.submitted(plan) if before is None else _there(self._store, plan, shared)
@@ -207,9 +207,17 @@ class _Archive:
         """Newest first."""
         return (earlier for run in self._runs for earlier in run.plans(job_id))
 
-    def nearest(self, plan: RowPlan) -> _Earlier | None:
+    def nearest(self, plan: RowPlan, row: manifest.Row) -> _Earlier | None:
         """The plan for another video of that job_id that shares most stages with ``plan``; of several, the newest."""
-        return _nearest(plan, (e for e in self.plans(plan.job_id) if e.plan.stage_keys != plan.stage_keys))
+        runs = [run for run in self._runs if row.job_id in run.rows]
+        # Planning takes milliseconds: those that cannot share a stage are left out, but for one.
+        alike = [_beginning(run.rows[row.job_id]) == _beginning(row) for run in runs]
+        unlike = [run for run, same in zip(runs, alike, strict=True) if not same]
+        for some in (compress(runs, alike), unlike[:1]):
+            others = (e for run in some for e in run.plans(row.job_id) if e.plan.stage_keys != plan.stage_keys)
+            if found := _nearest(plan, others):
+                return found
+        return None
 
     def submitted(self, plan: RowPlan) -> bool:
         """Whether this very video was."""
