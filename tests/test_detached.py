@@ -18,7 +18,7 @@ from typed import Command, wait_until
 
 from magi_ray.cli import cli
 from magi_ray.commands import steering
-from magi_ray.commands.drivers import last_error, noting, notes_path, read_notes
+from magi_ray.commands.drivers import last_error, notes_path, noting, read_notes
 from magi_ray.errors import MagiRayError, ObjectDamaged, StoreDenied, Superseded, WeightsError, WorkerLost
 from magi_ray.manifest import write_manifest
 from magi_ray.render.local import render_here

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +12,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from on_ray import SMALL, processes_with, wait_until
+from on_ray import SMALL, wait_until
 from runs import MakeRun, contents, stage_commits
+from typed import Command
 
-from magi_ray.cli import FAILED_ROWS, INTERRUPTED, cli
+from magi_ray.cli import cli
+from magi_ray.commands.common import FAILED_ROWS, INTERRUPTED
+from magi_ray.commands.drivers import log_path
 from magi_ray.manifest import write_manifest
 from magi_ray.render.local import render_here
 from magi_ray.render.run import Run, create, open_run, prepare
@@ -29,37 +29,6 @@ from magi_ray.storage.memory import MemoryStore
 
 # Long enough to be caught in the middle.
 ROW: dict[str, Any] = {"job_id": "text", "prompt": "sea", "num_chunks": 16, **SMALL}
-MARK = "MAGI_RAY_TEST_MARK"
-
-
-class Command:
-    """``magi-ray`` in a process group of its own; every process below it carries a mark, however it came to be."""
-
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        self.mark = uuid.uuid4().hex
-        self._stderr = folder / f"{self.mark}.stderr"
-        with self._stderr.open("wb") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "magi_ray.cli", *arguments],
-                cwd=folder,
-                env={**os.environ, MARK: self.mark},
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                start_new_session=True,
-            )
-
-    @property
-    def stderr(self) -> str:
-        return self._stderr.read_text()
-
-    def end(self) -> tuple[int, str]:
-        """Exit code and stdout."""
-        stdout, _ = self.process.communicate(timeout=240)
-        return self.process.returncode, stdout
-
-    def has_left_nothing(self) -> bool:
-        return not processes_with(MARK, self.mark)
 
 
 @pytest.fixture
@@ -75,9 +44,7 @@ def magi_ray(tmp_path: Path, tiny_weights: Path) -> Iterator[Callable[..., Comma
 
     yield start
     for command in commands:
-        for process in processes_with(MARK, command.mark):
-            process.kill()
-        command.process.communicate(timeout=60)
+        command.clean_up()
 
 
 @pytest.fixture
@@ -109,7 +76,7 @@ def test_a_run_killed_with_everything_it_started_is_resumed_where_it_stopped(
     submit = magi_ray()
     wait_until(rendering(submit, store), "the first stages are committed", within_s=120)
     submit.process.kill()
-    for process in processes_with(MARK, submit.mark):
+    for process in submit.processes():
         process.kill()
     assert submit.end()[0] == -signal.SIGKILL
     before = stage_commits(store)
@@ -118,7 +85,7 @@ def test_a_run_killed_with_everything_it_started_is_resumed_where_it_stopped(
 
     resume = magi_ray("resume", run.run_id)
     wait_until(lambda: len(stage_commits(store)) > len(before), "it goes on", within_s=120)
-    [worker] = processes_with(MARK, resume.mark, title="ray::DenoiseWorker")
+    [worker] = resume.processes("ray::DenoiseWorker")
     worker.kill()
     code, stdout = resume.end()
     assert code == 0, resume.stderr
@@ -127,47 +94,87 @@ def test_a_run_killed_with_everything_it_started_is_resumed_where_it_stopped(
     assert contents(store, run) == expected
     # Data alone on stdout, though Ray prints there that a worker died; and Ray is quiet otherwise.
     assert stdout == f"{store.uri}/{keys.video(run.run_id, 'text')}\n"
-    expected_lines = re.compile(r"Starting Ray on this machine|\d+ of 1 videos? |.*\(raylet\).* A worker died")
-    assert [line for line in resume.stderr.splitlines() if not expected_lines.match(line)] == []
+    ours = r"\d+ of 1 videos? |Process \d+ renders"
+    assert [line for line in resume.stderr.splitlines() if not re.match(ours, line)] == []
+    log = log_path(store, run.run_id).read_text().splitlines()
+    expected_lines = re.compile(
+        rf"{ours}|Starting Ray on this machine|.*\(raylet\).* A worker died|{re.escape(stdout)}"
+    )
+    assert [line for line in log if not expected_lines.match(f"{line}\n")] == []
     wait_until(resume.has_left_nothing, "Ray's processes are gone")
 
 
 def test_when_only_the_driver_is_killed_ray_goes_with_it(magi_ray: Callable[..., Command]) -> None:
     submit = magi_ray()
-    wait_until(lambda: processes_with(MARK, submit.mark, title="ray::DenoiseWorker"), "there are workers", within_s=120)
-    submit.process.kill()
-    wait_until(submit.has_left_nothing, "Ray's processes are gone")
-
-
-def test_an_interrupted_command_says_how_to_go_on_and_leaves_nothing_running(
-    magi_ray: Callable[..., Command], store: LocalStore
-) -> None:
-    submit = magi_ray()
-    wait_until(rendering(submit, store), "the first stages are committed", within_s=120)
-    os.killpg(submit.process.pid, signal.SIGINT)  # as Ctrl-C does: to all of them
-    assert submit.end() == (INTERRUPTED, "")
-    [run_id] = [key.split("/")[1] for key in store.list("runs/") if key.endswith("/run.json")]
-    assert f"magi-ray resume {run_id} --store store" in submit.stderr.splitlines()[-1]
-    wait_until(submit.has_left_nothing, "Ray's processes are gone")
-
-
-def test_a_terminated_command_ends_as_an_interrupted_one(magi_ray: Callable[..., Command]) -> None:
-    submit = magi_ray()
-    wait_until(lambda: processes_with(MARK, submit.mark, title="ray::DenoiseWorker"), "there are workers", within_s=120)
-    submit.process.terminate()
-    assert submit.end() == (INTERRUPTED, "")
+    wait_until(lambda: submit.processes("ray::DenoiseWorker"), "there are workers", within_s=120)
+    driver = submit.driver()
+    assert driver is not None
+    driver.kill()
+    assert submit.end() == (1, "")
+    assert "SIGKILL" in submit.stderr
     assert "magi-ray resume" in submit.stderr.splitlines()[-1]
     wait_until(submit.has_left_nothing, "Ray's processes are gone")
 
 
-def test_a_command_interrupted_while_ray_starts_leaves_nothing_running(magi_ray: Callable[..., Command]) -> None:
+def test_whoever_leaves_a_run_on_ray_leaves_it_rendering_and_cancel_ends_all_of_it(
+    magi_ray: Callable[..., Command], store: LocalStore, tmp_path: Path
+) -> None:
+    write_manifest([ROW | {"num_chunks": 1000}], tmp_path / "m.parquet")
     submit = magi_ray()
-    wait_until(lambda: "Starting Ray" in submit.stderr, "Ray is being started", within_s=120)
-    wait_until(lambda: len(processes_with(MARK, submit.mark)) > 2, "its first processes are there")
-    os.killpg(submit.process.pid, signal.SIGINT)
-    assert submit.end()[0] == INTERRUPTED, submit.stderr
-    assert "magi-ray resume" in submit.stderr
-    wait_until(submit.has_left_nothing, "Ray's processes are gone")
+    wait_until(rendering(submit, store), "the first stages are committed", within_s=120)
+    submit.press_ctrl_c()
+    assert submit.end(within_s=30)[0] == INTERRUPTED
+    assert "magi-ray watch" in submit.stderr.splitlines()[-1]
+    before = len(stage_commits(store))
+    wait_until(lambda: len(stage_commits(store)) > before, "it goes on", within_s=60)
+    [run_id] = {key.split("/")[1] for key in store.list("runs/")}
+    cancelled = CliRunner().invoke(cli, ["cancel", run_id, "--store", store.uri])
+    assert cancelled.exit_code == 0, cancelled.stderr
+    assert submit.has_left_nothing(), "when the command has ended, everything has"
+
+
+def submitted(store: LocalStore, folder: Path, weights: Path) -> str:
+    """The run that ``magi-ray submit m.parquet`` makes, without rendering it."""
+    data = (folder / "m.parquet").read_bytes()
+    run, files = prepare(data, name="m.parquet", base=folder, settings=preset("magi-tiny", weights=weights))
+    create(store, run, files)
+    return run.run_id
+
+
+def test_an_interrupted_driver_says_how_to_go_on_and_leaves_nothing_running(
+    magi_ray: Callable[..., Command], store: LocalStore, tmp_path: Path, tiny_weights: Path
+) -> None:
+    run_id = submitted(store, tmp_path, tiny_weights)
+    drive = magi_ray("drive", run_id)
+    wait_until(rendering(drive, store), "the first stages are committed", within_s=120)
+    drive.press_ctrl_c()
+    assert drive.end() == (INTERRUPTED, "")
+    assert f"magi-ray resume {run_id} --store store" in drive.stderr.splitlines()[-1]
+    wait_until(drive.has_left_nothing, "Ray's processes are gone")
+
+
+def test_a_terminated_driver_ends_as_an_interrupted_one(
+    magi_ray: Callable[..., Command], store: LocalStore, tmp_path: Path, tiny_weights: Path
+) -> None:
+    drive = magi_ray("drive", submitted(store, tmp_path, tiny_weights))
+    wait_until(lambda: drive.processes("ray::DenoiseWorker"), "there are workers", within_s=120)
+    drive.process.terminate()
+    assert drive.end() == (INTERRUPTED, "")
+    assert "magi-ray resume" in drive.stderr.splitlines()[-1]
+    wait_until(drive.has_left_nothing, "Ray's processes are gone")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_driver_stopped_while_ray_starts_leaves_nothing_running(
+    magi_ray: Callable[..., Command], store: LocalStore, tmp_path: Path, tiny_weights: Path, number: signal.Signals
+) -> None:
+    drive = magi_ray("drive", submitted(store, tmp_path, tiny_weights))
+    wait_until(lambda: "Starting Ray" in drive.stderr, "Ray is being started", within_s=120)
+    wait_until(lambda: len(drive.processes()) > 2, "its first processes are there")
+    os.killpg(drive.process.pid, number)
+    assert drive.end()[0] == INTERRUPTED, drive.stderr
+    assert "magi-ray resume" in drive.stderr
+    wait_until(drive.has_left_nothing, "Ray's processes are gone")
 
 
 def test_a_poisoned_row_harms_no_other_and_is_told_by_the_exit_code(
@@ -177,7 +184,7 @@ def test_a_poisoned_row_harms_no_other_and_is_told_by_the_exit_code(
     rows = [{"job_id": "rotten", "prompt": "dusk", "image": str(image), "num_chunks": 2}, ROW | {"num_chunks": 2}]
     run = make_run(store, rows)
     store.put(keys.media(run.record.media["rotten"].sha256), b"rotten")
-    result = CliRunner().invoke(cli, ["resume", run.run_id, "--store", store.uri])
+    result = CliRunner().invoke(cli, ["drive", run.run_id, "--store", store.uri])
     assert result.exit_code == FAILED_ROWS, result.output
     assert result.stdout == f"{store.uri}/{keys.video(run.run_id, 'text')}\n"
     assert "rotten failed (input, embed)" in result.stderr
