@@ -59,7 +59,10 @@ def leading(store: Store, run_id: str, *, take_over: bool = False) -> Iterator[L
 def denoising(store: Store, run_id: str, job_id: str, *, epoch: int, name: str) -> Iterator[Lease]:
     """Be the group that denoises the row ``job_id`` for driver ``epoch``. Ask ``check()`` of the lease often.
 
-    name: of the worker. Raises Superseded when another group is at it and stays alive.
+    The lease is taken from whoever has it: a driver gives a row to a group when the one before has failed or is lost,
+    and one whose node cannot be reached may beat for ever. It finds out with its next beat.
+    name: of the worker.  Raises Superseded when a newer driver's group has it.
     """
-    with keeping(acquire(store, keys.row_lease(run_id, job_id), Owner.here(name), epoch=epoch)) as lease:
+    key = keys.row_lease(run_id, job_id)
+    with keeping(acquire(store, key, Owner.here(name), epoch=epoch, force=True)) as lease:
         yield lease

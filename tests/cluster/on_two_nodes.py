@@ -1,0 +1,97 @@
+"""A program: a run on a cluster of two nodes, of which one is lost or cannot do its work. Writes end.json.
+
+A process of its own, because the tests' process has a Ray of one node.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray.cluster_utils import Cluster
+
+from magi_ray.cluster.actors import WORKERS, DenoiseWorker, TaskWorker
+from magi_ray.cluster.driver import render_on_ray
+from magi_ray.render.plan import RowPlan
+from magi_ray.render.run import open_run
+from magi_ray.render.scheduler import Kind, StageCommitted
+from magi_ray.settings import prepare_ray_environment
+from magi_ray.storage.local import LocalStore
+
+
+def noting(folder: Path) -> type[TaskWorker]:
+    """Notes on which node each attempt at a row is made."""
+
+    class Noting(DenoiseWorker):
+        def _begun(self, plan: RowPlan) -> str:
+            node: str = ray.get_runtime_context().get_node_id()
+            with (folder / "attempts").open("a") as attempts:
+                attempts.write(f"{plan.job_id} {node}\n")
+            return node
+
+    return Noting
+
+
+def whose_raylet_dies(folder: Path) -> type[TaskWorker]:
+    class Doomed(noting(folder)):  # type: ignore[misc]
+        @ray.method(concurrency_group="work")
+        def render(self, plan: RowPlan, first_stage: int) -> Iterator[Any]:
+            self._begun(plan)
+            for happened in super().render(plan, first_stage):
+                yield happened
+                if isinstance(happened, StageCommitted) and happened.stage == 2 and not (folder / "died").exists():
+                    (folder / "died").write_text(str(time.time()))
+                    raylet = next(p for p in psutil.Process().parents() if "raylet" in p.name())
+                    os.kill(raylet.pid, signal.SIGKILL)
+                    # Nobody can stop us now. When we wake, another group has our row, and we go on all the same.
+                    while not (folder / "went-on").exists():
+                        time.sleep(0.1)
+                if first_stage and not (folder / "went-on").exists():
+                    (folder / "went-on").write_text(str(time.time()))
+
+    return Doomed
+
+
+def unable_on_one_node(folder: Path) -> type[TaskWorker]:
+    class Unable(noting(folder)):  # type: ignore[misc]
+        @ray.method(concurrency_group="work")
+        def render(self, plan: RowPlan, first_stage: int) -> Iterator[Any]:
+            node = self._begun(plan)
+            bad = folder / "bad-node"
+            if not bad.exists():
+                bad.write_text(node)
+            if bad.read_text() == node:
+                raise RuntimeError("this node's memory is rotten")
+            yield from super().render(plan, first_stage)
+
+    return Unable
+
+
+def main(case: str, root: str, run_id: str, folder: str) -> None:
+    prepare_ray_environment()
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, log_to_driver=False)
+        store = LocalStore(Path(root))
+        denoise = {"raylet": whose_raylet_dies, "node": unable_on_one_node}[case](Path(folder))
+        outcome = render_on_ray(store, open_run(store, run_id), workers={**WORKERS, Kind.DENOISE: denoise})
+        end = {"published": outcome.published, "failed": [failed.message for failed in outcome.failed]}
+        (Path(folder) / "end.json").write_text(json.dumps(end))  # Ray prints to stdout
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
