@@ -225,22 +225,23 @@ class Lease:
             if version is not None:
                 self._record, self._version, self._begun, self._attempt = self._attempt, version, begun, None
                 return
-            self._adopt()
+            if (lost := self._adopt()) is not None:  # else it may have been released meanwhile
+                self._lost = lost
         raise self._lost
 
     def release(self) -> None:
         """Let go. Losing it meanwhile is fine, and where the store is out of reach the lease ends by itself."""
+        # Not ours any more from here on, since nobody knows when the swap will land.
+        lost, self._lost = self._lost, Superseded(f"{self.key} was released.")
         with contextlib.suppress(StoreUnavailable):
-            while self._lost is None:
+            while lost is None:
                 free = self._record.model_copy(update={"holder": None, "write_id": new_write_id()})
                 if self._store.swap(self.key, _serialise(free), self._version) is not None:
-                    break
-                self._adopt()
-        if self._lost is None:
-            self._lost = Superseded(f"{self.key} was released.")
+                    return
+                lost = self._adopt()
 
-    def _adopt(self) -> None:
-        """After a swap that found something else: go on from our own earlier attempt, or note that the lease is lost.
+    def _adopt(self) -> Superseded | None:
+        """After a swap that found something else: None to go on from our own earlier attempt, or why the lease is lost.
 
         Its time stays: it began too long ago to say.
         """
@@ -250,10 +251,10 @@ class Lease:
             found, version = b"", ""
         if self._attempt is not None and found == _serialise(self._attempt):
             self._record, self._version, self._attempt = self._attempt, version, None
-            return
+            return None
         other = _parse(found)
         holder = other.holder if other is not None else None
-        self._lost = Superseded(
+        return Superseded(
             f"{self.key} was taken by {holder or 'another'}.",
             remedy="Nothing is lost: the other one goes on from what is committed.",
         )

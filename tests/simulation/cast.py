@@ -90,13 +90,14 @@ class Poison:
 
 @dataclass(eq=False)
 class Attempt:
-    """One go at denoising a row. forwards: computed.  won: stages whose commit it created.  before: the stages that
-    were there when it got the row."""
+    """One go at denoising a row. forwards: computed; astray: after another had taken the row.  won: stages whose commit
+    it created.  before: the stages that were there when it got the row."""
 
     worker: str
     process: Process
     plan: RowPlan
     forwards: int = 0
+    astray: int = 0
     won: int = 0
     completed: bool = False
     lease: Lease | None = None

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from unittest.mock import patch
 
-from magi_ray.errors import FailureClass, MagiRayError, ObjectDamaged, ObjectMissing
-from magi_ray.render import durable, finish
+from magi_ray.errors import FailureClass, MagiRayError, ObjectDamaged, ObjectMissing, StoreUnavailable
+from magi_ray.render import durable, finish, gc, identity
 from magi_ray.render.control import clear, request
 from magi_ray.render.plan import RowPlan
 from magi_ray.render.run import create
-from magi_ray.render.scheduler import BUDGETS, Kind, RowFailed, RunState, Task
+from magi_ray.render.scheduler import BUDGETS, Kind, RowFailed, Task
 from magi_ray.storage import keys
 from magi_ray.storage.leases import BEAT_S, TTL_S, Lease, acquire
 from magi_ray.storage.records import read_payload, verified_commit
@@ -74,6 +75,7 @@ class Simulation:
         self.server = Server(world, self._written)
         self.poisons = [*self._draw_poisons()]
         self.drivers: list[Driver] = []
+        self._latest: dict[str, Attempt] = {}
         self.ended: list[Driver] = []  # those that came to the end of the run, in that order
         self.attempts: list[Attempt] = []
         self.failed: dict[str, RowFailed] = {}
@@ -81,6 +83,16 @@ class Simulation:
         self._commits: dict[str, bytes] = {}
         self._payloads: dict[str, bytes] = {}
         self._records: dict[str, bytes] = {}
+        self._needed = {
+            digest
+            for plan in self.run.plans.values()
+            for digest in (*plan.stage_keys, *plan.caption_digests, plan.prefix_digest)
+        } | {
+            sha256(latent).hexdigest()
+            for job_id in self.run.plans
+            for latent in contents_of(self.number, job_id).chunks
+        }
+        self._looks_every_s = random.choice([5.0, 30.0, 120.0])
         create(self.server, self.run, {})
         # Until then things go wrong; afterwards everything must come to its end.
         forwards = sum(plan.timeline.num_stages * plan.forwards_per_stage for plan in self.run.plans.values())
@@ -88,6 +100,8 @@ class Simulation:
         for _ in range(random.choice([0, 2, 4, 8, 16])):
             world.after(self._calm_at * random.random(), self._mishap)
         world.after(self._calm_at, self._calm)
+        if random.random() < 0.5:
+            self._collections()
         self._people()
 
     # What the cast asks for ----------------------------------------------------------------------------------------
@@ -112,11 +126,15 @@ class Simulation:
             ):
                 self.world.fail(f"{attempt.worker} and {other.worker} both hold {attempt.plan.job_id}")
         attempt.lease = lease
+        self._latest[attempt.plan.job_id] = attempt
         attempt.before = {key for key in attempt.plan.stage_keys if self.server.peek(keys.commit("stage", key))}
 
     def forward(self, attempt: Attempt, stage: int, step: int) -> None:
         self.world.note(attempt.worker, "computes", attempt.plan.job_id, stage, step)
         attempt.forwards += 1
+        attempt.astray += self._latest[attempt.plan.job_id] is not attempt
+        if attempt.astray > 1:
+            self.world.fail(f"{attempt.worker} goes on with {attempt.plan.job_id}, which another has taken")
         if attempt.plan.stage_keys[stage] in attempt.before:
             self.world.fail(f"{attempt.worker} computes stage {stage} of {attempt.plan.job_id}, which was committed")
 
@@ -185,6 +203,37 @@ class Simulation:
         self.world.note("calm")
         self.weather.clear = True
 
+    def _collections(self) -> None:
+        """Another run that was given up lies in the store, and now and then somebody collects garbage."""
+        random = self.world.random
+        other = run_of((self.number + 1) % NUM_RUNS)
+        create(self.server, other, {})
+        for plan in other.plans.values():
+            for key, caption in zip(plan.caption_digests, plan.captions, strict=True):
+                image = identity.text_pre_image(caption, plan.settings, plan.digests)
+                durable.commit(self.server, "text", image, {"text": Contents.text(key)}, seconds=1.0)
+            image = plan.pre_image(0)
+            durable.commit(self.server, "stage", image, {"state": b"a state", "chunk": b"a chunk"}, seconds=1.0)
+
+        def collect_garbage() -> None:
+            process = Process(self.world, f"gc{len(self.world.processes)}", random.choice(self.nodes))
+            store = self.client(process, "gc")
+            min_age_s = random.choice([600, 86400, gc.MIN_AGE_S])
+            forget = [other.run_id] if self.world.chance(0.7) else []
+
+            def work() -> None:
+                with suppress(StoreUnavailable):
+                    found = gc.collect(
+                        store, gc.garbage(store, min_age_s=min_age_s, forget=forget, clock=process.clock)
+                    )
+                    self.world.note(process.name, "collects", found)
+
+            process.start(work)
+
+        for _ in range(random.randint(1, 4)):
+            within_s = random.choice([self._calm_at, 2 * self._calm_at, 11 * 86400])
+            self.world.after(within_s * random.random(), collect_garbage)
+
     def _people(self) -> None:
         """They look now and then, and resume what stands still, until everything that can be is rendered."""
         world = self.world
@@ -197,7 +246,7 @@ class Simulation:
         if not active and (self.weather.clear or not self.ended):
             clear(self.server, self.run.run_id)
             self._start_driver(take_over=world.chance(0.3))
-        world.after(world.random.uniform(30, 120), self._people)
+        world.after(world.random.uniform(0, self._looks_every_s), self._people)
 
     def _start_driver(self, *, take_over: bool) -> None:
         if len(self.drivers) >= MOST_DRIVERS:
@@ -228,6 +277,8 @@ class Simulation:
 
     def _commit_written(self, key: str, data: bytes | None, by: Client) -> None:
         before = self.server.peek(key)
+        if data is None and by.purpose == "gc" and not self._is_needed(key, before):
+            return
         if before is not None and data != before:
             self._say(f"{by.process.name} {'deletes' if data is None else 'changes'} the commit {key}")
         if data is not None and before is None:
@@ -239,6 +290,11 @@ class Simulation:
                 self._payloads[folder + payload["name"]] = content or b""
             if isinstance(by.purpose, Attempt) and key.startswith(keys.commits("stage")):
                 by.purpose.won += 1
+
+    def _is_needed(self, key: str, data: bytes | None) -> bool:
+        """Whether this run reaches a commit."""
+        pre_image = json.loads(data or b"{}").get("pre_image", {})
+        return key.split("/")[2] in self._needed or pre_image.get("chunk", "") in self._needed
 
     def _say(self, what: str) -> None:
         self.world.fail(what)
@@ -326,8 +382,8 @@ def _repeatable(world: World) -> Iterator[None]:
     with ExitStack() as patches:
         for of, name, instead in (
             (uuid, "uuid4", lambda: uuid.UUID(int=world.random.getrandbits(128))),
-            (durable, "provenance", lambda seconds: {"seconds": seconds}),
-            (finish, "provenance", lambda seconds: {"seconds": 1.0}),
+            (durable, "provenance", lambda seconds: {"seconds": world.now}),
+            (finish, "provenance", lambda seconds: {"seconds": world.now}),
             (finish, "find_ffmpeg", lambda: Path("ffmpeg")),
             (finish, "join", join),
             (finish, "verify", lambda *_, **__: None),

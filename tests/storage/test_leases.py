@@ -295,6 +295,15 @@ def test_a_released_lease_is_not_valid_and_cannot_beat(store: Tripwire, clock: C
             act()
 
 
+def test_a_lease_is_not_valid_any_more_while_it_is_being_released(store: Tripwire, clock: Clock) -> None:
+    # Found by the simulation: the release had landed and another held the lease, before the answer came.
+    lease = take(store, ALICE, clock)
+    seen: list[bool] = []
+    store.before["swap"] = lambda: seen.append(lease.valid)
+    lease.release()
+    assert seen == [False]
+
+
 def test_a_deleted_lease_is_lost(store: Tripwire, clock: Clock) -> None:
     lease = take(store, ALICE, clock)
     store.delete(KEY)
