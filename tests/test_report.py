@@ -12,7 +12,7 @@ from magi_ray.report import LINE_INTERVAL_S, MAX_BARS, bars, describe, follow, m
 
 def video(job_id: str, phase: Phase = Phase.WAITING, **changes: object) -> VideoProgress:
     values: dict[str, object] = {
-        "job_id": job_id, "phase": phase, "stages": 5, "stages_done": 0, "reused_stages": 0, "steps": 4, "chunks": 2,
+        "job_id": job_id, "phase": phase, "stages": 5, "stages_done": 0, "steps": 4, "chunks": 2,
         "chunks_done": 0,
     }  # fmt: skip
     return VideoProgress(**(values | changes))  # type: ignore[arg-type]
@@ -77,7 +77,7 @@ def test_a_large_run_shows_the_videos_in_work_and_counts_the_rest() -> None:
     ("one", "words"),
     [
         (video("a"), "waiting"),
-        (video("a", stages_done=3, reused_stages=3), "waiting, 3/5 stages from the store"),
+        (video("a", stages_done=3), "waiting, 3/5 stages from the store"),
         (video("a", Phase.RENDERING, stages_done=1, step=3), " 35%  stage 2/5 step 3/4, 0/2 chunks"),
         (video("a", Phase.RENDERING, stages_done=5, chunks_done=1), "100%  1/2 chunks decoded"),
         (video("a", Phase.DONE, chunks=1), "done, 1 chunk"),

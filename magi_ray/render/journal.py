@@ -109,7 +109,7 @@ class Journal:
             state=state,
             published=tuple(video.job_id for video in videos if video.phase is Phase.DONE),
             failed=tuple(self._failed.values()),
-            stages_rendered=sum(video.stages_done - video.reused_stages for video in videos),
+            stages_rendered=sum(video.rendered_stages for video in videos),
             stages_reused=sum(video.reused_stages for video in videos),
             already_published=self._already,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
@@ -31,18 +31,24 @@ class Phase(StrEnum):
 
 @dataclass(kw_only=True)
 class VideoProgress:
-    """One video. ``step`` of ``steps`` counts the forwards of the stage in work; reused_stages were there before."""
+    """One video. ``step`` of ``steps`` counts the forwards of the stage in work; rendered_stages were computed now, and
+    again counts again."""
 
     job_id: str
     phase: Phase
     stages: int
     stages_done: int
-    reused_stages: int
+    rendered_stages: int = 0
     steps: int
     step: int = 0
     chunks: int
     chunks_done: int
     message: str = ""
+
+    @property
+    def reused_stages(self) -> int:
+        """Stages that were there without being computed now."""
+        return max(0, self.stages_done - self.rendered_stages)
 
     @property
     def steps_total(self) -> int:
@@ -70,7 +76,6 @@ class RunProgress:
                 phase=Phase.DONE if row.published else Phase.WAITING,
                 stages=row.num_stages,
                 stages_done=row.stages_done,
-                reused_stages=row.stages_done,
                 steps=steps[row.job_id],
                 chunks=row.num_chunks,
                 chunks_done=row.num_chunks if row.published else len(row.segments_done),
@@ -84,6 +89,7 @@ class RunProgress:
                 video = self.videos[job_id]
                 # The first forward of a stage is done before the commit of the one before it is reported.
                 video.stages_done, video.step = stage, step
+                video.rendered_stages += step == happened.steps
             case StageCommitted(job_id=job_id, stage=stage):
                 video = self.videos[job_id]
                 if stage + 1 > video.stages_done:
@@ -129,5 +135,9 @@ class RunProgress:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> RunProgress:
-        videos = [VideoProgress(**(video | {"phase": Phase(video["phase"])})) for video in content["videos"]]
+        known = {field.name for field in fields(VideoProgress)}
+        videos = [
+            VideoProgress(**({k: v for k, v in video.items() if k in known} | {"phase": Phase(video["phase"])}))
+            for video in content["videos"]
+        ]
         return cls(content["run_id"], {video.job_id: video for video in videos})
