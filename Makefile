@@ -1,6 +1,7 @@
 # make demo   render manifests/quickstart.parquet and say where the videos are
 # make test   run the tests
 # make lint   style, format and types
+# make nightly   the long tests: a crash at every call to the store, 20,000 simulated runs
 #
 # Each makes the virtual environment .venv when it is missing or older than pyproject.toml.
 # Another Python: make demo PYTHON=/path/to/python3.12
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test lint
+.PHONY: demo test lint nightly
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -21,6 +22,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	@$(BIN)/python -m pytest -q
+
+nightly: $(VENV)/installed-test
+	@$(BIN)/python -m pytest -q --timeout=0 --all-crash-points tests/test_crash_points.py
+	@$(BIN)/python -m tests.simulation --seeds 20000
 
 lint: $(VENV)/installed-test
 	@$(BIN)/ruff check .
