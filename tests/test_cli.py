@@ -19,6 +19,7 @@ import av
 import click
 import pytest
 from click.testing import CliRunner, Result
+from rgw import Rgw
 
 from magi_ray.cli import cli
 from magi_ray.errors import MediaError
@@ -364,6 +365,43 @@ def test_a_run_is_found_by_the_beginning_of_its_id_and_a_near_one_is_proposed(he
     two = run("status", "m")
     assert "2 runs begin with 'm'" in two.stderr
     assert run(*next_command(two)).exit_code == 0
+
+
+def test_a_bucket_is_a_store_like_any_other(here: Path, s3_address: str) -> None:
+    store = ("--store", s3_address)
+    sent = submit(*store)
+    assert sent.exit_code == 0, sent.stderr
+    [line] = json.loads(run("list", *store, "--json").stdout)["runs"]
+    run_id = line["run_id"]
+    assert sent.stdout.splitlines() == [f"{s3_address}/{keys.video(run_id, job_id)}" for job_id in ("one", "two")]
+    assert (line["done"], line["state"]) == (2, "done")
+    watched = run("watch", run_id, *store)
+    assert watched.exit_code == 0
+    assert f"All videos are done: {s3_address}/{keys.videos(run_id)}" in watched.stderr
+    again = run("resume", run_id, *store)
+    assert (again.exit_code, again.stdout) == (0, sent.stdout)
+    assert run("verify", *store).exit_code == 0
+    forgotten = run("gc", "--forget", run_id, "--min-age", "0s", *store)
+    assert "Nothing was deleted" in forgotten.stderr
+    assert next_command(forgotten) == ["gc", "--forget", run_id, "--min-age", "0s", *store, "--yes"]
+    wrong = run("status", "nonsense", *store)
+    assert (wrong.exit_code, next_command(wrong)) == (2, ["list", *store])
+    out = run("render", "--job", "small.toml", "--prompt", "sea", "-o", "a.mp4", "--num-chunks", "1", *store)
+    assert (out.exit_code, out.stdout) == (0, "a.mp4\n"), out.stderr
+    with av.open("a.mp4") as video:
+        assert video.streams.video[0].frames == 24
+
+
+def test_a_bucket_that_may_not_be_used_is_told_before_anything_starts(here: Path, rgw: Rgw, s3_address: str) -> None:
+    theirs = f"s3://{rgw.new_bucket(owner='theirs')}"
+    for words in (("submit", "m.parquet", "--job", "small.toml"), ("list",), ("status", "x"), ("doctor",)):
+        denied = run(*words, "--store", theirs)
+        assert denied.exit_code == 7, (words, denied.stderr)
+        assert next_command(denied)
+    for words in (("list",), ("doctor",)):
+        missing = run(*words, "--store", "s3://no-such-bucket-here")
+        assert missing.exit_code == 1, (words, missing.stderr)
+        assert "no-such-bucket-here" in missing.stderr
 
 
 # One video ------------------------------------------------------------------------------------------------------
