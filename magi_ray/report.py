@@ -172,7 +172,8 @@ def garbage_table(items: Sequence[Item]) -> Table:
         groups.setdefault((place, item.reason), []).append(item)
     table = _table("where", "objects", "size", "age", "reason")
     for (place, reason), group in groups.items():
-        ages = sorted({f"{item.age_s / 86400:.0f} d" for item in (min(group, key=_age), max(group, key=_age))})
+        days = [item.age_s / 86400 for item in group]
+        ages = dict.fromkeys(f"{days:.0f} d" for days in (min(days), max(days)))
         size = in_bytes(sum(item.size for item in group))
         table.add_row(place, str(len(group)), size, " to ".join(ages), reason)
     return table
@@ -189,10 +190,6 @@ def in_bytes(size: float) -> str:
 
 def _folder(item: Item) -> str:
     return "(half written)" if item.leftover else f"{item.key.rpartition('/')[0]}/"
-
-
-def _age(item: Item) -> float:
-    return item.age_s
 
 
 def plan_table(rows: Sequence[Forecast]) -> Table:

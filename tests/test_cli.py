@@ -22,12 +22,14 @@ from click.testing import CliRunner, Result
 from rgw import Rgw
 
 from magi_ray.cli import cli
+from magi_ray.commands import standing, steering
 from magi_ray.errors import MediaError
 from magi_ray.manifest import write_manifest
 from magi_ray.render.progress import RunProgress
 from magi_ray.render.run import create, prepare
 from magi_ray.settings import job
 from magi_ray.storage import keys
+from magi_ray.storage.leases import LeaseRecord, Owner
 from magi_ray.storage.local import LocalStore
 
 ROOT = Path(__file__).parents[1]
@@ -347,6 +349,32 @@ def test_status_and_list_tell_how_far_a_run_is(here: Path) -> None:
     assert (line["done"], line["failed"], line["state"]) == (2, 0, "done")
     assert run("watch", run_id_of()).exit_code == 0
     assert json.loads(run("watch", run_id_of(), "--json").stdout)["state"] == "done"
+
+
+def test_a_run_that_another_machine_renders_is_told_as_such_until_nothing_is_heard_of_it(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id, store = begun(0), LocalStore(here / "magi-ray-store")
+    elsewhere = Owner(name="driver", host="farm-7", boot="another", pid=4711, started=1)
+    lease = LeaseRecord(holder=elsewhere, epoch=9, beat=3, write_id="w")
+    store.put(keys.run_lease(run_id), lease.model_dump_json().encode())
+    shown = run("status", run_id)
+    assert "Rendering, by process 4711 on farm-7 (beat 3)." in shown.stderr
+    assert next_command(shown) == ["watch", run_id]
+    told = json.loads(run("status", run_id, "--json").stdout)
+    assert (told["state"], told["driver"]) == ("rendering", {"host": "farm-7", "pid": 4711, "beat": 3})
+    monkeypatch.setattr(steering, "ASKED_S", 0.5)
+    cancelled = run("cancel", run_id)
+    assert cancelled.exit_code == 1
+    assert "Asked process 4711 on farm-7 to cancel" in cancelled.stderr
+    assert next_command(cancelled) == ["watch", run_id]
+    assert json.loads(run("list", "--json").stdout)["runs"][0]["state"] == "cancelling"
+    paused = run("pause", run_id, "--timeout", "0.1")
+    assert (paused.exit_code, next_command(paused)) == (1, ["watch", run_id])
+    monkeypatch.setattr(standing, "TTL_S", 0.5)
+    watched = run("watch", run_id)
+    assert watched.exit_code == 6
+    assert "Nothing was heard any more of process 4711 on farm-7" in watched.stderr
 
 
 def test_a_run_is_found_by_the_beginning_of_its_id_and_a_near_one_is_proposed(here: Path) -> None:

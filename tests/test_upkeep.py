@@ -16,10 +16,13 @@ from click.testing import CliRunner, Result
 from runs import flip
 
 from magi_ray.cli import cli
+from magi_ray.commands.common import out
 from magi_ray.errors import MediaError
 from magi_ray.manifest import Defaults, manifest_of
+from magi_ray.render.gc import Item
 from magi_ray.render.local import render_here
 from magi_ray.render.run import Run, create, prepare
+from magi_ray.report import garbage_table
 from magi_ray.settings import Settings
 from magi_ray.storage import keys
 from magi_ray.storage.local import LocalStore
@@ -195,3 +198,15 @@ def test_what_gc_does_not_understand_deletes_nothing(store: LocalStore, words: t
     assert says in result.stderr
     assert next_command(result)
     assert contents(store.root) == before
+
+
+def test_thousands_of_objects_are_shown_in_a_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    reasons = ("no run needs this stage", "its commit was never written")
+    items = [
+        Item(key=f"stages/aa/{n:064}/commit.json", size=1024, age_s=86400.0 * (8 + n % 30), reason=reasons[n % 2])
+        for n in range(3000)
+    ]
+    out(garbage_table(items))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0].strip() for line in lines] == ["where", "stages/…", "stages/…"]
+    assert re.search(r"1500 +1\.5 MiB +8 d to 36 d", lines[1])

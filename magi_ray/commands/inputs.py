@@ -8,12 +8,8 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from magi_ray.errors import InputError, ManifestError
-
-if TYPE_CHECKING:
-    pass
 
 SOURCES = (".jsonl", ".csv", ".yaml", ".yml")
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from magi_ray.commands.common import counted, example, json_option, out, print_json, say, settings_options, without
 from magi_ray.commands.inputs import SOURCES, require_file, require_manifest
 from magi_ray.settings import Settings
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.group(epilog=example("magi-ray manifest validate manifests/quickstart.parquet"))
