@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import socket
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,6 +64,15 @@ class TaskWorker:
     def load(self) -> None:
         """Load what the tasks need, so that the first one starts at once."""
 
+    @contextmanager
+    def _telling(self, what: str) -> Iterator[None]:
+        """What goes wrong in the block is written to the log whole: people are told its last line alone."""
+        try:
+            yield
+        except Exception:
+            print(f"{what} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            raise
+
     def _use_threads(self) -> None:
         from magi_ray.render.latents import use_threads
 
@@ -72,10 +84,12 @@ class EmbedWorker(TaskWorker):
         from magi_ray.render.embed import Embedder
 
         self._use_threads()
-        self._loaded = Embedder(self._settings, self._store)
+        with self._telling("Loading"):
+            self._loaded = Embedder(self._settings, self._store)
 
     def carry_out(self, plan: RowPlan, _index: int) -> None:
-        self._loaded.embed(plan)
+        with self._telling(f"Embedding job {plan.job_id}"):
+            self._loaded.embed(plan)
 
 
 class DenoiseWorker(TaskWorker):
@@ -91,13 +105,17 @@ class DenoiseWorker(TaskWorker):
         from magi_ray.render.denoise import Denoiser
 
         self._use_threads()
-        self._loaded = Denoiser(self._settings, self._store)
+        with self._telling("Loading"):
+            self._loaded = Denoiser(self._settings, self._store)
 
     @_in_group("work")
     def render(self, plan: RowPlan, first_stage: int) -> Iterator[StepDone | StageCommitted]:
         self._use_threads()
         job_id = plan.job_id
-        with denoising(self._store, self._run_id, job_id, epoch=self._epoch, name=self._name) as lease:
+        with (
+            self._telling(f"Denoising job {job_id} from stage {first_stage} on"),
+            denoising(self._store, self._run_id, job_id, epoch=self._epoch, name=self._name) as lease,
+        ):
             for happened in self._loaded.render(plan, first_stage):
                 lease.check()
                 yield happened
@@ -117,17 +135,20 @@ class DecodeWorker(TaskWorker):
         from magi_ray.render.decode import Decoder
 
         self._use_threads()
-        self._loaded = Decoder(self._settings, self._store, self._encoder)
+        with self._telling("Loading"):
+            self._loaded = Decoder(self._settings, self._store, self._encoder)
 
     def carry_out(self, plan: RowPlan, index: int) -> None:
-        self._loaded.decode(plan, index)
+        with self._telling(f"Decoding chunk {index} of job {plan.job_id}"):
+            self._loaded.decode(plan, index)
 
 
 class FinishWorker(TaskWorker):
     def carry_out(self, plan: RowPlan, _index: int) -> None:
         from magi_ray.render.finish import finish
 
-        finish(self._store, self._run_id, plan, self._encoder)
+        with self._telling(f"Finishing job {plan.job_id}"):
+            finish(self._store, self._run_id, plan, self._encoder)
 
 
 WORKERS: Mapping[Kind, type[TaskWorker]] = {
