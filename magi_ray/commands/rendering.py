@@ -32,8 +32,7 @@ from magi_ray.errors import MagiRayError, StoreError, Superseded
 
 if TYPE_CHECKING:
     from magi_ray.commands.drivers import End, Notebook
-    from magi_ray.commands.standing import Noted
-    from magi_ray.render.journal import Outcome
+    from magi_ray.render.journal import Noted, Outcome
     from magi_ray.render.run import Run
     from magi_ray.render.scheduler import RunState
     from magi_ray.storage.store import Store
@@ -339,7 +338,7 @@ class _Child:
 
     def _noted(self) -> Noted | None:
         """What is noted in the store of how far the run is. A store that is out of reach does not end us."""
-        from magi_ray.commands.standing import read_noted
+        from magi_ray.render.journal import read_noted
 
         try:
             return read_noted(self._store, self._run.run_id)

@@ -290,8 +290,8 @@ def _summary(store: Store, run_id: str) -> dict[str, Any]:
     """A run in one line, without planning it: a video counts as done when its record, written last, is there."""
     from pyarrow import BufferReader, parquet
 
-    from magi_ray.commands.standing import driver_of, read_noted, state_of
-    from magi_ray.render.journal import read_failures
+    from magi_ray.commands.standing import driver_of, state_of
+    from magi_ray.render.journal import read_failures, read_noted
     from magi_ray.storage import keys
     from magi_ray.storage.records import read_record
 
@@ -321,7 +321,8 @@ def _standing(store: Store, run: Run, driver: Driver | None) -> tuple[RunProgres
 
     While it is rendered the driver's notes are the newest; otherwise the store is asked for what it holds.
     """
-    from magi_ray.commands.standing import read_noted, state_of
+    from magi_ray.commands.standing import state_of
+    from magi_ray.render.journal import read_noted
     from magi_ray.render.progress import Phase
 
     noted = read_noted(store, run.run_id)

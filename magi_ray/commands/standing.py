@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import time
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from typing import Any, Literal
 
 from magi_ray.commands.common import at_store, say
 from magi_ray.commands.drivers import at_work_here
-from magi_ray.errors import ObjectMissing, Superseded
+from magi_ray.errors import Superseded
 from magi_ray.render import control
-from magi_ray.render.progress import RunProgress
+from magi_ray.render.journal import Noted
 from magi_ray.storage import keys
 from magi_ray.storage.leases import BEAT_S, TTL_S, Owner, gone, read_lease
 from magi_ray.storage.store import Store
@@ -69,26 +68,6 @@ class Lookout:
             self.last, self._moved = driver, now
         self.silent = driver is not None and not driver.here and now - self._moved > TTL_S
         return None if self.silent else driver
-
-
-@dataclass(frozen=True, kw_only=True)
-class Noted:
-    """What a driver last wrote of its run: how far it is, and its state then, in the words of the driver."""
-
-    progress: RunProgress
-    state: str
-    updated_unix: float
-
-
-def read_noted(store: Store, run_id: str) -> Noted | None:
-    """None when it never was rendered."""
-    try:
-        content = json.loads(store.get(keys.run_progress(run_id)))
-    except ObjectMissing:
-        return None
-    # Before there were states, a driver only said whether it was running.
-    state = content.get("state", "rendering" if content["running"] else "stopped")
-    return Noted(progress=RunProgress.from_json(content), state=state, updated_unix=content["updated_unix"])
 
 
 def state_of(store: Store, run_id: str, driver: Driver | None, noted: Noted | None, *, all_done: bool) -> State:

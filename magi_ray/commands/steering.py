@@ -50,8 +50,9 @@ ASKED_S, TOLD_S, KILLED_S = 8.0, 2.5, 1.5
 @json_option
 def pause(run_id: str, store_uri: str, timeout_s: float, as_json: bool) -> None:
     """Stop RUN when its stages in work are committed. So nothing is lost. `magi-ray resume` goes on with it."""
-    from magi_ray.commands.standing import Lookout, read_noted
+    from magi_ray.commands.standing import Lookout
     from magi_ray.render import control
+    from magi_ray.render.journal import read_noted
     from magi_ray.report import follow
 
     store = store_to_read(store_uri)
@@ -164,7 +165,7 @@ def _within(seconds: float, true: Callable[[], bool]) -> bool:
 
 def _say_kept(store: Store, run: Run, words: str) -> None:
     """What a run that was stopped has: its committed stages."""
-    from magi_ray.commands.standing import read_noted
+    from magi_ray.render.journal import read_noted
 
     noted = read_noted(store, run.run_id)
     done = 0 if noted is None else sum(video.stages_done for video in noted.progress.videos.values())

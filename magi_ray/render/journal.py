@@ -24,8 +24,6 @@ from magi_ray.storage import keys
 from magi_ray.storage.store import Store
 
 INTERVAL_S = 1.0
-# A run whose progress is older than this is taken for stopped: more than the slowest step of a large model.
-STALE_S = 120.0
 
 # task and index: what failed (decode 3: chunk 3).  stage: the first that failed, none when joining did.  log: of whom.
 _ERRORS = pa.schema(
@@ -169,13 +167,23 @@ class Journal:
         return table
 
 
-def read_progress(store: Store, run_id: str) -> tuple[RunProgress, bool, float] | None:
-    """The last noted progress, whether the run was going on then, and when that was (Unix time); None: never begun."""
+@dataclass(frozen=True, kw_only=True)
+class Noted:
+    """What a driver last wrote of its run: how far it is, and its state then, a RunState or "stopped"."""
+
+    progress: RunProgress
+    state: str
+
+
+def read_noted(store: Store, run_id: str) -> Noted | None:
+    """None when the run never was rendered, or what was noted cannot be read."""
     try:
         content = json.loads(store.get(keys.run_progress(run_id)))
-    except ObjectMissing:
+        # Before there were states, a driver only said whether it was running.
+        state = content.get("state", "rendering" if content["running"] else "stopped")
+        return Noted(progress=RunProgress.from_json(content), state=state)
+    except (ObjectMissing, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return RunProgress.from_json(content), content["running"], content["updated_unix"]
 
 
 def read_failures(store: Store, run_id: str) -> dict[str, RowFailed]:

@@ -121,12 +121,6 @@ class RunProgress:
             case _:
                 pass
 
-    def keep_failures(self, earlier: RunProgress) -> None:
-        """Take over from ``earlier`` which videos had failed, where they are not done since."""
-        for job_id, video in earlier.videos.items():
-            if video.phase is Phase.FAILED and self.videos[job_id].phase is not Phase.DONE:
-                self.videos[job_id].phase, self.videos[job_id].message = Phase.FAILED, video.message
-
     def count(self, phase: Phase) -> int:
         return sum(video.phase is phase for video in self.videos.values())
 

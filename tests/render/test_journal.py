@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from runs import MakeRun
 
-from magi_ray.render.journal import read_progress
+from magi_ray.render.journal import read_noted
 from magi_ray.render.local import render_here
 from magi_ray.render.progress import Phase, RunProgress
 from magi_ray.storage import keys
@@ -54,15 +54,14 @@ def test_a_run_that_was_interrupted_says_at_once_that_it_is_not_going_on(make_ru
 
     with pytest.raises(KeyboardInterrupt):
         render_here(store, run, observe=interrupt)
-    noted = read_progress(store, run.run_id)
+    noted = read_noted(store, run.run_id)
     assert noted is not None
-    progress, running, _ = noted
-    assert not running
-    assert progress.videos["b"].phase is Phase.RENDERING
+    assert noted.state == "stopped"
+    assert noted.progress.videos["b"].phase is Phase.RENDERING
     render_here(store, run)
-    noted = read_progress(store, run.run_id)
+    noted = read_noted(store, run.run_id)
     assert noted is not None
-    assert noted[0].count(Phase.DONE) == 2
+    assert (noted.state, noted.progress.count(Phase.DONE)) == ("done", 2)
 
 
 def test_every_step_is_seen(make_run: MakeRun) -> None:
