@@ -364,12 +364,13 @@ class _Child:
         if code < 0:
             with suppress(ValueError):
                 how = f"signal {-code} ({signal.Signals(-code).name})"
+        lines: list[str] = []
         with suppress(OSError), self.log.open("rb") as log:
             log.seek(self._log_began)
             lines = log.read().decode(errors="replace").splitlines()[-LOG_LINES:]
         said = "".join(f"\n  {line}" for line in lines)
         return MagiRayError(
-            f"Process {self.pid}, which rendered run {self._run.run_id}, died of {how}."
+            f"Process {self.pid}, which rendered run {self._run.run_id}, ended with {how}."
             + (f" Its last words:{said}" if said else ""),
             remedy=f"What was committed is kept. Its whole log is {self.log}.",
             next_command=command_line("resume", self._run, self._store_uri),
