@@ -58,8 +58,9 @@ def garbage(
     watch_s: how long to watch the lease of a forgotten run for a beat.  clock: seconds.
 
     Raises ObjectDamaged, InputError: what a run needs cannot be known; RunNotFound; InputError when a forgotten run is
-    being rendered.
+    being rendered, or when it takes longer than ``min_age_s``.
     """
+    began = clock()
     needed = _Needed(store, frozenset(forget), clock)
     for run_id in forget:
         _require_resting(store, run_id, watch_s)
@@ -67,6 +68,12 @@ def garbage(
     for kind in ("stage", "segment", "text", "prefix"):
         for item in _commits(store, kind, needed, min_age_s):
             if item.age_s >= min_age_s:
+                # What came after the stages were read may be needed by one of them, and must still be too young here.
+                if 0 < min_age_s <= clock() - began:
+                    raise InputError(
+                        f"Collecting has taken {clock() - began:.0f} s, but what is {min_age_s:.0f} s old may go.",
+                        remedy="Collect again, with a longer minimum age: --min-age.",
+                    )
                 yield item
     for entry in store.entries("media/"):
         if entry.age_s >= min_age_s and not needed.media(entry.key.rpartition("/")[2]):

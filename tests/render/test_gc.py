@@ -252,6 +252,23 @@ def test_what_is_written_anew_after_it_was_listed_stays(make_run: MakeRun) -> No
     assert store.get("probes/x") == b"new"
 
 
+def test_collecting_that_takes_longer_than_the_minimum_age_stops(make_run: MakeRun) -> None:
+    # Found by the simulation: stages were listed, the collector slept, and segments made meanwhile looked like garbage.
+    clock = Clock()
+    store = MemoryStore(clock)
+    first = make_run(store, [ROW])
+    render_here(store, first)
+    clock.now = 1000
+    second = make_run(store, [EDITED])
+    found = garbage(store, min_age_s=600, forget=[first.run_id], watch_s=0, clock=clock)
+    next(found)
+    render_here(store, second)
+    clock.now = 5000
+    with pytest.raises(InputError, match="taken 4000 s, but what is 600 s old"):
+        collect(store, found)
+    assert verify(store, [second.run_id]).damages == []
+
+
 def test_a_run_submitted_while_garbage_is_collected_keeps_what_it_needs(make_run: MakeRun) -> None:
     store = MemoryStore()
     run = make_run(store, [ROW])

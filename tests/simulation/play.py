@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from unittest.mock import patch
 
-from magi_ray.errors import FailureClass, MagiRayError, ObjectDamaged, ObjectMissing, StoreUnavailable
+from magi_ray.errors import FailureClass, InputError, MagiRayError, ObjectDamaged, ObjectMissing, StoreUnavailable
 from magi_ray.render import durable, finish, gc, identity
 from magi_ray.render.control import clear, request
 from magi_ray.render.plan import RowPlan
@@ -68,7 +68,7 @@ class Simulation:
         self.run = run_of(self.number)
         self.nodes = [f"node{number}" for number in range(random.randint(1, 4))]
         self.step_s = random.choice([1.0, 4.0, 15.0])
-        self.patience_s = random.choice([5.0, 30.0, 120.0])
+        self.patience_s = random.choice([5.0, 30.0, 120.0, 120.0, 9 * 86400.0])
         self.silence_s = random.choice([60.0, 300.0, 900.0])
         self.unreachable = random.choice([0.0, 0.2, 0.7])
         self.weather = Weather.of(random)
@@ -81,7 +81,8 @@ class Simulation:
         self.failed: dict[str, RowFailed] = {}
         self.mishaps = 0
         self._commits: dict[str, bytes] = {}
-        self._payloads: dict[str, bytes] = {}
+        self._payloads: dict[str, str] = {}  # digests, from the commits that name them
+        self._collected: set[str] = set()
         self._records: dict[str, bytes] = {}
         self._needed = {
             digest
@@ -92,7 +93,7 @@ class Simulation:
             for job_id in self.run.plans
             for latent in contents_of(self.number, job_id).chunks
         }
-        self._looks_every_s = random.choice([5.0, 30.0, 120.0])
+        self._looks_every_s = random.choice([5.0, 30.0, 120.0, 120.0, 9 * 86400.0])
         create(self.server, self.run, {})
         # Until then things go wrong; afterwards everything must come to its end.
         forwards = sum(plan.timeline.num_stages * plan.forwards_per_stage for plan in self.run.plans.values())
@@ -222,7 +223,7 @@ class Simulation:
             forget = [other.run_id] if self.world.chance(0.7) else []
 
             def work() -> None:
-                with suppress(StoreUnavailable):
+                with suppress(StoreUnavailable, InputError):
                     found = gc.collect(
                         store, gc.garbage(store, min_age_s=min_age_s, forget=forget, clock=process.clock)
                     )
@@ -268,12 +269,14 @@ class Simulation:
         if key.endswith("/commit.json"):
             self._commit_written(key, data, by)
         elif key in self._payloads:
-            if data != self._payloads[key]:
+            if data is None or sha256(data).hexdigest() != self._payloads[key]:
                 self._say(f"{by.process.name} {'deletes' if data is None else 'changes'} {key}, which is committed")
         elif key.startswith(keys.videos(self.run.run_id)):
             before = self._records.setdefault(key, data or b"")
             if data != before:
                 self._say(f"{by.process.name} {'deletes' if data is None else 'changes'} {key}, which is published")
+        elif data is None and by.purpose == "gc":
+            self._collected.add(key)
 
     def _commit_written(self, key: str, data: bytes | None, by: Client) -> None:
         before = self.server.peek(key)
@@ -284,10 +287,10 @@ class Simulation:
         if data is not None and before is None:
             folder = key.removesuffix("commit.json")
             for payload in json.loads(data)["payloads"].values():
-                content = self.server.peek(folder + payload["name"])
-                if content is None:
+                name = folder + payload["name"]
+                if self.server.peek(name) is None and name not in self._collected:
                     self._say(f"{by.process.name} commits {key} before its payload {payload['name']}")
-                self._payloads[folder + payload["name"]] = content or b""
+                self._payloads[name] = payload["sha256"]
             if isinstance(by.purpose, Attempt) and key.startswith(keys.commits("stage")):
                 by.purpose.won += 1
 
@@ -304,6 +307,7 @@ class Simulation:
     def check(self) -> None:
         for check in (
             self.every_row_ends_in_done_or_failed_with_its_reason,
+            self.every_commit_is_whole,
             self.every_video_is_whole_and_right,
             self.nothing_was_computed_twice_beyond_promise_2,
             self.no_lease_is_held_for_ever,
@@ -321,6 +325,11 @@ class Simulation:
                 self._say(f"{job_id} is {'both' if published else 'neither'} published and failed")
             if failed and (job_id not in struck or failed.failure != hopeless[job_id] or not failed.message):
                 self._say(f"{job_id} failed though nothing was wrong with it: {failed}")
+
+    def every_commit_is_whole(self) -> None:
+        for name, digest in self._payloads.items():
+            if sha256(self.server.peek(name) or b"").hexdigest() != digest:
+                self._say(f"{name} is gone, but its commit is there")
 
     def every_video_is_whole_and_right(self) -> None:
         store = self.server
