@@ -136,7 +136,7 @@ class _Needed:
         if self._clock() - self._looked >= LOOK_S:
             before = frozenset(self._keys["stage"])
             self._look()
-            for key in self._keys["stage"] - before:  # the listing may be past them
+            for key in sorted(self._keys["stage"] - before):  # the listing may be past them
                 if self._store.exists(keys.commit("stage", key)):
                     self.note(read_commit(self._store, "stage", key))
 
@@ -150,7 +150,7 @@ class _Needed:
         for run_id in self._forget:
             if run_id not in takes:
                 raise RunNotFound(f"There is no run {run_id!r} in {self._store.uri}, so it cannot be forgotten.")
-        for run_id in takes.keys() - self._forget:
+        for run_id in sorted(takes.keys() - self._forget):
             if self._planned.get(run_id) != takes[run_id]:
                 self._plan(run_id)
                 self._planned[run_id] = takes[run_id]
