@@ -790,7 +790,7 @@ def _notes(rows: Sequence[Row], logical: Sequence[Values], unknown: Iterable[str
     remote = [row for row in rows if (row.prefix_location or "").startswith("s3://")]
     if remote:
         count = f" ({len(remote)} rows)" if len(remote) > 1 else ""
-        yield f"Row {remote[0].number}{count} begins from an s3:// URI, of which only the form was checked."
+        yield f"Row {remote[0].number}{count} begins from an s3:// URI, which is read only when it is submitted."
 
 
 def _table_problems(table: pa.Table) -> Iterator[Problem]:

@@ -32,6 +32,7 @@ from magi_ray.manifest import Defaults, Manifest, Row, explain, parse_manifest
 from magi_ray.media.reader import count_frames, read_image
 from magi_ray.models.files import digest_files, published_folder, text_encoder_files, weight_files
 from magi_ray.render.identity import Digests, run_digest
+from magi_ray.render.media import MediaFiles
 from magi_ray.render.plan import Media, RowPlan, plan_rows
 from magi_ray.render.takes import read_takes
 from magi_ray.settings import Frozen, Settings, WeightPaths, cache_folder
@@ -112,11 +113,13 @@ def require_same_weights(run: Run) -> None:
             )
 
 
-def prepare(data: bytes, *, name: str, base: Path, settings: Settings) -> tuple[Run, dict[str, Path]]:
-    """The run that the manifest in ``data`` asks for, and the media files it needs, by sha256.
+def prepare(data: bytes, *, name: str, base: Path, settings: Settings) -> tuple[Run, MediaFiles]:
+    """The run that the manifest in ``data`` asks for, and the media files it needs.
 
-    name: of the manifest.  base: folder its relative paths start from.  Nothing is written but made weights.
-    Raises ManifestError with every bad row; SettingsError, WeightsError, MediaError as ``preflight.check``.
+    name: of the manifest.  base: folder its relative paths start from.  Nothing is written but made weights, and
+    media that lie in S3, for as long as the second of the two lives.
+    Raises ManifestError with every bad row; SettingsError, WeightsError, MediaError as ``preflight.check``;
+    StoreUnavailable when media cannot be fetched now.
     """
     from magi_ray.render import memory, preflight  # they need torch, which reading a run does not
 
@@ -145,7 +148,7 @@ def prepare(data: bytes, *, name: str, base: Path, settings: Settings) -> tuple[
     return run, files
 
 
-def create(store: Store, run: Run, files: dict[str, Path]) -> bool:
+def create(store: Store, run: Run, files: Mapping[str, Path]) -> bool:
     """Write ``run`` into ``store``: media and manifest first, ``run.json`` last. False if it was there already.
 
     What is there and intact stays; what is damaged or gone is written anew.
@@ -285,11 +288,11 @@ def _with_plans(record: RunRecord, manifest: Manifest, takes: Mapping[str, tuple
     return Run(record=record, manifest=manifest, plans=plans)
 
 
-def _inspect_media(manifest: Manifest, name: str) -> tuple[dict[str, Media], dict[str, Path], list[str]]:
+def _inspect_media(manifest: Manifest, name: str) -> tuple[dict[str, Media], MediaFiles, list[str]]:
     """What each row begins from, opened once so that an unreadable file is found now, by job_id; the files by sha256;
-    and notes. Raises ManifestError."""
+    and notes. Raises ManifestError, StoreUnavailable."""
     media: dict[str, Media] = {}
-    files: dict[str, Path] = {}
+    files = MediaFiles()
     notes: list[str] = []
     problems: list[Problem] = []
 
@@ -302,14 +305,17 @@ def _inspect_media(manifest: Manifest, name: str) -> tuple[dict[str, Media], dic
         if row.prefix_location is None:
             continue
         kind: Literal["image", "video"] = "image" if row.image is not None else "video"
+        path = Path(row.prefix_location)
         try:
-            path = _local(row.prefix_location)
+            path = files.here(row.prefix_location)
             latents, note = _latents(row, path)
             notes += note
             with path.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         except InputError as exc:
-            complain(row, kind, row.image or row.video, exc.message, exc.remedy)
+            # Which file is said already; one that was fetched has a name that means nothing.
+            rule = exc.message.removeprefix(f"{path} ").removesuffix(".")
+            complain(row, kind, row.image or row.video, rule, exc.remedy)
             continue
         except OSError as exc:
             complain(row, kind, row.image or row.video, f"cannot be read ({exc.strerror})", "give a readable file")
@@ -328,12 +334,6 @@ def _inspect_media(manifest: Manifest, name: str) -> tuple[dict[str, Media], dic
             next_command=f"magi-ray manifest validate {name}",
         )
     return media, files, notes
-
-
-def _local(location: str) -> Path:
-    if location.startswith("s3://"):
-        raise MediaError("lies in S3, from which this version does not read", remedy="copy it beside the manifest")
-    return Path(location)
 
 
 def _latents(row: Row, path: Path) -> tuple[int, list[str]]:

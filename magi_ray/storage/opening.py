@@ -45,11 +45,22 @@ def open_store(uri: str) -> Store:
     return LocalStore(root=path.expanduser().absolute())
 
 
-def _in_bucket(uri: str, rest: str) -> Store:
-    bucket, _, prefix = rest.partition("/")
+def open_object(uri: str) -> tuple[Store, str]:
+    """The bucket of any object, for reading it, and its key there: ``uri`` is s3://bucket/key, as anybody wrote it.
+
+    Raises InputError for what is no name of a bucket.
+    """
+    bucket, _, key = uri.partition("://")[2].partition("/")
+    _check_bucket(uri, bucket)
+    from magi_ray.storage.s3 import ForeignBucket  # here, as below
+
+    return RetryingStore(ForeignBucket(bucket)), key
+
+
+def _check_bucket(uri: str, bucket: str) -> None:
     if "@" in bucket or ":" in bucket:
         raise InputError(  # without the address, which may hold a secret
-            "An s3:// address holds a bucket and a prefix, but no keys, host or port.",
+            "An s3:// address holds a bucket and a path in it, but no keys, host or port.",
             remedy="Write s3://bucket/prefix; set AWS_ENDPOINT_URL, and AWS_PROFILE or the AWS_… keys.",
         )
     if not _BUCKET.fullmatch(bucket):
@@ -57,6 +68,11 @@ def _in_bucket(uri: str, rest: str) -> Store:
             f"{uri}: {bucket!r} is not the name of a bucket.",
             remedy="Those have 3 to 63 lower-case letters, digits, '-' and '.': s3://bucket/prefix.",
         )
+
+
+def _in_bucket(uri: str, rest: str) -> Store:
+    bucket, _, prefix = rest.partition("/")
+    _check_bucket(uri, bucket)
     prefix = prefix.rstrip("/")
     try:
         if prefix:

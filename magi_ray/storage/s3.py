@@ -285,6 +285,13 @@ class S3Store:
         return StoreError(said, remedy="Check AWS_ENDPOINT_URL and AWS_REGION; is there an S3 server at that address?")
 
 
+class ForeignBucket(S3Store):
+    """A bucket to read from, whose keys are named as others like."""
+
+    def _name(self, key: str) -> str:
+        return key
+
+
 _NO_CREDENTIALS = (
     failures.NoCredentialsError,
     failures.PartialCredentialsError,

@@ -290,7 +290,7 @@ def test_an_s3_uri_is_taken_for_its_form_and_noted() -> None:
     manifest = of(CAT | {"image": "s3://bucket/folder/cat.png"})
 
     assert manifest.rows[0].prefix_location == "s3://bucket/folder/cat.png"
-    assert manifest.notes == ("Row 1 begins from an s3:// URI, of which only the form was checked.",)
+    assert manifest.notes == ("Row 1 begins from an s3:// URI, which is read only when it is submitted.",)
 
 
 def test_a_resumed_run_reads_its_rows_although_a_picture_has_gone(tmp_path: Path) -> None:

@@ -1,0 +1,56 @@
+"""The media that rows begin from, as files of this machine while their run is prepared."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+
+from magi_ray.errors import InputError, MediaError, ObjectMissing, StoreError, StoreUnavailable
+from magi_ray.storage.opening import open_object
+from magi_ray.storage.store import Store
+
+
+class MediaFiles(dict[str, Path]):
+    """Files by the sha256 of what they hold. Those that ``here`` fetched are gone when this object is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._folder: Path | None = None
+        self._fetched: dict[str, Path | MediaError] = {}
+        self._buckets: dict[str, Store] = {}
+
+    def here(self, location: str) -> Path:
+        """The file at ``location``: a path, or s3://bucket/key, which is fetched once, from any bucket.
+
+        Raises MediaError when there is no such object or it may not be read; StoreUnavailable, OSError.
+        """
+        if not location.lower().startswith("s3://"):
+            return Path(location)
+        if location not in self._fetched:
+            try:
+                self._fetched[location] = self._fetch(location)
+            except StoreUnavailable:
+                raise
+            except ObjectMissing:
+                self._fetched[location] = MediaError("does not exist", remedy="upload it, or correct the address")
+            except (InputError, StoreError) as exc:
+                # One that comes with a command to type is of stores: make that bucket.
+                remedy = "correct the address" if exc.next_command else exc.remedy
+                message = exc.message.removesuffix(".")
+                self._fetched[location] = MediaError(f"cannot be read ({message})", remedy=remedy)
+        found = self._fetched[location]
+        if isinstance(found, MediaError):
+            raise found
+        return found
+
+    def _fetch(self, location: str) -> Path:
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="magi-ray-media-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        bucket, key = open_object(location)
+        path = self._folder / str(len(self._fetched))
+        # One client for each bucket: making one takes longer than fetching an image.
+        self._buckets.setdefault(bucket.uri, bucket).get_to_file(key, path)
+        return path
