@@ -22,9 +22,9 @@ class Leadership:
         self._looked = clock()
 
     def check(self) -> None:
-        """Raises Superseded when another driver has taken over. Asks the store every BEAT_S seconds."""
-        self._lease.check()
-        if self._clock() - self._looked >= BEAT_S:
+        """Raises Superseded when another driver has taken over. Asks the store every BEAT_S seconds, and always while
+        the lease may be another's: after an outage of the store it still is ours if nobody took the next epoch."""
+        if not self._lease.valid or self._clock() - self._looked >= BEAT_S:
             if superseded(self._store, self._run_id, self.epoch):
                 raise Superseded(
                     f"Another driver has taken over run {self._run_id}: this one is number {self.epoch}.",

@@ -1,0 +1,26 @@
+"""Who drives a run: what a driver makes of a lease that it could not keep beating."""
+
+from __future__ import annotations
+
+import pytest
+
+from magi_ray.errors import Superseded
+from magi_ray.render.leading import Leadership
+from magi_ray.storage import keys
+from magi_ray.storage.epochs import become_driver, take_epoch
+from magi_ray.storage.leases import TTL_S, Owner
+from magi_ray.storage.memory import MemoryStore
+
+
+def test_a_driver_whose_lease_ran_out_in_an_outage_goes_on_until_another_has_come() -> None:
+    """A store that was away for longer than a lease holds, but not for longer than the patience, ended every run."""
+    store, now = MemoryStore(), [0.0]
+    lease = become_driver(store, "film", Owner.here("driver"), clock=lambda: now[0])
+    leadership = Leadership(store, "film", lease, clock=lambda: now[0])
+    now[0] = 2 * TTL_S
+    assert not lease.valid
+    leadership.check()
+    assert store.exists(keys.run_lease("film"))
+    take_epoch(store, "film", Owner.here("another"))
+    with pytest.raises(Superseded, match="Another driver has taken over run film"):
+        leadership.check()
