@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +18,33 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import MakeRun, contents, stage_commits
+from click.testing import CliRunner
+from runs import MakeRun, contents, flip, stage_commits
 from safetensors.torch import load_file, save_file
+from typed import Command, wait_until
 
-from magi_ray.errors import ManifestError, MediaError, SettingsError, StoreError, WeightsError
+from magi_ray.cli import cli
+from magi_ray.errors import (
+    ManifestError,
+    MediaError,
+    ObjectMissing,
+    SettingsError,
+    StoreError,
+    Superseded,
+    WeightsError,
+)
 from magi_ray.manifest import write_manifest
+from magi_ray.media.encoder import encoder_identity, find_ffmpeg
+from magi_ray.render.decode import Decoder
+from magi_ray.render.denoise import Denoiser
+from magi_ray.render.embed import Embedder
+from magi_ray.render.finish import finish
+from magi_ray.render.gc import collect, garbage
+from magi_ray.render.leading import denoising
 from magi_ray.render.local import render_here
 from magi_ray.render.progress import RunProgress
 from magi_ray.render.run import Run
+from magi_ray.render.verify import verify
 from magi_ray.settings import Settings, override, preset
 from magi_ray.storage import keys
 from magi_ray.storage.local import LocalStore
@@ -206,6 +228,81 @@ def test_4_a_bad_row_is_named_before_any_weights_are_loaded(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["m.parquet"]
 
 
+# 5 What is committed stays --------------------------------------------------------------------------------------
+
+
+class LateView:
+    """A store as somebody sees it who looked and then slept: the first ``looks`` at each record below ``prefix`` find
+    none, though it is there by now."""
+
+    def __init__(self, store: Store, prefix: str, looks: int) -> None:
+        self._store, self._prefix, self._looks = store, prefix, looks
+        self._looked: Counter[str] = Counter()
+
+    def get(self, key: str) -> bytes:
+        if key.startswith(self._prefix) and key.endswith(".json") and self._looked[key] < self._looks:
+            self._looked[key] += 1
+            raise ObjectMissing(f"There was no {key} when we looked.")
+        return self._store.get(key)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+@pytest.mark.parametrize("looks", [1, 2])
+def test_5_a_late_worker_that_commits_repairs_and_finishes_changes_nothing_that_is_committed(
+    looks: int, make_run: MakeRun
+) -> None:
+    store = MemoryStore()
+    run = make_run(store, ROWS)
+    plan, encoder = run.plans["video"], encoder_identity(find_ffmpeg())
+    Embedder(run.settings, store).embed(plan)
+    with denoising(store, run.run_id, "video", epoch=0, name="late") as lease:
+        late = Denoiser(run.settings, store).render(plan, 0)
+        assert next(happened.step for happened in late if happened.stage == 1) == 1
+        # It sleeps. A driver gives its row to another group, which repairs and finishes; garbage is collected.
+        [state] = [key for key in store.list("stages/") if "/state-" in key]
+        flip(store, state)
+        assert set(render_here(store, run).published) == set(run.plans)
+        collect(store, list(garbage(store, min_age_s=0.0)))
+        media = ("stages/", "segments/", "texts/", "prefixes/", "media/", keys.videos(run.run_id))
+        kept = {key: store.get(key) for prefix in media for key in store.list(prefix)}
+        # It wakes, ends its stage, and computes everything once more that it had looked for before.
+        assert [happened.stage for happened in late][-1] == plan.timeline.num_stages - 1
+        list(Denoiser(run.settings, LateView(store, "stages/", looks)).render(plan, 0))
+        Embedder(run.settings, LateView(store, "texts/", looks)).embed(plan)
+        Embedder(run.settings, LateView(store, "prefixes/", looks)).embed(plan)
+        decoder = Decoder(run.settings, LateView(store, "segments/", looks), encoder)
+        for chunk in range(plan.timeline.num_chunks):
+            decoder.decode(plan, chunk)
+        finish(LateView(store, keys.videos(run.run_id), looks), run.run_id, plan, encoder)
+        assert {key: store.get(key) for prefix in media for key in store.list(prefix)} == kept
+        with pytest.raises(Superseded):
+            lease.beat()
+        with pytest.raises(Superseded):
+            lease.check()
+
+
+def test_5_what_a_late_worker_writes_after_its_run_was_collected_is_whole(make_run: MakeRun) -> None:
+    store = MemoryStore()
+    run = make_run(store, [{"job_id": "text", "prompt": "sea", "num_chunks": 4}])
+    plan = run.plans["text"]
+    Embedder(run.settings, store).embed(plan)
+    late = Denoiser(run.settings, store).render(plan, 0)
+    # Every chunk has entered by then, so no caption is missing later.
+    assert next(happened.step for happened in late if happened.stage == 3) == 1
+    render_here(store, run)
+    before, videos = contents(store, run), {key: store.get(key) for key in store.list(keys.videos(run.run_id))}
+    collect(store, list(garbage(store, min_age_s=0.0, forget=[run.run_id])))
+    assert not stage_commits(store)
+    list(late)
+    assert 2 <= len(stage_commits(store)) < plan.timeline.num_stages
+    assert not verify(store).damages
+    assert {key: store.get(key) for key in store.list(keys.videos(run.run_id))} == videos
+    render_here(store, run, retry=list(run.plans))
+    assert contents(store, run) == before
+
+
 # 6 Checked before the first forward -----------------------------------------------------------------------------
 
 
@@ -296,3 +393,35 @@ def test_6_unreadable_media_are_found_before_the_first_forward(tmp_path: Path, m
     with pytest.raises(ManifestError, match=r'row 2 \(job "broken"\).*broken\.png'):
         make_run(store, rows, base=tmp_path)
     assert list(store.list("")) == []
+
+
+# 7 Cancel means stop --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("listens", [True, False], ids=["a driver that listens", "a driver that is stopped"])
+def test_7_within_15_seconds_of_cancel_nothing_is_left_running(
+    listens: bool, tiny_weights: Path, tmp_path: Path
+) -> None:
+    write_manifest([ROWS[0] | {"num_chunks": 2000, "width": 32, "height": 32}], tmp_path / "m.parquet")
+    store = LocalStore(tmp_path / "store")
+    options = ["--weights", str(tiny_weights), "--store", store.uri, "--no-dashboard"]
+    submit = Command(tmp_path, "submit", "m.parquet", *options)
+    try:
+        wait_until(lambda: len(stage_commits(store)) >= 4, "it renders on Ray", within_s=120)
+        titles = {"ray::DenoiseWorker", "ray::DecodeWorker"}
+        wait_until(lambda: all(submit.processes(title) for title in titles), "its workers are there")
+        driver = submit.driver()
+        assert driver is not None
+        if not listens:
+            driver.send_signal(signal.SIGSTOP)
+        [run_id] = {key.split("/")[1] for key in store.list("runs/")}
+        begun = time.monotonic()
+        cancelled = CliRunner().invoke(cli, ["cancel", run_id, "--store", store.uri])
+        took = time.monotonic() - begun
+        left = [process.cmdline() for process in submit.processes() if process.pid != submit.process.pid]
+        assert cancelled.exit_code == 0, cancelled.stderr
+        assert not left
+        assert took < 15
+        assert submit.end(within_s=30)[0] == (5 if listens else 1)
+    finally:
+        submit.clean_up()

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-from magi_ray.render.scheduler import Command, Event, Kind, Row, RowFailed, Run, StageCommitted, TaskDone
+from magi_ray.render.scheduler import Command, Event, Inspected, Kind, Row, RowFailed, Run, StageCommitted, TaskDone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +116,8 @@ class RunProgress:
                         video.phase = Phase.DONE
                     case Kind.DENOISE:
                         pass
+            case Inspected(row=row) if row.published:
+                self.videos[row.job_id].phase = Phase.DONE
             case RowFailed(job_id=job_id, message=message):
                 self.videos[job_id].phase, self.videos[job_id].message = Phase.FAILED, message
             case _:
