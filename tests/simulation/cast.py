@@ -236,6 +236,7 @@ class Worker:
         self._committed(writing.plan, writing.stage)
 
     def _committed(self, plan: RowPlan, stage: int) -> None:
+        self.sim.reported(self.process.name, plan, stage)
         self.tell(StageCommitted(job_id=plan.job_id, stage=stage, chunk=plan.timeline.finished(stage)))
 
     def _state_before(self, store: Store, plan: RowPlan, stage: int) -> bytes:

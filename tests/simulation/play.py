@@ -75,7 +75,6 @@ class Simulation:
         self.server = Server(world, self._written)
         self.poisons = [*self._draw_poisons()]
         self.drivers: list[Driver] = []
-        self._latest: dict[str, Attempt] = {}
         self.ended: list[Driver] = []  # those that came to the end of the run, in that order
         self.attempts: list[Attempt] = []
         self.failed: dict[str, RowFailed] = {}
@@ -118,22 +117,25 @@ class Simulation:
 
     def row_taken(self, attempt: Attempt, lease: Lease) -> None:
         """Two that hold one row at a time would both be right to go on."""
+        attempt.lease = lease
+        attempt.before = {key for key in attempt.plan.stage_keys if self._is_whole(key)}
+        if not lease.valid:
+            return  # it heard so late that it has it that the time was over
         for other in self.attempts:
             if (
-                other.plan.job_id == attempt.plan.job_id
+                other is not attempt
+                and other.plan.job_id == attempt.plan.job_id
                 and other.lease is not None
                 and other.process.alive
                 and other.lease.valid
             ):
                 self.world.fail(f"{attempt.worker} and {other.worker} both hold {attempt.plan.job_id}")
-        attempt.lease = lease
-        self._latest[attempt.plan.job_id] = attempt
-        attempt.before = {key for key in attempt.plan.stage_keys if self.server.peek(keys.commit("stage", key))}
 
     def forward(self, attempt: Attempt, stage: int, step: int) -> None:
         self.world.note(attempt.worker, "computes", attempt.plan.job_id, stage, step)
         attempt.forwards += 1
-        attempt.astray += self._latest[attempt.plan.job_id] is not attempt
+        lease = json.loads(self.server.peek(keys.row_lease(self.run.run_id, attempt.plan.job_id)) or b"{}")
+        attempt.astray += (lease["holder"] or {}).get("name") != attempt.worker
         if attempt.astray > 1:
             self.world.fail(f"{attempt.worker} goes on with {attempt.plan.job_id}, which another has taken")
         if attempt.plan.stage_keys[stage] in attempt.before:
@@ -141,8 +143,21 @@ class Simulation:
 
     def stages_there(self, plan: RowPlan) -> int:
         """How many stages of a video are committed, from the first on."""
-        there = [self.server.peek(keys.commit("stage", key)) is not None for key in plan.stage_keys]
+        there = [self._is_whole(key) for key in plan.stage_keys]
         return [*there, False].index(False)
+
+    def reported(self, worker: str, plan: RowPlan, stage: int) -> None:
+        if not self._is_whole(plan.stage_keys[stage]):
+            self.world.fail(f"{worker} says that stage {stage} of {plan.job_id} is committed, but it is not whole")
+
+    def _is_whole(self, stage: str) -> bool:
+        """Not so when its writer slept till its payloads were collected, committed, and died before it mended that."""
+        return self._whole(keys.commit("stage", stage), self.server.peek(keys.commit("stage", stage)))
+
+    def _whole(self, key: str, commit: bytes | None) -> bool:
+        folder = key.removesuffix("commit.json")
+        named = json.loads(commit)["payloads"].values() if commit else ()
+        return commit is not None and all(self.server.peek(folder + payload["name"]) for payload in named)
 
     def unexpected(self, exc: Exception) -> None:
         """Errors that the code under test makes itself must not be: nothing is ever damaged or gone here."""
@@ -282,10 +297,13 @@ class Simulation:
         before = self.server.peek(key)
         if data is None and by.purpose == "gc" and not self._is_needed(key, before):
             return
-        if before is not None and data != before:
+        mends = before is not None and not self._whole(key, before)
+        if before is not None and data != before and not (mends and data is not None):
             self._say(f"{by.process.name} {'deletes' if data is None else 'changes'} the commit {key}")
-        if data is not None and before is None:
+        if data is not None and (before is None or mends):
             folder = key.removesuffix("commit.json")
+            for payload in json.loads(before)["payloads"].values() if before else ():
+                self._payloads.pop(folder + payload["name"], None)
             for payload in json.loads(data)["payloads"].values():
                 name = folder + payload["name"]
                 if self.server.peek(name) is None and name not in self._collected:
@@ -328,7 +346,8 @@ class Simulation:
 
     def every_commit_is_whole(self) -> None:
         for name, digest in self._payloads.items():
-            if sha256(self.server.peek(name) or b"").hexdigest() != digest:
+            # What was collected from under a sleeping writer that died then is made again when it is needed.
+            if name not in self._collected and sha256(self.server.peek(name) or b"").hexdigest() != digest:
                 self._say(f"{name} is gone, but its commit is there")
 
     def every_video_is_whole_and_right(self) -> None:
