@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from rgw import Rgw
 from runs import contents, flip
 from typed import Command, wait_until
 
@@ -27,6 +28,7 @@ from magi_ray.settings import job
 from magi_ray.storage import keys
 from magi_ray.storage.local import LocalStore
 from magi_ray.storage.memory import MemoryStore
+from magi_ray.storage.opening import open_store
 
 IMAGE = Path(__file__).parents[1] / "manifests" / "quickstart-image.png"
 JOB = """
@@ -299,6 +301,29 @@ def test_cancel_ends_a_driver_that_does_not_listen(here: Path, start: Start) -> 
     assert submit.end(within_s=30)[0] == 1, "it did not end by itself"
     assert submit.has_left_nothing()
     assert status()["state"] == "cancelled"
+
+
+def test_cancel_ends_a_driver_of_this_machine_also_while_the_store_is_out_of_reach(
+    here: Path, start: Start, rgw: Rgw, s3_address: str
+) -> None:
+    submit = start(*rows(here, {"job_id": "one", "num_chunks": ENDLESS}), "--store", s3_address)
+    bucket = open_store(s3_address)
+
+    def enough() -> bool:
+        assert submit.process.poll() is None, submit.stderr
+        return any(True for _ in bucket.list("stages/"))
+
+    wait_until(enough, "a stage is committed", within_s=120)
+    rgw.kill_gateway()
+    begun = time.monotonic()
+    cancelled = run("cancel", "m-", "--store", s3_address)
+    assert time.monotonic() - begun < 15
+    rgw.start()
+    assert cancelled.exit_code == 0, cancelled.stderr
+    assert "The store is out of reach; process" in cancelled.stderr
+    assert f"--store {s3_address}" in cancelled.stderr.splitlines()[-1]
+    submit.end(within_s=60)
+    assert submit.has_left_nothing()
 
 
 def test_a_run_that_nobody_renders_is_cancelled_and_goes_on_when_submitted_again(here: Path, start: Start) -> None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from magi_ray.render.run import Run
     from magi_ray.storage.store import Store
 
+# Somebody waits for the answer, and may type again.
+PATIENCE_S = 15.0
 DEFAULT_STORE = "magi-ray-store"
 # 3, 7 and 8 come with errors of their own, see ``errors``.
 FAILURE, USAGE, FAILED_ROWS, CANCELLED, PAUSED, INTERRUPTED = 1, 2, 4, 5, 6, 130
@@ -103,12 +105,12 @@ def note_made_weights(settings: Settings) -> None:
         say("note: these weights are made, not trained: videos will not show their prompts.", style="yellow")
 
 
-def store_to_read(uri: str) -> Store:
-    """The store at ``uri``, which must be there. Nothing is written."""
+def store_to_read(uri: str, *, patience_s: float = PATIENCE_S) -> Store:
+    """The store at ``uri``, which must be there. Nothing is written. ``patience_s``: with a bucket out of reach."""
     from magi_ray.storage.local import LocalStore
     from magi_ray.storage.opening import open_store
 
-    store = open_store(uri)
+    store = open_store(uri, patience_s=patience_s)
     if isinstance(store, LocalStore):
         _require_folder(store.root)
         if not store.root.exists():

@@ -123,11 +123,15 @@ def read_notes(path: Path) -> Notes | None:
 
 def at_work_here(store: Store, run_id: str) -> Owner | None:
     """A process of this machine that renders the run, or is about to: it takes the lease only after it has loaded."""
-    for path in _all_notes(store, run_id):
+    return next((driver for found, driver in all_at_work_here(store, run_id) if found == run_id), None)
+
+
+def all_at_work_here(store: Store, beginning: str) -> Iterator[tuple[str, Owner]]:
+    """The runs whose id begins so and that a process of this machine renders. The store is not asked."""
+    for path in sorted(_folder(store).glob(f"{beginning}*.json")):
         notes = read_notes(path)
         if notes is not None and notes.end is None and not gone(notes.driver):
-            return notes.driver
-    return None
+            yield path.stem.rpartition(".")[0], notes.driver
 
 
 def last_error(store: Store, run_id: str) -> ToldError | None:

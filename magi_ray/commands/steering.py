@@ -29,15 +29,17 @@ from magi_ray.commands.common import (
     store_to_read,
 )
 from magi_ray.commands.rendering import How, all_published, driving_options, render_apart, weights_option
-from magi_ray.errors import InputError, MagiRayError, Superseded
+from magi_ray.errors import InputError, MagiRayError, StoreUnavailable, Superseded
 
 if TYPE_CHECKING:
+    from magi_ray.commands.processes import Process
     from magi_ray.commands.standing import Driver, Lookout
     from magi_ray.render.run import Run
     from magi_ray.storage.store import Store
 
 # Cancelling takes 15 s at most: so long the driver may take to end by itself, then to end politely, then at all.
 ASKED_S, TOLD_S, KILLED_S = 8.0, 2.5, 1.5
+OUT_OF_REACH_S = 3.0
 
 
 @click.command(epilog=example("magi-ray pause quickstart"))
@@ -94,10 +96,17 @@ def pause(run_id: str, store_uri: str, timeout_s: float, as_json: bool) -> None:
 @json_option
 def cancel(run_id: str, store_uri: str, as_json: bool) -> None:
     """Stop RUN now: within 15 s nothing of it is left running. What was committed is kept."""
+    store = store_to_read(store_uri, patience_s=OUT_OF_REACH_S)
+    try:
+        _cancel(store, run_id, store_uri, as_json=as_json)
+    except StoreUnavailable as exc:
+        _cancel_unasked(store, run_id, store_uri, exc, as_json=as_json)
+
+
+def _cancel(store: Store, run_id: str, store_uri: str, *, as_json: bool) -> None:
     from magi_ray.commands.standing import Lookout
     from magi_ray.render import control
 
-    store = store_to_read(store_uri)
     run = open_named_run(store, run_id, "cancel", store_uri)
     lookout = Lookout(store, run.run_id)
     driver = lookout.look()
@@ -120,6 +129,26 @@ def cancel(run_id: str, store_uri: str, as_json: bool) -> None:
     say(f"next: {command_line('resume', run, store_uri)}", style="bold")
 
 
+def _cancel_unasked(store: Store, name: str, store_uri: str, exc: StoreUnavailable, *, as_json: bool) -> None:
+    """The store is out of reach, and with it the driver's ear; but if it is a process of this machine, it can be ended
+    all the same. Raises ``exc`` otherwise."""
+    from magi_ray.commands.drivers import all_at_work_here
+    from magi_ray.commands.processes import below
+    from magi_ray.commands.standing import Driver
+
+    found = list(all_at_work_here(store, Path(name).name))
+    if len(found) != 1:
+        raise exc
+    [(run_id, owner)] = found
+    what, ended = _end_here(Driver(owner=owner, beat=None), below(owner.pid))
+    if as_json:
+        print_json({"run_id": run_id, "cancelled": ended, "how": what})
+    if not ended:
+        raise MagiRayError(f"The store is out of reach, and {what}.", remedy="End that process by hand.") from exc
+    say(f"The store is out of reach; {what}. What was committed is kept, but the run is not marked as cancelled.")
+    say(f"next: magi-ray resume {run_id}{at_store(store_uri)}", style="bold")
+
+
 def _stop(driver: Driver, lookout: Lookout) -> tuple[str, bool]:
     """Wait for ``driver`` to end; if it does not and is a process of this machine, end it and all below it. What was
     done, and whether that was enough."""
@@ -139,11 +168,18 @@ def _stop(driver: Driver, lookout: Lookout) -> tuple[str, bool]:
         return words, _within(KILLED_S, lambda: not alive(left))
     if not driver.here:
         return f"it has not ended within {ASKED_S:.0f} s", False
-    tree |= below(pid)
+    return _end_here(driver, tree | below(pid))
+
+
+def _end_here(driver: Driver, tree: set[Process]) -> tuple[str, bool]:
+    """End a driver of this machine, politely and then at once, and the processes below it. As ``_stop``."""
+    from magi_ray.commands.processes import alive, below, kill
+
+    pid = driver.owner.pid
     try:
         os.kill(pid, signal.SIGTERM)
     except PermissionError:
-        return "it does not end, and belongs to another user", False
+        return f"{driver} does not end, and belongs to another user", False
     except ProcessLookupError:
         pass
     if _within(TOLD_S, lambda: not alive(tree)):
@@ -151,7 +187,7 @@ def _stop(driver: Driver, lookout: Lookout) -> tuple[str, bool]:
     kill(tree | below(pid))
     with suppress(ProcessLookupError, PermissionError):
         os.kill(pid, signal.SIGKILL)  # also where there is no /proc
-    return f"{driver} was killed", _within(KILLED_S, lambda: lookout.look() is None and not alive(tree))
+    return f"{driver} was killed", _within(KILLED_S, lambda: not alive(tree))
 
 
 def _within(seconds: float, true: Callable[[], bool]) -> bool:

@@ -9,17 +9,17 @@ from urllib.parse import unquote, urlsplit
 from magi_ray.errors import InputError
 from magi_ray.storage.keys import check_key
 from magi_ray.storage.local import LocalStore
-from magi_ray.storage.retrying import RetryingStore
+from magi_ray.storage.retrying import PATIENCE_S, RetryingStore
 from magi_ray.storage.store import Store
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
-def open_store(uri: str) -> Store:
+def open_store(uri: str, *, patience_s: float = PATIENCE_S) -> Store:
     """The store at ``uri``: a path, ``file:///…`` or ``s3://bucket/prefix``. Nothing is read or written yet; see
     ``check_store``.
 
-    Raises InputError for any other kind of address.
+    patience_s: how long a bucket that is out of reach is tried again.  Raises InputError for any other kind of address.
     """
     scheme, separator, rest = uri.partition("://")
     if not separator:
@@ -32,7 +32,7 @@ def open_store(uri: str) -> Store:
             )
         path = Path(unquote(address.path))
     elif scheme == "s3":
-        return _in_bucket(uri, rest)
+        return _in_bucket(uri, rest, patience_s)
     else:
         raise InputError(
             f"{uri}: stores of kind {scheme!r} are not known.", remedy="Give a folder, file:///… or s3://bucket/prefix."
@@ -70,7 +70,7 @@ def _check_bucket(uri: str, bucket: str) -> None:
         )
 
 
-def _in_bucket(uri: str, rest: str) -> Store:
+def _in_bucket(uri: str, rest: str, patience_s: float) -> Store:
     bucket, _, prefix = rest.partition("/")
     _check_bucket(uri, bucket)
     prefix = prefix.rstrip("/")
@@ -82,4 +82,4 @@ def _in_bucket(uri: str, rest: str) -> Store:
     # Here, since boto3 takes a third of a second that no other store needs.
     from magi_ray.storage.s3 import S3Store
 
-    return RetryingStore(S3Store(bucket, prefix))
+    return RetryingStore(S3Store(bucket, prefix), patience_s=patience_s)
