@@ -152,7 +152,8 @@ class _Driver:
             case Inspect(job_id=job_id):
                 self._events.append(self._driving.inspect(job_id))
             case Abandon(worker=name, job_id=job_id, to_stage_end=to_stage_end):
-                self._workers[name].abandon(job_id, to_stage_end=to_stage_end)
+                if name in self._workers:  # else it is gone, which the scheduler is told next
+                    self._workers[name].abandon(job_id, to_stage_end=to_stage_end)
             case Release(kind=kind):
                 for name in [name for name, worker in self._workers.items() if worker.kind is kind]:
                     self._stop_worker(name)
@@ -170,9 +171,11 @@ class _Driver:
             except Exception as exc:  # noqa: BLE001 - sorted by class below
                 self._failed(pending, exc)
         now = time.monotonic()
-        for waitable, pending in list(self._pending.items()):
-            if now > pending.deadline:
-                del self._pending[waitable]
+        if late := [waitable for waitable, pending in self._pending.items() if now > pending.deadline]:
+            # Perhaps they have spoken, and it was we who did not listen: the store was out of reach.
+            _, silent = ray.wait(late, num_returns=len(late), timeout=0, fetch_local=False)
+            for waitable in silent:
+                pending = self._pending.pop(waitable)
                 self._failed(pending, self._why_silent(pending))
 
     def _receive(self, waitable: Any, pending: _Pending) -> None:

@@ -100,10 +100,12 @@ def published(
     sizes: ``video_sizes``, if the caller has them.  reread: read the whole video and compare its digest, too.
     Raises InputError when a newer magi-ray published it.
     """
+    video = keys.video(run_id, plan.job_id)
+    if sizes is not None and video not in sizes:
+        return None  # spares the store a call for every row that is still to be rendered
     record = read_video_record(store, run_id, plan.job_id)
     if record is None or record["stage_keys"] != list(plan.stage_keys):
         return None
-    video = keys.video(run_id, plan.job_id)
     if sizes is None:
         sizes = {entry.key: entry.size for entry in store.entries(video)}
     if sizes.get(video) != record["bytes"] or (reread and not holds(store, video, record["sha256"])):

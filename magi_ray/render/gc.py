@@ -144,8 +144,7 @@ class _Needed:
         self._looked = self._clock()
         takes: dict[str, int] = {}
         for key in self._store.list(keys.RUNS):
-            run_id = key.removeprefix(keys.RUNS).split("/")[0]
-            if key != keys.run_manifest(run_id):  # a manifest alone: not yet submitted, or never
+            if run_id := keys.run_of(key):
                 takes[run_id] = takes.get(run_id, 0) + key.startswith(keys.takes(run_id))
         for run_id in self._forget:
             if run_id not in takes:
@@ -174,7 +173,9 @@ class _Needed:
 
 def _commits(store: Store, kind: Kind, needed: _Needed, min_age_s: float) -> Iterator[Item]:
     """What is garbage among the commits of one kind and what lies beside them."""
-    for key, found in groupby(store.entries(keys.commits(kind)), lambda entry: entry.key.split("/")[2]):
+    for key, found in groupby(store.entries(keys.commits(kind)), lambda entry: keys.commit_of(entry.key)):
+        if not key:
+            continue
         entries = sorted(found, key=lambda entry: (entry.key != keys.commit(kind, key), entry.key))
         there = entries[0].key == keys.commit(kind, key)
         commit = read_commit(store, kind, key) if there else None

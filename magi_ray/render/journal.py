@@ -24,6 +24,8 @@ from magi_ray.storage import keys
 from magi_ray.storage.store import Store
 
 INTERVAL_S = 1.0
+# Of a hundred thousand rows writing takes seconds: no more than this share of the time, and at least once a minute.
+SHARE, LONGEST_INTERVAL_S = 0.1, 60.0
 
 # task and index: what failed (decode 3: chunk 3).  stage: the first that failed, none when joining did.  log: of whom.
 _ERRORS = pa.schema(
@@ -46,7 +48,8 @@ class Outcome:
 
 
 class Journal:
-    """Passes progress on to ``observe`` and, at most once a second, to ``progress.json``; ``close`` writes the tables.
+    """Passes progress on to ``observe`` and, once a second or more seldom, to ``progress.json``; ``close`` writes the
+    tables.
 
     rows: what was in the store when the run began or went on.  earlier: failures of before that are left as they are.
     """
@@ -65,7 +68,7 @@ class Journal:
         self._observe = observe
         self._failed = {row.job_id: earlier[row.job_id] for row in rows if row.failed}
         self._already = sum(row.published for row in rows)
-        self._written = 0.0
+        self._next = 0.0
         self._told = False
         steps = {job_id: plan.forwards_per_stage for job_id, plan in run.plans.items()}
         self.progress = RunProgress.of(run.run_id, rows, steps)
@@ -83,11 +86,13 @@ class Journal:
         self.beat()
 
     def beat(self) -> None:
-        """Say that the run is alive, at most once a second: a step of a large model may take minutes."""
-        if time.monotonic() - self._written >= INTERVAL_S:
+        """Say that the run is alive, if it is time to: a step of a large model may take minutes."""
+        if (begun := time.monotonic()) >= self._next:
             self._write_progress("rendering")
             if not self._told:
                 self._write_errors()
+            now = time.monotonic()
+            self._next = now + min(LONGEST_INTERVAL_S, max(INTERVAL_S, (now - begun) / SHARE))
 
     def stop(self) -> None:
         """The run stops before its end; whoever looks should not wait for it."""
@@ -134,7 +139,6 @@ class Journal:
             "state": state, "running": state == "rendering", "updated_unix": round(time.time(), 3)
         }  # fmt: skip
         self._store.put(keys.run_progress(self._run.run_id), json.dumps(content).encode())
-        self._written = time.monotonic()
 
     def _results(self, state: RunState) -> pa.Table:
         """One line for each row: what became of it, its tags, and the columns we do not know as they came.

@@ -153,11 +153,14 @@ def create(store: Store, run: Run, files: Mapping[str, Path]) -> bool:
 
     What is there and intact stays; what is damaged or gone is written anew.
     """
+    submitted = store.exists(keys.run_record(run.run_id))
     for sha256, path in files.items():
-        if not holds(store, keys.media(sha256), sha256):
+        # Those of a new run in any case: a collection under way may have listed them as garbage, and leaves alone
+        # what was written since.
+        if not (submitted and holds(store, keys.media(sha256), sha256)):
             store.put_file(keys.media(sha256), path)
     damaged = False
-    if store.exists(keys.run_record(run.run_id)):
+    if submitted:
         try:
             read_run(store, run.run_id)
             return False
@@ -245,13 +248,8 @@ def damaged_runs(store: Store) -> list[str]:
 
 
 def _run_folders(store: Store) -> list[str]:
-    """Ids of all runs; a manifest alone is none, it is being submitted, or was when the submission died."""
-    found: dict[str, None] = {}
-    for key in store.list(keys.RUNS):
-        run_id = key.removeprefix(keys.RUNS).split("/")[0]
-        if key != keys.run_manifest(run_id):
-            found[run_id] = None
-    return list(found)
+    """Ids of all runs."""
+    return list(dict.fromkeys(filter(None, map(keys.run_of, store.list(keys.RUNS)))))
 
 
 def _content(store: Store, run_id: str) -> dict[str, Any]:

@@ -108,7 +108,9 @@ class _Verifier:
         self.report = Report()
 
     def all_commits(self, kind: Kind) -> None:
-        for key, found in groupby(self._store.list(keys.commits(kind)), lambda name: name.split("/")[2]):
+        for key, found in groupby(self._store.list(keys.commits(kind)), keys.commit_of):
+            if not key:
+                continue
             folder = keys.commit_folder(kind, key)
             names = {name.removeprefix(folder) for name in found} - {"commit.json"}
             self.report.loose += len(names - self.commit(kind, key))

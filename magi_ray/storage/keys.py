@@ -35,6 +35,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import Literal
 
 Kind = Literal["stage", "segment", "text", "prefix"]
@@ -60,6 +61,13 @@ def check_key(key: str) -> str:
     return key
 
 
+def is_key(name: str) -> bool:
+    """False for what others put into a folder or bucket under names that no key has."""
+    with suppress(ValueError):
+        return bool(check_key(name))
+    return False
+
+
 def commits(kind: Kind) -> str:
     """Prefix of everything of one kind."""
     return f"{_FOLDERS[kind]}/"
@@ -72,6 +80,19 @@ def commit_folder(kind: Kind, key: str) -> str:
 
 def commit(kind: Kind, key: str) -> str:
     return f"{commit_folder(kind, key)}commit.json"
+
+
+def commit_of(name: str) -> str:
+    """The key of the commit that ``name`` belongs to; '' for what others put there."""
+    parts = name.split("/")
+    return parts[2] if len(parts) == 4 and _SHA256.fullmatch(parts[2]) else ""
+
+
+def run_of(name: str) -> str:
+    """The run whose folder ``name`` is in; '' for what others put there, or a manifest: by itself that is no run, it is
+    being submitted, or was when the submission died."""
+    run_id, _, rest = name.removeprefix(RUNS).partition("/")
+    return run_id if rest not in ("", "manifest.parquet") else ""
 
 
 def payload_name(kind: Kind, payload: str, write_id: str) -> str:

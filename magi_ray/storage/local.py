@@ -22,9 +22,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
-from magi_ray.errors import ObjectMissing, StoreDenied, StoreError
-from magi_ray.storage.keys import check_key
+from magi_ray.errors import ObjectMissing, StoreDenied, StoreError, StoreUnavailable
+from magi_ray.storage.keys import check_key, is_key
 from magi_ray.storage.store import Entry
+
+LOCK_DEADLINE_S = 10.0
 
 _REMEDIES = {
     errno.ENOSPC: "The disk is full: free some space, then resume; nothing that was committed is lost.",
@@ -89,7 +91,7 @@ class LocalStore:
         folder = prefix.rpartition("/")[0]
         if folder:
             check_key(folder)
-        return (key for key in self._walk(folder) if key.startswith(prefix) and key > after)
+        return (key for key in self._walk(folder) if key.startswith(prefix) and key > after and is_key(key))
 
     def entries(self, prefix: str, after: str = "") -> Iterator[Entry]:
         for key in self.list(prefix, after):
@@ -143,8 +145,24 @@ class LocalStore:
         with self._translated(key):
             _make_folder(self.root / ".locks")
             with (self.root / ".locks" / name).open("ab") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._lock(lock, key)
                 yield
+
+    def _lock(self, lock: BinaryIO, key: str) -> None:
+        begun = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError as exc:
+                # Whoever has it may have been stopped (SIGSTOP), or its machine may be out of reach.
+                if time.monotonic() - begun > LOCK_DEADLINE_S:
+                    raise StoreUnavailable(
+                        f"The store at {self.uri} failed on {key}: {lock.name} has been locked for"
+                        f" {LOCK_DEADLINE_S:.0f} s.",
+                        remedy="See with lsof who has that file open; end that process.",
+                    ) from exc
+            time.sleep(0.005)
 
     @contextlib.contextmanager
     def _reading(self, key: str) -> Iterator[BinaryIO]:

@@ -28,7 +28,7 @@ import botocore.exceptions as failures
 from botocore.config import Config
 
 from magi_ray.errors import InputError, ObjectMissing, StoreDenied, StoreError, StoreUnavailable
-from magi_ray.storage.keys import check_key
+from magi_ray.storage.keys import check_key, is_key
 from magi_ray.storage.store import Entry
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class S3Store:
                 now = _server_time(page)
                 for found in page.get("Contents", []):
                     key = found["Key"].removeprefix(root)
-                    if _is_key(key):
+                    if is_key(key):  # not a console's 'folder/'
                         yield Entry(key=key, size=found["Size"], age_s=_age_s(now, found["LastModified"]))
 
     def delete(self, key: str) -> None:
@@ -355,13 +355,6 @@ def _code(exc: failures.ClientError) -> str:
 
 def _is_missing(exc: failures.ClientError) -> bool:
     return _code(exc) in ("NoSuchKey", "404")
-
-
-def _is_key(name: str) -> bool:
-    """False for what others put there, such as a console's 'folder/'."""
-    with suppress(ValueError):
-        return bool(check_key(name))
-    return False
 
 
 def _server_time(page: Any) -> datetime:

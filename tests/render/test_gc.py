@@ -12,7 +12,7 @@ from magi_ray.errors import InputError, ObjectDamaged, RunNotFound
 from magi_ray.render.gc import MIN_AGE_S, Item, collect, garbage
 from magi_ray.render.local import render_here
 from magi_ray.render.progress import RunProgress
-from magi_ray.render.run import open_run
+from magi_ray.render.run import damaged_runs, list_runs, open_run
 from magi_ray.render.takes import add_take
 from magi_ray.render.verify import verify
 from magi_ray.storage import keys
@@ -288,3 +288,30 @@ def test_a_run_submitted_while_garbage_is_collected_keeps_what_it_needs(make_run
     # Of the folder it was in the middle of it has told already.
     rest = {item.key for item in found}
     assert rest <= set(store.list(first.key.rpartition("/")[0]))
+
+
+def test_media_of_a_run_submitted_after_they_were_listed_as_garbage_stay(make_run: MakeRun) -> None:
+    clock = Clock()
+    store = MemoryStore(clock)
+    rows = [{"job_id": "i", "prompt": "sea", "image": IMAGE, "num_chunks": 1}]
+    first = make_run(store, rows)
+    clock.now = 1000
+    found = all_garbage(store, first.run_id)
+    assert [item.key for item in found] == list(store.list("media/"))
+    make_run(store, [rows[0] | {"seed": 2}])
+    clock.now = 1001
+    assert collect(store, found) == (0, 0)
+    assert len(list(store.list("media/"))) == 1
+
+
+def test_what_others_put_into_the_folder_is_no_run_and_no_commit(make_run: MakeRun, tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    run = make_run(store, [ROW | {"num_chunks": 1}])
+    render_here(store, run)
+    others = ["runs/.DS_Store", "runs/a note.txt", "stages/README", f"{keys.videos(run.run_id)}a copy.mp4"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"theirs")
+    assert (list_runs(store), damaged_runs(store)) == ([run.run_id], [])
+    assert (all_garbage(store), verify(store).damages) == ([], [])
+    assert render_here(store, run).already_published == 1
+    assert all((tmp_path / name).exists() for name in others)

@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from runs import MakeRun
 
-from magi_ray.render.journal import read_noted
+from magi_ray.render.journal import Journal, read_noted
 from magi_ray.render.local import render_here
 from magi_ray.render.progress import Phase, RunProgress
+from magi_ray.render.scheduler import Row
 from magi_ray.storage import keys
 from magi_ray.storage.memory import MemoryStore
 
@@ -77,3 +78,30 @@ def test_every_step_is_seen(make_run: MakeRun) -> None:
     render_here(store, run, observe=watch)
     plan = run.plans["b"]
     assert seen == list(range(plan.timeline.num_stages * plan.forwards_per_stage + 1))
+
+
+def test_writing_progress_takes_no_more_than_a_share_of_the_time(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = seconds = 0.0
+    written: list[float] = []
+
+    class Slow(MemoryStore):
+        def put(self, key: str, data: bytes) -> None:
+            nonlocal now
+            if key.endswith("progress.json"):
+                written.append(now)
+                now += seconds
+            super().put(key, data)
+
+    store = Slow()
+    run = make_run(store, ROWS)
+    rows = [Row(job_id=job_id, priority=0, num_stages=1, num_chunks=1) for job_id in run.plans]
+    monkeypatch.setattr("magi_ray.render.journal.time.monotonic", lambda: now)
+    for takes, at_most in ((0.01, 100), (2.0, 6), (30.0, 2)):
+        now, seconds, journal = 0.0, takes, Journal(store, run, rows, earlier={})
+        written.clear()
+        while now < 100:
+            journal.beat()
+            now += 0.25
+        assert at_most * 0.7 <= len(written) <= at_most

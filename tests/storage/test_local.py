@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import pickle
 import random
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from contract import StoreContract
 
-from magi_ray.errors import InputError, StoreError
+from magi_ray.errors import InputError, StoreError, StoreUnavailable
 from magi_ray.storage.local import LocalStore
 from magi_ray.storage.opening import open_store
 from magi_ray.storage.probe import check_store
@@ -158,3 +159,19 @@ def test_paths_and_file_addresses_open_the_same_absolute_folder(
 def test_an_address_that_cannot_be_opened_is_an_input_error(uri: str, says: str) -> None:
     with pytest.raises(InputError, match=says):
         open_store(uri)
+
+
+def test_a_lock_that_a_stopped_process_holds_is_waited_for_no_longer_than_the_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("magi_ray.storage.local.LOCK_DEADLINE_S", 0.1)
+    store = LocalStore(tmp_path)
+    store.put("a/lease", b"1")
+    version = store.swap("a/lease", b"2", store.get_versioned("a/lease")[1])
+    assert version is not None
+    [name] = (tmp_path / ".locks").iterdir()
+    with name.open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(StoreUnavailable, match=f"{name} has been locked for 0 s"):
+            store.swap("a/lease", b"3", version)
+    assert store.swap("a/lease", b"3", version) is not None
