@@ -21,7 +21,7 @@ demo: $(VENV)/installed
 	@ls -1 magi-ray-store/runs/*/videos/*.mp4
 
 test: $(VENV)/installed-test
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 nightly: $(VENV)/installed-test
 	@$(BIN)/python -m pytest -q --timeout=0 --all-crash-points tests/test_crash_points.py
