@@ -21,6 +21,7 @@ from magi_ray.render.plan import RowPlan
 from magi_ray.render.progress import StepDone
 from magi_ray.render.scheduler import Kind, StageCommitted
 from magi_ray.settings import Settings
+from magi_ray.storage import keys
 from magi_ray.storage.store import Store
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -62,7 +63,9 @@ class TaskWorker:
         return Whereabouts(node=ray.get_runtime_context().get_node_id(), log=log)
 
     def load(self) -> None:
-        """Load what the tasks need, so that the first one starts at once."""
+        """Load what the tasks need, so that the first one starts at once. Raises StoreError also when this machine has
+        no way to the store: told here it ends the run, in a task it would end row after row."""
+        self._store.exists(keys.run_record(self._run_id))
 
     @contextmanager
     def _telling(self, what: str) -> Iterator[None]:
@@ -85,6 +88,7 @@ class EmbedWorker(TaskWorker):
 
         self._use_threads()
         with self._telling("Loading"):
+            super().load()
             self._loaded = Embedder(self._settings, self._store)
 
     def carry_out(self, plan: RowPlan, _index: int) -> None:
@@ -106,6 +110,7 @@ class DenoiseWorker(TaskWorker):
 
         self._use_threads()
         with self._telling("Loading"):
+            super().load()
             self._loaded = Denoiser(self._settings, self._store)
 
     @_in_group("work")
@@ -136,6 +141,7 @@ class DecodeWorker(TaskWorker):
 
         self._use_threads()
         with self._telling("Loading"):
+            super().load()
             self._loaded = Decoder(self._settings, self._store, self._encoder)
 
     def carry_out(self, plan: RowPlan, index: int) -> None:
