@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import threading
 import time
@@ -15,13 +16,16 @@ import boto3
 import pytest
 from rgw import Rgw
 from runs import MakeRun, contents, stage_commits
+from typed import Command, wait_until
 
 from magi_ray.errors import ManifestError, StoreUnavailable
+from magi_ray.manifest import write_manifest
 from magi_ray.render.local import render_here
 from magi_ray.render.media import MediaFiles
 from magi_ray.render.progress import RunProgress
-from magi_ray.render.run import Run
+from magi_ray.render.run import Run, create, prepare
 from magi_ray.render.verify import verify
+from magi_ray.settings import preset
 from magi_ray.storage import keys, leases, opening
 from magi_ray.storage.memory import MemoryStore
 from magi_ray.storage.opening import open_store
@@ -31,6 +35,7 @@ from magi_ray.storage.store import Store
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 IMAGE, CLIP = MANIFESTS / "quickstart-image.png", MANIFESTS / "quickstart-clip.mp4"
+SMALL = {"width": 32, "height": 32, "num_steps": 8}
 ROWS: list[dict[str, Any]] = [
     {"job_id": "text", "prompt": "sea", "num_chunks": 5},
     {"job_id": "image", "prompt": "dusk", "image": str(IMAGE), "num_chunks": 2},
@@ -165,6 +170,48 @@ def test_a_server_that_stays_away_ends_the_run_with_a_reason_and_loses_nothing(
     assert not outcome.failed
     assert outcome.stages_reused >= len(fault.before)
     assert_whole(store, run, undisturbed, fault.before)
+
+
+# The driver fails -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_whose_driver_was_killed_on_another_machine_is_resumed_when_its_lease_has_run_out(
+    s3_address: str, tiny_weights: Path, tmp_path: Path
+) -> None:
+    write_manifest([{"job_id": "text", "prompt": "sea", "num_chunks": 12, **SMALL}], tmp_path / "m.parquet")
+    settings = preset("magi-tiny", weights=tiny_weights)
+    data = (tmp_path / "m.parquet").read_bytes()
+    run, files = prepare(data, name="m.parquet", base=tmp_path, settings=settings)
+    memory, store = MemoryStore(), open_store(s3_address)
+    create(memory, run, files)
+    render_here(memory, run)
+
+    submit = Command(tmp_path, "submit", "m.parquet", "--weights", str(tiny_weights), "--local", "--store", s3_address)
+    try:
+        wait_until(lambda: len(stage_commits(store)) >= 3, "the first stages are committed", within_s=120)
+        for process in submit.processes():
+            process.kill()
+    finally:
+        submit.clean_up()
+    before = stage_commits(store)
+    lease, version = store.get_versioned(keys.run_lease(run.run_id))
+    elsewhere = json.loads(lease)
+    elsewhere["holder"]["host"] = "elsewhere"
+    store.swap(keys.run_lease(run.run_id), json.dumps(elsewhere).encode(), version)
+
+    begun = time.monotonic()
+    resume = Command(tmp_path, "resume", run.run_id, "--local", "--store", s3_address)
+    try:
+        wait_until(lambda: len(stage_commits(store)) > len(before), "it goes on", within_s=120)
+        waited_s = time.monotonic() - begun
+        code, stdout = resume.end()
+    finally:
+        resume.clean_up()
+    assert (code, stdout) == (0, f"{s3_address}/{keys.video(run.run_id, 'text')}\n"), resume.stderr
+    print(f"went on after {waited_s:.1f} s")
+    assert waited_s > leases.TTL_S
+    assert f"{len(before)} reused" in resume.stderr
+    assert_whole(store, run, contents(memory, run), before)
 
 
 # Media that lie in S3 -------------------------------------------------------------------------------------------
