@@ -20,9 +20,11 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 from rgw import Rgw
+from runs import MakeRun
 
 from magi_ray.cli import cli
 from magi_ray.commands import standing, steering
+from magi_ray.commands.common import find_run
 from magi_ray.errors import MediaError
 from magi_ray.manifest import write_manifest
 from magi_ray.render.progress import RunProgress
@@ -31,6 +33,7 @@ from magi_ray.settings import job
 from magi_ray.storage import keys
 from magi_ray.storage.leases import LeaseRecord, Owner
 from magi_ray.storage.local import LocalStore
+from magi_ray.storage.memory import MemoryStore
 
 ROOT = Path(__file__).parents[1]
 CLIP, IMAGE = ROOT / "manifests" / "quickstart-clip.mp4", ROOT / "manifests" / "quickstart-image.png"
@@ -534,3 +537,11 @@ def test_a_bug_is_told_as_one(here: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert result.exit_code == 1
     assert "Traceback" in result.stderr
     assert "This is a bug in magi-ray" in result.stderr
+
+
+def test_a_whole_run_id_is_found_without_listing_every_run(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore()
+    run = make_run(store, [{"job_id": "a", "prompt": "sea", "num_chunks": 1}])
+    assert find_run(store, run.run_id[:6], "cancel", "memory:") == run.run_id
+    monkeypatch.setattr(store, "list", None)
+    assert find_run(store, f"runs/{run.run_id}", "cancel", "memory:") == run.run_id

@@ -9,6 +9,7 @@ import os
 import shlex
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -170,13 +171,18 @@ def open_named_run(store: Store, run_id: str, verb: str, store_uri: str, *, weig
 def find_run(store: Store, run_id: str, verb: str, store_uri: str) -> str:
     """The id that ``run_id`` is or begins; it may be that of a damaged run. Raises RunNotFound."""
     from magi_ray.render.run import damaged_runs, list_runs
+    from magi_ray.storage import keys
 
-    known = list_runs(store)
     # A path, as the shell completes it, names the run by its last part.
-    wanted = run_id if run_id in known else Path(run_id).name
+    wanted = Path(run_id).name
+    # A whole id takes one call: listing all runs may take longer than cancelling one may.
+    with suppress(ValueError):
+        if store.exists(keys.run_record(wanted)):
+            return wanted
+    known = list_runs(store)
     fitting = [known_id for known_id in known if wanted and known_id.startswith(wanted)]
-    if wanted in known or len(fitting) == 1:
-        return wanted if wanted in known else fitting[0]
+    if len(fitting) == 1:
+        return fitting[0]
     if wanted in damaged_runs(store):
         return wanted
     fitting = fitting[-5:] or difflib.get_close_matches(wanted, known, n=1, cutoff=0.4)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from magi_ray.errors import Superseded
+from magi_ray.errors import StoreError, Superseded
 from magi_ray.storage import keys
 from magi_ray.storage.epochs import become_driver, superseded
 from magi_ray.storage.leases import BEAT_S, TTL_S, Lease, Owner, acquire, holding, keeping
@@ -22,14 +22,23 @@ class Leadership:
         self._looked = clock()
 
     def check(self) -> None:
-        """Raises Superseded when another driver has taken over. Asks the store every BEAT_S seconds, and always while
-        the lease may be another's: after an outage of the store it still is ours if nobody took the next epoch."""
+        """Raises Superseded when another driver has taken over; StoreError when the run itself is gone from the store.
+
+        Asks the store every BEAT_S seconds, and always while the lease may be another's: after an outage of the store
+        it still is ours if nobody took the next epoch.
+        """
         if not self._lease.valid or self._clock() - self._looked >= BEAT_S:
             if superseded(self._store, self._run_id, self.epoch):
                 raise Superseded(
                     f"Another driver has taken over run {self._run_id}: this one is number {self.epoch}.",
                     remedy="Nothing is lost: it goes on from what is committed.",
                     next_command=f"magi-ray watch {self._run_id} --store {self._store.uri}",
+                )
+            if not self._lease.valid and not self._store.exists(keys.epoch(self._run_id, self.epoch)):
+                raise StoreError(
+                    f"Run {self._run_id} is gone from {self._store.uri}: not even its driver's epoch is there.",
+                    remedy="If nobody meant to delete it, look at the mount; then submit the manifest again.",
+                    next_command=f"magi-ray submit MANIFEST --store {self._store.uri}",
                 )
             self._looked = self._clock()
 

@@ -111,13 +111,17 @@ class RunProgress:
                     case Kind.EMBED:
                         video.phase = Phase.WAITING
                     case Kind.DECODE:
-                        video.chunks_done += 1
+                        # Of one that was in work when the row was looked up it is known already.
+                        video.chunks_done = min(video.chunks, video.chunks_done + 1)
                     case Kind.FINISH:
                         video.phase = Phase.DONE
                     case Kind.DENOISE:
                         pass
-            case Inspected(row=row) if row.published:
-                self.videos[row.job_id].phase = Phase.DONE
+            case Inspected(row=row):
+                video = self.videos[row.job_id]
+                video.chunks_done = row.num_chunks if row.published else len(row.segments_done)
+                if row.published:
+                    video.phase = Phase.DONE
             case RowFailed(job_id=job_id, message=message):
                 self.videos[job_id].phase, self.videos[job_id].message = Phase.FAILED, message
             case _:

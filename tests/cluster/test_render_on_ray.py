@@ -183,6 +183,31 @@ def test_a_worker_that_stays_silent_is_killed_and_replaced(
     assert outcome.published == ("text",)
 
 
+def test_workers_that_spoke_while_the_driver_could_not_listen_are_not_taken_for_hung(
+    make_run: MakeRun, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(DecodeWorker):
+        def carry_out(self, plan: RowPlan, index: int) -> None:
+            time.sleep(1)
+            super().carry_out(plan, index)
+
+    slept: list[float] = []
+
+    def observe(progress: RunProgress) -> None:
+        # Now a chunk is being decoded while others are denoised; and the store is out of reach, say.
+        if progress.videos["text"].stages_done == 5 and not slept:
+            slept.append(12.0)
+            time.sleep(12)
+
+    lost: list[str] = []
+    monkeypatch.setattr("magi_ray.cluster.driver._Driver._why_silent", lambda _, pending: lost.append(pending.worker))
+    deadlines = Deadlines(silence_s={**Deadlines().silence_s, Kind.DENOISE: 10.0, Kind.DECODE: 10.0})
+    run = make_run(store, [TEXT | {"num_chunks": 8}])
+    workers = replaced(Kind.DECODE, Slow)
+    assert render_on_ray(store, run, deadlines=deadlines, workers=workers, observe=observe).published == ("text",)
+    assert (slept, lost) == ([12.0], [])
+
+
 def test_a_row_that_cannot_be_decoded_is_soon_not_denoised_any_more(make_run: MakeRun, store: LocalStore) -> None:
     class Unable(DecodeWorker):
         def carry_out(self, plan: RowPlan, _index: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,7 +13,7 @@ from runs import MakeRun
 from magi_ray.render.journal import Journal, read_noted
 from magi_ray.render.local import render_here
 from magi_ray.render.progress import Phase, RunProgress
-from magi_ray.render.scheduler import Row
+from magi_ray.render.scheduler import Inspected, Kind, Row, Task, TaskDone
 from magi_ray.storage import keys
 from magi_ray.storage.memory import MemoryStore
 
@@ -105,3 +106,14 @@ def test_writing_progress_takes_no_more_than_a_share_of_the_time(
             journal.beat()
             now += 0.25
         assert at_most * 0.7 <= len(written) <= at_most
+
+
+def test_chunks_that_turned_out_lost_are_not_counted_twice() -> None:
+    row = Row(job_id="a", priority=0, num_stages=5, num_chunks=2)
+    progress = RunProgress.of("run", [row], {"a": 4})
+    chunks = [TaskDone(worker="d", task=Task(kind=Kind.DECODE, job_id="a", index=chunk)) for chunk in (0, 1)]
+    for happened in (*chunks, Inspected(row=replace(row, segments_done=frozenset({0}))), chunks[1], chunks[1]):
+        progress.note(happened)
+    assert progress.videos["a"].chunks_done == 2
+    progress.note(Inspected(row=row))
+    assert progress.videos["a"].chunks_done == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from magi_ray.errors import Superseded
+from magi_ray.errors import StoreError, Superseded
 from magi_ray.render.leading import Leadership
 from magi_ray.storage import keys
 from magi_ray.storage.epochs import become_driver, take_epoch
@@ -23,4 +23,16 @@ def test_a_driver_whose_lease_ran_out_in_an_outage_goes_on_until_another_has_com
     assert store.exists(keys.run_lease("film"))
     take_epoch(store, "film", Owner.here("another"))
     with pytest.raises(Superseded, match="Another driver has taken over run film"):
+        leadership.check()
+
+
+def test_a_driver_does_not_render_into_a_store_from_which_its_run_was_deleted() -> None:
+    store, now = MemoryStore(), [0.0]
+    lease = become_driver(store, "film", Owner.here("driver"), clock=lambda: now[0])
+    leadership = Leadership(store, "film", lease, clock=lambda: now[0])
+    for key in list(store.list("")):
+        store.delete(key)
+    with pytest.raises(Superseded):
+        lease.beat()
+    with pytest.raises(StoreError, match="Run film is gone from memory:"):
         leadership.check()
