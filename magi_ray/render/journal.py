@@ -193,7 +193,9 @@ def read_noted(store: Store, run_id: str) -> Noted | None:
 def read_failures(store: Store, run_id: str) -> dict[str, RowFailed]:
     """The rows that failed, by job_id, as far as they were noted."""
     try:
-        table = pq.read_table(io.BytesIO(store.get(keys.run_errors(run_id))), page_checksum_verification=True)
+        data = pa.BufferReader(store.get(keys.run_errors(run_id)))
+        # Not `pq.read_table`: its threads may outlive Python, which then aborts (one exit in 30 on a busy machine).
+        table = pq.ParquetFile(data, page_checksum_verification=True).read(use_threads=False)
     except (ObjectMissing, OSError, pa.ArrowException):
         return {}  # derived: without it the rows are tried again
     return {
