@@ -184,15 +184,15 @@ def test_a_run_whose_driver_was_killed_on_another_machine_is_resumed_when_its_le
     run, files = prepare(data, name="m.parquet", base=tmp_path, settings=settings)
     memory, store = MemoryStore(), open_store(s3_address)
     create(memory, run, files)
+    create(store, run, files)
     render_here(memory, run)
 
-    submit = Command(tmp_path, "submit", "m.parquet", "--weights", str(tiny_weights), "--local", "--store", s3_address)
+    drive = Command(tmp_path, "drive", run.run_id, "--local", "--store", s3_address)
     try:
         wait_until(lambda: len(stage_commits(store)) >= 3, "the first stages are committed", within_s=120)
-        for process in submit.processes():
-            process.kill()
+        drive.process.kill()
     finally:
-        submit.clean_up()
+        drive.clean_up()
     before = stage_commits(store)
     lease, version = store.get_versioned(keys.run_lease(run.run_id))
     elsewhere = json.loads(lease)
@@ -208,7 +208,6 @@ def test_a_run_whose_driver_was_killed_on_another_machine_is_resumed_when_its_le
     finally:
         resume.clean_up()
     assert (code, stdout) == (0, f"{s3_address}/{keys.video(run.run_id, 'text')}\n"), resume.stderr
-    print(f"went on after {waited_s:.1f} s")
     assert waited_s > leases.TTL_S
     assert f"{len(before)} reused" in resume.stderr
     assert_whole(store, run, contents(memory, run), before)

@@ -40,14 +40,13 @@ def test_a_worker_and_the_server_killed_in_mid_run_cost_only_time(
     run, files = prepare(data, name="m.parquet", base=tmp_path, settings=settings)
     memory, store = MemoryStore(), open_store(s3_address)
     create(memory, run, files)
+    create(store, run, files)
     render_here(memory, run)
 
-    submit = Command(
-        tmp_path, "submit", "m.parquet", "--weights", str(tiny_weights), "--store", s3_address, "--no-dashboard"
-    )
+    drive = Command(tmp_path, "drive", run.run_id, "--store", s3_address, "--no-dashboard")
     try:
         wait_until(lambda: len(stage_commits(store)) >= 3, "the first stages are committed", within_s=120)
-        [worker] = submit.processes("ray::DenoiseWorker")
+        [worker] = drive.processes("ray::DenoiseWorker")
         worker.kill()
         before = stage_commits(store)
         wait_until(lambda: len(stage_commits(store)) > len(before), "another worker goes on", within_s=120)
@@ -55,16 +54,16 @@ def test_a_worker_and_the_server_killed_in_mid_run_cost_only_time(
         rgw.kill_gateway()
         time.sleep(3)
         rgw.start()
-        code, stdout = submit.end()
+        code, stdout = drive.end()
     finally:
-        submit.clean_up()
-    assert code == 0, submit.stderr
+        drive.clean_up()
+    assert code == 0, drive.stderr
     videos = [f"{s3_address}/{keys.video(run.run_id, job_id)}" for job_id in ("one", "two")]
     assert stdout.splitlines() == videos
     assert len(before) < sum(plan.timeline.num_stages for plan in run.plans.values())
     assert before.items() <= stage_commits(store).items()
     assert contents(store, run) == contents(memory, run)
-    wait_until(submit.has_left_nothing, "Ray's processes are gone")
+    wait_until(drive.has_left_nothing, "Ray's processes are gone")
 
 
 def test_workers_that_may_not_use_the_bucket_end_the_run_at_once_with_that_reason(
