@@ -54,7 +54,8 @@ def open_object(uri: str) -> tuple[Store, str]:
     _check_bucket(uri, bucket)
     from magi_ray.storage.s3 import ForeignBucket  # here, as below
 
-    return RetryingStore(ForeignBucket(bucket)), key
+    # Somebody waits, as for every submission.
+    return RetryingStore(ForeignBucket(bucket), patience_s=15.0), key
 
 
 def _check_bucket(uri: str, bucket: str) -> None:
