@@ -251,7 +251,7 @@ def test_a_paused_run_goes_on_to_the_same_bytes(here: Path, start: Start) -> Non
     rendering(submit)
     paused = run("pause", run_id())
     assert paused.exit_code == 0, paused.stderr
-    assert "are committed and kept" in paused.stderr
+    assert "Paused. What was committed is kept." in paused.stderr
     assert paused.stderr.splitlines()[-1] == f"next: magi-ray resume {run_id()}"
     assert submit.end(within_s=60)[0] == 6
     assert "Paused. What was committed is kept." in submit.stderr

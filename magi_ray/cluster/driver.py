@@ -14,7 +14,7 @@ import ray
 from magi_ray.cluster.actors import WORKERS, TaskWorker, Whereabouts
 from magi_ray.cluster.failures import classify, own_error, worker_is_gone
 from magi_ray.cluster.group import Worker, needed
-from magi_ray.errors import StoreError, WorkerLost
+from magi_ray.errors import StoreError, Superseded, WorkerLost
 from magi_ray.render.inventory import stages_done
 from magi_ray.render.journal import Outcome
 from magi_ray.render.progress import RunProgress, StepDone
@@ -211,6 +211,8 @@ class _Driver:
         if task is None:
             self._start_failed(name, exc, message)
             return
+        if isinstance(own_error(exc), Superseded):
+            self._driving.doubt()
         log = self._whereabouts[name].log
         if worker_is_gone(exc):
             self._stop_worker(name)

@@ -86,7 +86,8 @@ def pause(run_id: str, store_uri: str, timeout_s: float, as_json: bool) -> None:
         say(f"After {timeout_s:.0f} s {still} has not come to the end of a stage yet. It will pause there.")
         say(f"next: {command_line('watch', run, store_uri)}", style="bold")
         sys.exit(FAILURE)
-    _say_kept(store, run, "Paused" if not all_published(store, run) else "All videos were done before it paused")
+    words = "All videos were done before it paused" if all_published(store, run) else "Paused"
+    say(f"{words}. What was committed is kept.")
     say(f"next: {following}", style="bold")
 
 
@@ -125,7 +126,7 @@ def _cancel(store: Store, run_id: str, store_uri: str, *, as_json: bool) -> None
             remedy="It stops as soon as it reads the request; a process that died elsewhere is noticed by its silence.",
             next_command=command_line("watch", run, store_uri),
         )
-    _say_kept(store, run, f"Cancelled: {what}")
+    say(f"Cancelled: {what}. What was committed is kept.")
     say(f"next: {command_line('resume', run, store_uri)}", style="bold")
 
 
@@ -197,16 +198,6 @@ def _within(seconds: float, true: Callable[[], bool]) -> bool:
             return False
         time.sleep(0.1)
     return True
-
-
-def _say_kept(store: Store, run: Run, words: str) -> None:
-    """What a run that was stopped has: its committed stages."""
-    from magi_ray.render.journal import read_noted
-
-    noted = read_noted(store, run.run_id)
-    done = 0 if noted is None else sum(video.stages_done for video in noted.progress.videos.values())
-    total = sum(plan.timeline.num_stages for plan in run.plans.values())
-    say(f"{words}. {done} of {counted(total, 'stage')} are committed and kept.")
 
 
 @click.command(epilog=example("magi-ray retry quickstart --failed"))

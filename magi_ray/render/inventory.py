@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import cache
+from multiprocessing.pool import ThreadPool
 
 from magi_ray.render.durable import embedded, segment_pre_image
 from magi_ray.render.finish import published, video_sizes
@@ -13,7 +14,10 @@ from magi_ray.render.run import Run
 from magi_ray.render.scheduler import Row
 from magi_ray.sampling.ranges import KVRanges, clean_chunks_needed
 from magi_ray.storage.records import digest, read_commit, verified_commit
+from magi_ray.storage.retrying import RetryingStore
 from magi_ray.storage.store import Store
+
+AT_ONCE = 16
 
 
 def stages_done(store: Store, plan: RowPlan) -> int:
@@ -26,13 +30,30 @@ def stages_done(store: Store, plan: RowPlan) -> int:
     return _resumable(plan, done, _reader(store, plan))
 
 
-def take_stock_of_run(store: Store, run: Run, encoder: str, *, reread: Collection[str] = ()) -> list[Row]:
-    """``take_stock`` of every row, in the manifest's order. ``reread``: job_ids of rows to be read whole."""
+def take_stock_of_run(
+    store: Store,
+    run: Run,
+    encoder: str,
+    *,
+    reread: Collection[str] = (),
+    meanwhile: Callable[[], None] = lambda: None,
+) -> list[Row]:
+    """``take_stock`` of every row, in the manifest's order.
+
+    reread: job_ids of rows to be read whole.  meanwhile: called after each row; what it raises ends this.
+    """
     sizes = video_sizes(store, run.run_id)
-    return [
-        take_stock(store, run.run_id, plan, encoder, sizes=sizes, reread=job_id in reread)
-        for job_id, plan in run.plans.items()
-    ]
+
+    def look(plan: RowPlan) -> Row:
+        return take_stock(store, run.run_id, plan, encoder, sizes=sizes, reread=plan.job_id in reread)
+
+    rows = []
+    # A bucket answers many as fast as one; a folder does not. The pool's threads are daemons.
+    with ThreadPool(AT_ONCE if isinstance(store, RetryingStore) else 1) as pool:
+        for row in pool.imap(look, run.plans.values()):
+            rows.append(row)
+            meanwhile()
+    return rows
 
 
 def take_stock(
@@ -50,10 +71,7 @@ def take_stock(
     is still needed. ``reread``: read every object of the row whole, whether it is published or not.
     sizes: ``finish.video_sizes``, if the caller has them.
     """
-    timeline = plan.timeline
-    row = Row(
-        job_id=plan.job_id, priority=plan.priority, num_stages=timeline.num_stages, num_chunks=timeline.num_chunks
-    )
+    timeline, row = plan.timeline, untouched(plan)
     found = published(store, run_id, plan, sizes=sizes, reread=reread)
     if found is not None and not reread:
         return replace(row, stages_done=timeline.num_stages, published=True)
@@ -81,6 +99,14 @@ def take_stock(
         stages_done=done,
         segments_done=frozenset(segments),
         published=found is not None and len(segments) == timeline.num_chunks,
+    )
+
+
+def untouched(plan: RowPlan) -> Row:
+    """The row as if the store held nothing of it."""
+    timeline = plan.timeline
+    return Row(
+        job_id=plan.job_id, priority=plan.priority, num_stages=timeline.num_stages, num_chunks=timeline.num_chunks
     )
 
 

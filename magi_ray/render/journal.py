@@ -21,6 +21,7 @@ from magi_ray.render.progress import Phase, RunProgress, StepDone
 from magi_ray.render.run import Run
 from magi_ray.render.scheduler import Command, Event, Kind, Row, RowFailed, RunState
 from magi_ray.storage import keys
+from magi_ray.storage.retrying import FAREWELL_S, hurried
 from magi_ray.storage.store import Store
 
 INTERVAL_S = 1.0
@@ -97,6 +98,7 @@ class Journal:
     def stop(self) -> None:
         """The run stops before its end; whoever looks should not wait for it."""
         with suppress(MagiRayError):  # the error that stopped the run matters more
+            self._store = hurried(self._store, FAREWELL_S)
             self._write_progress("stopped")
             if not self._told:
                 self._write_errors()

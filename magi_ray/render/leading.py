@@ -21,13 +21,13 @@ class Leadership:
         self._store, self._run_id, self._lease, self._clock = store, run_id, lease, clock
         self._looked = clock()
 
-    def check(self) -> None:
+    def check(self, *, now: bool = False) -> None:
         """Raises Superseded when another driver has taken over; StoreError when the run itself is gone from the store.
 
-        Asks the store every BEAT_S seconds, and always while the lease may be another's: after an outage of the store
-        it still is ours if nobody took the next epoch.
+        Asks the store every BEAT_S seconds, or ``now``, and always while the lease may be another's: after an outage of
+        the store it still is ours if nobody took the next epoch.
         """
-        if not self._lease.valid or self._clock() - self._looked >= BEAT_S:
+        if now or not self._lease.valid or self._clock() - self._looked >= BEAT_S:
             if superseded(self._store, self._run_id, self.epoch):
                 raise Superseded(
                     f"Another driver has taken over run {self._run_id}: this one is number {self.epoch}.",

@@ -6,7 +6,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Generator
 
-from magi_ray.errors import MagiRayError, failure_class
+from magi_ray.errors import MagiRayError, Superseded, failure_class
 from magi_ray.render.decode import Decoder
 from magi_ray.render.denoise import Denoiser
 from magi_ray.render.embed import Embedder
@@ -75,7 +75,8 @@ class _Here:
     def work(self) -> None:
         """Carry out the scheduler's commands until it has none left."""
         while True:
-            self._events += self._driving.tick()
+            # Wishes first: a run that is to stop does not begin.
+            self._events.extendleft(self._driving.tick())
             while self._events:
                 for command in self._driving.handle(self._events.popleft()):
                     self._obey(command)
@@ -122,6 +123,8 @@ class _Here:
             happened = next(steps, None)
         except Exception as exc:  # noqa: BLE001 - as above
             self._denoising = None
+            if isinstance(exc, Superseded):
+                self._driving.doubt()
             self._events.append(_failed(task, exc))
             return
         if happened is None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from magi_ray.errors import Superseded
 from magi_ray.media.encoder import encoder_identity, find_ffmpeg
 from magi_ray.render.control import requested
-from magi_ray.render.inventory import take_stock, take_stock_of_run
+from magi_ray.render.inventory import take_stock, take_stock_of_run, untouched
 from magi_ray.render.journal import Journal, Outcome, read_failures
 from magi_ray.render.leading import Leadership, leading
 from magi_ray.render.progress import RunProgress, StepDone
@@ -21,6 +21,7 @@ from magi_ray.render.scheduler import (
     Event,
     Inspected,
     PauseAsked,
+    Row,
     Scheduler,
 )
 from magi_ray.storage.store import Store
@@ -48,6 +49,10 @@ class Session:
         for command in commands:
             self.journal.note(command)
         return commands
+
+    def doubt(self) -> None:
+        """To be called when a group was superseded: perhaps we are. Raises Superseded then."""
+        self._leadership.check(now=True)
 
     def note(self, step: StepDone) -> None:
         self.journal.note(step)
@@ -102,7 +107,7 @@ def session(
         earlier = {job: failed for job, failed in read_failures(store, run.run_id).items() if job not in retry}
         rows = [
             replace(row, failed=row.job_id in earlier and not row.published)
-            for row in take_stock_of_run(store, run, encoder, reread=retry)
+            for row in _stock(store, run, encoder, retry, leadership)
         ]
         journal = Journal(store, run, rows, earlier=earlier, observe=observe)
         scheduler = Scheduler(rows, max_failed_rows=max_failed_rows)
@@ -113,3 +118,25 @@ def session(
         except BaseException:
             journal.stop()
             raise
+
+
+class _Asked(Exception):
+    """Somebody asked the run to stop before it began."""
+
+
+def _stock(store: Store, run: Run, encoder: str, retry: Collection[str], leadership: Leadership) -> list[Row]:
+    """What the store holds of the run's rows; nothing, if it is to stop anyway. Looking may take minutes."""
+    looked = time.monotonic()
+
+    def meanwhile() -> None:
+        nonlocal looked
+        leadership.check()
+        if time.monotonic() - looked >= LOOK_S:
+            looked = time.monotonic()
+            if requested(store, run.run_id) is not None:
+                raise _Asked
+
+    try:
+        return take_stock_of_run(store, run, encoder, reread=retry, meanwhile=meanwhile)
+    except _Asked:
+        return [untouched(plan) for plan in run.plans.values()]

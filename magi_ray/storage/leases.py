@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from magi_ray.errors import InputError, ObjectMissing, StoreError, StoreUnavailable, Superseded
 from magi_ray.settings import Frozen
 from magi_ray.storage.records import canonical_json, new_write_id
+from magi_ray.storage.retrying import FAREWELL_S, hurried
 from magi_ray.storage.store import Store
 
 FORMAT_VERSION = 1
@@ -233,6 +234,7 @@ class Lease:
         """Let go. Losing it meanwhile is fine, and where the store is out of reach the lease ends by itself."""
         # Not ours any more from here on, since nobody knows when the swap will land.
         lost, self._lost = self._lost, Superseded(f"{self.key} was released.")
+        self._store = hurried(self._store, FAREWELL_S)
         with contextlib.suppress(StoreUnavailable):
             while lost is None:
                 free = self._record.model_copy(update={"holder": None, "write_id": new_write_id()})

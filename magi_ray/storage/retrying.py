@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +18,8 @@ from magi_ray.errors import ObjectMissing, StoreUnavailable
 from magi_ray.storage.store import Entry, Store
 
 PATIENCE_S = 120.0
+# For what is said at the end, and spares others a wait.
+FAREWELL_S = 5.0
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
 
@@ -27,6 +29,11 @@ T = TypeVar("T")
 def full_jitter(longest_s: float) -> float:
     """Evenly from 0 to ``longest_s``, by the system's randomness: no two machines wake together."""
     return random.SystemRandom().uniform(0.0, longest_s)
+
+
+def hurried(store: Store, patience_s: float) -> Store:
+    """``store`` with less patience, for what may fail: a farewell nobody waits for."""
+    return replace(store, patience_s=patience_s) if isinstance(store, RetryingStore) else store
 
 
 @dataclass(frozen=True)

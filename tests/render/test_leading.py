@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from runs import MakeRun
 
 from magi_ray.errors import StoreError, Superseded
+from magi_ray.render import control
+from magi_ray.render import session as session_module
 from magi_ray.render.leading import Leadership
+from magi_ray.render.local import render_here
+from magi_ray.render.scheduler import RunState
 from magi_ray.storage import keys
 from magi_ray.storage.epochs import become_driver, take_epoch
 from magi_ray.storage.leases import TTL_S, Owner
@@ -36,3 +41,18 @@ def test_a_driver_does_not_render_into_a_store_from_which_its_run_was_deleted() 
         lease.beat()
     with pytest.raises(StoreError, match="Run film is gone from memory:"):
         leadership.check()
+
+
+@pytest.mark.parametrize(("wish", "state"), [("pause", RunState.PAUSED), ("cancel", RunState.CANCELLED)])
+@pytest.mark.parametrize("look_s", [0.0, 3600.0])
+def test_a_run_that_is_to_stop_does_not_begin(
+    wish: control.Request, state: RunState, look_s: float, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Heard while the store is looked at, or right after.
+    monkeypatch.setattr(session_module, "LOOK_S", look_s)
+    store = MemoryStore()
+    run = make_run(store, [{"job_id": "a", "prompt": "sea", "num_chunks": 2}])
+    control.request(store, run.run_id, wish)
+    outcome = render_here(store, run)
+    assert (outcome.state, outcome.stages_rendered) == (state, 0)
+    assert not list(store.list("texts/"))

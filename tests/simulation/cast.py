@@ -439,8 +439,9 @@ class Driver:
                         self._stop_worker(name, 0.1)
                     self._start_worker(kind, avoid)
                 case Abandon(worker=name, job_id=job_id, to_stage_end=soon):
-                    worker = self.workers[name]
-                    (worker.stopping if soon else worker.abandoned).add(job_id)
+                    if name in self.workers:  # else it is gone, which the scheduler is told next
+                        worker = self.workers[name]
+                        (worker.stopping if soon else worker.abandoned).add(job_id)
                 case Inspect(job_id=job_id):
                     self._inbox.append((None, Inspected(row=self._take_stock(store, self.sim.run.plans[job_id]))))
                 case Release(kind=kind):
