@@ -51,7 +51,7 @@ OUT_OF_REACH_S = 3.0
 )  # fmt: skip
 @json_option
 def pause(run_id: str, store_uri: str, timeout_s: float, as_json: bool) -> None:
-    """Stop RUN when its stages in work are committed. So nothing is lost. `magi-ray resume` goes on with it."""
+    """Stop RUN when its stages in work are committed: at most one forward is lost. `magi-ray resume` goes on."""
     from magi_ray.commands.standing import Lookout
     from magi_ray.render import control
     from magi_ray.render.journal import read_noted
@@ -165,7 +165,7 @@ def _stop(driver: Driver, lookout: Lookout) -> tuple[str, bool]:
             return f"{driver} has ended", True
         left = alive(tree)
         kill(left)
-        words = f"{driver} has ended; {counted(len(left), 'part')} of it that were left were killed"
+        words = f"{driver} has ended; what was left of it was killed"
         return words, _within(KILLED_S, lambda: not alive(left))
     if not driver.here:
         return f"it has not ended within {ASKED_S:.0f} s", False
