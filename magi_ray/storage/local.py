@@ -30,7 +30,7 @@ LOCK_DEADLINE_S = 10.0
 
 _REMEDIES = {
     errno.ENOSPC: "The disk is full: free some space, then `magi-ray retry RUN --failed`. Nothing committed is lost.",
-    errno.EDQUOT: "Your quota is used up: free some space, then `magi-ray retry RUN --failed`. Nothing committed is lost.",
+    errno.EDQUOT: "Your quota is used up: free some space, then `magi-ray retry RUN --failed`; commits are kept.",
     errno.EACCES: "Allow this user to read and write the folder, or choose another with --store.",
     errno.EPERM: "The file system must allow hard links, and this user must own the folder; or choose another.",
     errno.EOPNOTSUPP: "This file system has no hard links; choose a folder on another one with --store.",
