@@ -121,16 +121,29 @@ class S3Store:
             return found["Body"].read(), _version(found["ETag"])
 
     def swap(self, key: str, data: bytes, version: str) -> str | None:
-        with self._calling(key) as client:
-            try:
-                done = client.put_object(
-                    Bucket=self.bucket, Key=self._name(key), Body=data, ContentMD5=_md5(data), IfMatch=version
-                )
-            except failures.ClientError as exc:
-                if _status(exc) == 412 or _is_missing(exc):
-                    return None
-                raise
-            return _version(done["ETag"])
+        # Servers differ in whether the quotation marks belong to an ETag.
+        for condition in (version, f'"{version}"'):
+            with self._calling(key) as client:
+                try:
+                    done = client.put_object(
+                        Bucket=self.bucket, Key=self._name(key), Body=data, ContentMD5=_md5(data), IfMatch=condition
+                    )
+                except failures.ClientError as exc:
+                    if _is_missing(exc):
+                        return None
+                    if _status(exc) != 412:
+                        raise
+                else:
+                    return _version(done["ETag"])
+            if self._version_now(key) != version:
+                return None
+        return None
+
+    def _version_now(self, key: str) -> str | None:
+        try:
+            return self.get_versioned(key)[1]
+        except ObjectMissing:
+            return None
 
     def exists(self, key: str) -> bool:
         # A read of one byte, since the error of a HEAD has no body: a missing bucket looks like a missing object.
@@ -341,7 +354,6 @@ def _md5(data: bytes) -> str:
 
 
 def _version(etag: str) -> str:
-    # Some servers compare an If-Match without looking behind its quotation marks.
     return etag.strip('"')
 
 

@@ -12,10 +12,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 from contract import StoreContract
 from rgw import Rgw
 
@@ -372,7 +375,35 @@ def test_a_refused_condition_is_a_no(answering: dict[str, Any]) -> None:
     answering |= {"status": 412, "code": "PreconditionFailed"}
     store = S3Store("films", "v1")
     assert store.put_if_absent("a", b"x") is False
-    assert store.swap("a", b"x", "version") is None
+
+
+@pytest.mark.parametrize("quoted", [False, True])
+def test_a_swap_works_whether_or_not_the_server_compares_the_quotation_marks_of_an_etag(
+    quoted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OneObject:
+        """What S3Store asks of boto3's client, for one object."""
+
+        def __init__(self) -> None:
+            self.data = b"1"
+            self.meta = SimpleNamespace(endpoint_url="here")
+
+        def get_object(self, **_: object) -> dict[str, Any]:
+            return {"Body": BytesIO(self.data), "ETag": f'"{self.data.decode()}"'}
+
+        def put_object(self, *, Body: bytes, IfMatch: str, **_: object) -> dict[str, Any]:
+            if IfMatch != (f'"{self.data.decode()}"' if quoted else self.data.decode()):
+                answer: Any = {"Error": {"Code": "PreconditionFailed"}, "ResponseMetadata": {"HTTPStatusCode": 412}}
+                raise ClientError(answer, "PutObject")
+            self.data = Body
+            return self.get_object()
+
+    client = OneObject()
+    monkeypatch.setattr("magi_ray.storage.s3._connect", lambda _: client)
+    store = S3Store("films")
+    assert store.swap("a", b"2", "1") == "2"
+    assert store.swap("a", b"3", "1") is None
+    assert client.data == b"2"
 
 
 def test_an_object_gone_before_its_swap_is_a_no(answering: dict[str, Any]) -> None:
