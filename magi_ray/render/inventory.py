@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from multiprocessing.pool import ThreadPool
@@ -48,12 +48,19 @@ def take_stock_of_run(
         return take_stock(store, run.run_id, plan, encoder, sizes=sizes, reread=plan.job_id in reread)
 
     rows = []
-    # A bucket answers many as fast as one; a folder does not. The pool's threads are daemons.
-    with ThreadPool(AT_ONCE if isinstance(store, RetryingStore) else 1) as pool:
-        for row in pool.imap(look, run.plans.values()):
-            rows.append(row)
-            meanwhile()
+    for row in _in_order(look, run.plans.values(), together=isinstance(store, RetryingStore)):
+        rows.append(row)
+        meanwhile()
     return rows
+
+
+def _in_order(look: Callable[[RowPlan], Row], plans: Iterable[RowPlan], *, together: bool) -> Iterator[Row]:
+    """``together``: a bucket answers many as fast as one; a folder does not."""
+    if not together:
+        yield from map(look, plans)
+        return
+    with ThreadPool(AT_ONCE) as pool:  # of daemons
+        yield from pool.imap(look, plans)
 
 
 def take_stock(
