@@ -17,6 +17,12 @@ import psutil
 MARK = "MAGI_RAY_TEST_MARK"
 
 
+def _heed_signals() -> None:
+    """As in a terminal, also where whoever started the tests ignores them: nohup, a shell's background."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Command:
     """``magi-ray`` in a session of its own; every process below it carries a mark, however it came to be."""
 
@@ -28,6 +34,7 @@ class Command:
                 [sys.executable, "-m", "magi_ray.cli", *words],
                 cwd=folder,
                 env={**os.environ, **environ, MARK: self.mark},
+                preexec_fn=_heed_signals,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
