@@ -386,7 +386,7 @@ class Driver:
                     case "cancel":
                         self._inbox.append((None, CancelAsked()))
             for name, (_, deadline) in list(self._pending.items()):
-                if self.process.clock() > deadline:
+                if self.process.clock() > deadline and name in self.workers:
                     self._lost(store, self.workers[name], FailureClass.INFRASTRUCTURE, "silent for too long")
         lease.check()
         self.state = self.scheduler.state
