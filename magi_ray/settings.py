@@ -195,13 +195,14 @@ class WeightPaths(Frozen):
         )
 
     @classmethod
-    def downloaded(cls, root: Path, *, release: str, fp8: bool, distill: bool) -> Self:
+    def downloaded(cls, root: Path, *, size: str, fp8: bool, distill: bool) -> Self:
         """The networks of a download: laid out as ``under`` does, as the published repository (``ckpt/magi/<release>``)
         or as its example configs (``<release>``, ``t5_pretrained``). ``root`` may also be the ``ckpt`` in it.
 
         Raises WeightsError with every place that was looked at for what is missing.
         """
         root, tokens = root.absolute(), "special_tokens.npz"
+        release = size + "_" + ("distill" if distill else "base") + "_quant" * fp8
         places = {  # network: (folders, what must be in them)
             "dit": (("magi", f"ckpt/magi/{release}", f"magi/{release}", release, "."),
                     inference_folder(fp8=fp8, distill=distill)),
@@ -353,7 +354,6 @@ def _variant(name: str, weights: Path) -> Settings:
     """One of the published variants (spec §1)."""
     size, *kind = name.split("-")
     distill, fp8, large = "distill" in kind, "fp8" in kind, size == "24B"
-    release = size + "_" + ("distill" if distill else "base") + "_quant" * fp8
     return _build(
         {
             "name": name,
@@ -378,7 +378,7 @@ def _variant(name: str, weights: Path) -> Settings:
             },
             "engine": {"fp8_quant": fp8, "distill": distill},
             "numeric": {"device": "cuda"},
-            "weights": WeightPaths.downloaded(weights, release=release, fp8=fp8, distill=distill).model_dump(),
+            "weights": WeightPaths.downloaded(weights, size=size, fp8=fp8, distill=distill).model_dump(),
         },
         source=f"preset {name}",
     )

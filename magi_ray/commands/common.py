@@ -170,7 +170,7 @@ def open_named_run(store: Store, run_id: str, verb: str, store_uri: str, *, weig
 
 def find_run(store: Store, run_id: str, verb: str, store_uri: str) -> str:
     """The id that ``run_id`` is or begins; it may be that of a damaged run. Raises RunNotFound."""
-    from magi_ray.render.run import damaged_runs, list_runs
+    from magi_ray.render.run import all_runs
     from magi_ray.storage import keys
 
     # A path, as the shell completes it, names the run by its last part.
@@ -179,11 +179,11 @@ def find_run(store: Store, run_id: str, verb: str, store_uri: str) -> str:
     with suppress(ValueError):
         if store.exists(keys.run_record(wanted)):
             return wanted
-    known = list_runs(store)
+    known, damaged = all_runs(store)
     fitting = [known_id for known_id in known if wanted and known_id.startswith(wanted)]
     if len(fitting) == 1:
         return fitting[0]
-    if wanted in damaged_runs(store):
+    if wanted in damaged:
         return wanted
     fitting = fitting[-5:] or difflib.get_close_matches(wanted, known, n=1, cutoff=0.4)
     at = at_store(store_uri)

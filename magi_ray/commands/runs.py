@@ -178,12 +178,12 @@ def status(run_id: str, store_uri: str, as_json: bool) -> None:
 @json_option
 def list_command(store_uri: str, as_json: bool) -> None:
     """The runs in the store, oldest first."""
-    from magi_ray.render.run import damaged_runs, list_runs
+    from magi_ray.render.run import all_runs
     from magi_ray.report import runs_table
 
     store = store_to_read(store_uri)
-    lines = [_summary(store, run_id) for run_id in list_runs(store)]
-    damaged = damaged_runs(store)
+    readable, damaged = all_runs(store)
+    lines = [_summary(store, run_id) for run_id in readable]
     if as_json:
         print_json({"runs": lines, "damaged": damaged})
     elif lines:

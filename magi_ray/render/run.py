@@ -10,7 +10,6 @@ import hashlib
 import re
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -232,24 +231,26 @@ def read_run(store: Store, run_id: str) -> tuple[RunRecord, Manifest]:
     return found, manifest
 
 
-def list_runs(store: Store) -> list[str]:
-    """Ids of all runs whose record can be read, oldest first. ``damaged_runs`` are the others."""
+def all_runs(store: Store) -> tuple[list[str], list[str]]:
+    """Ids of all runs: those whose record can be read, oldest first, and those whose ``run.json`` is damaged or gone."""
     created: dict[str, float] = {}
-    for run_id in _run_folders(store):
-        with suppress(ObjectDamaged, ObjectMissing):
+    damaged = []
+    for run_id in dict.fromkeys(filter(None, map(keys.run_of, store.list(keys.RUNS)))):
+        try:
             created[run_id] = _content(store, run_id).get("created_unix", 0.0)
-    return sorted(created, key=lambda run_id: created[run_id])
+        except (ObjectDamaged, ObjectMissing):
+            damaged.append(run_id)
+    return sorted(created, key=lambda run_id: created[run_id]), damaged
+
+
+def list_runs(store: Store) -> list[str]:
+    """The first of ``all_runs``."""
+    return all_runs(store)[0]
 
 
 def damaged_runs(store: Store) -> list[str]:
-    """Ids of the runs whose ``run.json`` is damaged or gone."""
-    readable = set(list_runs(store))
-    return [run_id for run_id in _run_folders(store) if run_id not in readable]
-
-
-def _run_folders(store: Store) -> list[str]:
-    """Ids of all runs."""
-    return list(dict.fromkeys(filter(None, map(keys.run_of, store.list(keys.RUNS)))))
+    """The second of ``all_runs``."""
+    return all_runs(store)[1]
 
 
 def _content(store: Store, run_id: str) -> dict[str, Any]:
@@ -274,8 +275,7 @@ def _weights_here(settings: Settings, folder: Path | None) -> WeightPaths:
     weights, engine = settings.weights, settings.engine
     if folder is not None:
         size = "24B" if settings.model.gated_linear_unit else "4.5B"
-        release = f"{size}_{'distill' if engine.distill else 'base'}{'_quant' * engine.fp8_quant}"
-        return WeightPaths.downloaded(folder, release=release, fp8=engine.fp8_quant, distill=engine.distill)
+        return WeightPaths.downloaded(folder, size=size, fp8=engine.fp8_quant, distill=engine.distill)
     if weights.made_in is not None and not weights.made_in.exists():
         return WeightPaths.under(cache_folder() / weights.made_in.name, made=True)
     return weights

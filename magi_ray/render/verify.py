@@ -13,7 +13,7 @@ from magi_ray.errors import InputError, MagiRayError, MediaError, ObjectDamaged,
 from magi_ray.media.encoder import encoder_identity, find_ffmpeg
 from magi_ray.render.durable import segment_pre_image
 from magi_ray.render.finish import read_video_record
-from magi_ray.render.run import Run, damaged_runs, list_runs, open_run
+from magi_ray.render.run import Run, all_runs, list_runs, open_run
 from magi_ray.storage import keys
 from magi_ray.storage.keys import Kind
 from magi_ray.storage.records import Payload, digest, measure, read_commit, read_record, unseal
@@ -60,8 +60,9 @@ def verify(
             work.all_commits(kind)
         for key in store.list("media/"):
             work.media(key)
-        for run_id in [*list_runs(store), *damaged_runs(store)]:
-            work.run(run_id)
+        for runs in all_runs(store):
+            for run_id in runs:
+                work.run(run_id)
     else:
         for run_id in run_ids:
             work.run(run_id)
@@ -130,7 +131,7 @@ class _Verifier:
                 with suppress(ObjectMissing):
                     data = self._store.get(where)
                     self._count(len(data))
-                    yield Damage(key=where, what=_sealed(data, "sha256") or f"is not the commit of {kind} {key}")
+                    yield Damage(key=where, what=_sealed(data) or f"is not the commit of {kind} {key}")
                 return
             self._count(0)
             named.update(payload.name for payload in commit.payloads.values())
@@ -188,7 +189,7 @@ class _Verifier:
     def _take(self, key: str) -> Iterator[Damage]:
         data = self._store.get(key)
         self._count(len(data))
-        if wrong := _sealed(data, "sha256"):
+        if wrong := _sealed(data):
             yield Damage(key=key, what=wrong)
 
     def _video(self, run_id: str, where: str) -> Iterator[Damage]:
@@ -234,10 +235,10 @@ class _Verifier:
             self.report.notes.append(note)
 
 
-def _sealed(data: bytes, under: str) -> str:
+def _sealed(data: bytes) -> str:
     """What is wrong with a sealed record; '' when nothing is."""
     try:
-        unseal(data, under=under)
+        unseal(data)
     except ObjectDamaged as exc:
         return _sentence(exc)
     return ""
