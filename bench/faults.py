@@ -42,8 +42,8 @@ from typed import Command, processes_with, wait_until
 from magi_ray.commands.drivers import log_path
 from magi_ray.manifest import write_manifest
 from magi_ray.models.tiny import ensure_tiny
-from magi_ray.render.journal import read_noted
-from magi_ray.render.run import Run, open_run
+from magi_ray.render.driving.reports import read_noted
+from magi_ray.render.runs.record import Run, open_run
 from magi_ray.settings import cache_folder, preset
 from magi_ray.storage import keys
 from magi_ray.storage.opening import open_store
@@ -457,13 +457,13 @@ def drive(how: str, store_uri: str, run_id: str) -> None:
 
     from magi_ray.cluster.driver import Deadlines, render_on_ray
     from magi_ray.cluster.resources import local_ray
-    from magi_ray.render.scheduler import Kind
+    from magi_ray.events import TaskKind
     from magi_ray.settings import prepare_ray_environment
 
     store = open_store(store_uri)
     run = open_run(store, run_id)
     if how == "one-node":
-        silence = {**Deadlines().silence_s, Kind.DENOISE: SILENCE_S}
+        silence = {**Deadlines().silence_s, TaskKind.DENOISE: SILENCE_S}
         with local_ray(namespace="faults", dashboard=False):
             render_on_ray(store, run, deadlines=Deadlines(silence_s=silence))
         return

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     import torch
 
     from magi_ray.models.vae.model import VAE
-    from magi_ray.render.denoise import Denoiser
-    from magi_ray.render.plan import RowPlan
+    from magi_ray.render.plans.row_plan import RowPlan
+    from magi_ray.render.tasks.denoise import Denoiser
 
 Frames = npt.NDArray[np.uint8]
 
@@ -142,7 +142,7 @@ class Model:
         fit: str | None = None,
     ) -> RowPlan:
         from magi_ray.media.preview import write_png
-        from magi_ray.render.run import create, prepare
+        from magi_ray.render.runs.record import create, prepare
 
         _one_of(num_frames=num_frames, num_chunks=num_chunks, seconds=seconds)
         _one_of(seed=seed, generator=generator)
@@ -178,8 +178,8 @@ class Model:
         return run.plans["video"]
 
     def _render(self, plan: RowPlan) -> Iterator[Frames]:
-        from magi_ray.render.latents import threads
-        from magi_ray.render.prefix import prefix_pixels
+        from magi_ray.render.artifacts.latents import threads
+        from magi_ray.render.artifacts.prefix import prefix_pixels
 
         if plan.timeline.included_frames:
             clip = prefix_pixels(self._store, plan)
@@ -195,12 +195,12 @@ class Model:
             yield frames
 
     def _chunks(self, plan: RowPlan) -> Iterator[Frames]:
+        from magi_ray.events import StageCommitted
         from magi_ray.models.vae.model import load_vae
-        from magi_ray.render.decode import decode_chunk
-        from magi_ray.render.denoise import Denoiser
-        from magi_ray.render.embed import Embedder
-        from magi_ray.render.latents import load_clean_chunk
-        from magi_ray.render.scheduler import StageCommitted
+        from magi_ray.render.artifacts.latents import load_clean_chunk
+        from magi_ray.render.tasks.decode import decode_chunk
+        from magi_ray.render.tasks.denoise import Denoiser
+        from magi_ray.render.tasks.embed import Embedder
         from magi_ray.storage import keys
 
         # T5 is let go again at once; what it said of a caption stays in the store.

@@ -15,12 +15,12 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from magi_ray.render.progress import Phase, RunProgress, VideoProgress
+from magi_ray.render.driving.progress import Phase, RunProgress, VideoProgress
 
 if TYPE_CHECKING:
-    from magi_ray.render.forecast import Forecast
-    from magi_ray.render.gc import Item
-    from magi_ray.render.verify import Damage
+    from magi_ray.render.upkeep.forecast import Forecast
+    from magi_ray.render.upkeep.gc import Item
+    from magi_ray.render.upkeep.verify import Damage
     from magi_ray.storage.probe import Finding
 
 MAX_BARS = 12

@@ -13,7 +13,7 @@ from rgw import Rgw, why_not
 from runs import MakeRun
 
 from magi_ray.manifest import Defaults, manifest_of
-from magi_ray.render.run import Run, create, prepare
+from magi_ray.render.runs.record import Run, create, prepare
 from magi_ray.settings import Settings, override, preset
 from magi_ray.storage.store import Store
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from magi_ray.render.latents import load_clean_chunk
-from magi_ray.render.run import Run
+from magi_ray.render.artifacts.latents import load_clean_chunk
+from magi_ray.render.runs.record import Run
 from magi_ray.storage import keys
 from magi_ray.storage.store import Store
 

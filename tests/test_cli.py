@@ -27,8 +27,8 @@ from magi_ray.commands import standing, steering
 from magi_ray.commands.common import find_run
 from magi_ray.errors import MediaError
 from magi_ray.manifest import write_manifest
-from magi_ray.render.progress import RunProgress
-from magi_ray.render.run import create, prepare
+from magi_ray.render.driving.progress import RunProgress
+from magi_ray.render.runs.record import create, prepare
 from magi_ray.settings import job
 from magi_ray.storage import keys
 from magi_ray.storage.leases import LeaseRecord, Owner
@@ -467,7 +467,7 @@ def test_a_render_that_fails_leaves_the_file_alone(here: Path, monkeypatch: pyte
     def join(*args: object, **options: object) -> None:
         raise MediaError("not today")
 
-    monkeypatch.setattr("magi_ray.render.finish.join", join)
+    monkeypatch.setattr("magi_ray.render.tasks.finish.join", join)
     result = run(*words)
     assert result.exit_code == 4
     assert result.stdout == ""

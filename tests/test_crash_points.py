@@ -13,8 +13,8 @@ import pytest
 from crashing import CrashingStore, Death
 from runs import MakeRun, contents, stage_commits
 
-from magi_ray.render.local import render_here
-from magi_ray.render.run import Run
+from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.runs.record import Run
 from magi_ray.settings import Settings, override
 from magi_ray.storage.leases import Owner
 from magi_ray.storage.memory import MemoryStore

@@ -22,8 +22,8 @@ from magi_ray.commands import steering
 from magi_ray.commands.drivers import last_error, notes_path, noting, read_notes
 from magi_ray.errors import MagiRayError, ObjectDamaged, StoreDenied, Superseded, WeightsError, WorkerLost
 from magi_ray.manifest import write_manifest
-from magi_ray.render.local import render_here
-from magi_ray.render.run import create, open_run, prepare
+from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.runs.record import create, open_run, prepare
 from magi_ray.settings import job
 from magi_ray.storage import keys
 from magi_ray.storage.local import LocalStore

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HEIGHT = {
-    "errors": 0, "timeline": 0, "manifest": 0, "settings": 0,
+    "errors": 0, "events": 0, "timeline": 0, "manifest": 0, "settings": 0,
     "parallel": 1,
     "sampling": 2, "models": 2, "storage": 2, "media": 2,
     "render": 3,
@@ -22,12 +22,12 @@ HEIGHT = {
     "api": 5, "commands": 5, "cli": 5, "report": 5, "__main__": 5,
 }  # fmt: skip
 # Parts of one height that may know each other; other neighbours may not.
-TOGETHER = ({"errors", "timeline", "manifest", "settings"}, {"cli", "commands", "report", "__main__"})
+TOGETHER = ({"errors", "events", "timeline", "manifest", "settings"}, {"cli", "commands", "report", "__main__"})
 NOT_ON_THE_GROUND = {"torch", "ray", "boto3", "botocore", "requests", "httpx", "socket", "http", "urllib.request"}
 
 
 def part_of(module: str) -> str:
-    """The part that ``module`` belongs to: "render" for magi_ray.render.plan; "" for the package itself."""
+    """The part that ``module`` belongs to: "render" for magi_ray.render.plans.row_plan; "" for the package itself."""
     return module.split(".")[1] if "." in module else ""
 
 
@@ -150,20 +150,20 @@ THREAD = "a thread that is not a daemon"
 @pytest.mark.parametrize(
     ("module", "source", "fault"),
     [
-        ("magi_ray.storage.local", "from magi_ray.render.plan import Plan", "storage imports render" + ABOVE),
+        ("magi_ray.storage.local", "from magi_ray.render.plans.row_plan import Plan", "storage imports render" + ABOVE),
         ("magi_ray.storage.local", "from magi_ray import render", "storage imports render" + ABOVE),
-        ("magi_ray.storage.local", "import magi_ray.render.plan", "storage imports render" + ABOVE),
+        ("magi_ray.storage.local", "import magi_ray.render.plans.row_plan", "storage imports render" + ABOVE),
         ("magi_ray.storage.local", "from ..render import plan", "storage imports render" + ABOVE),
         ("magi_ray.storage.local", "from .. import render", "storage imports render" + ABOVE),
         ("magi_ray.errors", "def f():\n    from magi_ray import storage", "errors imports storage" + ABOVE),
-        ("magi_ray.render.plan", "import magi_ray.cluster", "render imports cluster" + ABOVE),
+        ("magi_ray.render.plans.row_plan", "import magi_ray.cluster", "render imports cluster" + ABOVE),
         ("magi_ray.cluster.actors", "from magi_ray.cli import main", "cluster imports cli" + ABOVE),
         ("magi_ray.parallel.groups", "import magi_ray.models", "parallel imports models" + ABOVE),
         ("magi_ray", "from magi_ray.cli import main", "the package imports cli" + ABOVE),
         ("magi_ray.storage.local", "from magi_ray.media import reader", "storage imports its neighbour media"),
         ("magi_ray.models.dit.model", "from ...sampling import window", "models imports its neighbour sampling"),
-        ("magi_ray.render.local", "import ray", "render imports ray" + ONLY),
-        ("magi_ray.render.local", "from ray.util import state", "render imports ray" + ONLY),
+        ("magi_ray.render.driving.local_workers", "import ray", "render imports ray" + ONLY),
+        ("magi_ray.render.driving.local_workers", "from ray.util import state", "render imports ray" + ONLY),
         ("magi_ray.cli", "import importlib\nimportlib.import_module('ray')", "cli imports ray" + ONLY),
         ("magi_ray.cli", "__import__('r' + 'ay')", "imports a name made at run time, which no one can check"),
         ("magi_ray.manifest", "import torch.nn", "manifest imports torch" + GROUND),
@@ -174,8 +174,8 @@ THREAD = "a thread that is not a daemon"
         ("magi_ray.cluster.driver", "import ray\nray.get(x)", "ray.get without a timeout"),
         ("magi_ray.cluster.driver", "import ray\nray.wait([x], timeout=None)", "ray.wait without a timeout"),
         ("magi_ray.cluster.driver", "from ray import get\nget(x)", "get without a timeout"),
-        ("magi_ray.render.local", "import threading\nthreading.Thread(target=f)", THREAD),
-        ("magi_ray.render.local", "from threading import Thread\nThread(target=f, daemon=False)", THREAD),
+        ("magi_ray.render.driving.local_workers", "import threading\nthreading.Thread(target=f)", THREAD),
+        ("magi_ray.render.driving.loop", "from threading import Thread\nThread(target=f, daemon=False)", THREAD),
         ("magi_ray.helpers", "x = 1", "helpers stands on no floor"),
     ],
 )  # fmt: skip
@@ -188,10 +188,13 @@ def test_the_reader_of_imports_sees_what_is_wrong(module: str, source: str, faul
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("magi_ray.render.plan", "from magi_ray.storage import keys\nfrom . import identity\nimport magi_ray.errors"),
+        (
+            "magi_ray.render.plans.row_plan",
+            "from magi_ray.storage import keys\nfrom . import identity\nimport magi_ray.errors",
+        ),
         ("magi_ray.manifest", "from magi_ray.settings import Settings\nfrom urllib.parse import unquote"),
         ("magi_ray.cluster.driver", "import ray\nray.get(x, timeout=5)\nray.wait([x], timeout=limit)\nq.get()"),
-        ("magi_ray.render.local", "import threading\nthreading.Thread(target=f, daemon=True)"),
+        ("magi_ray.render.driving.local_workers", "import threading\nthreading.Thread(target=f, daemon=True)"),
         ("magi_ray.settings", "import os\nos.environ['A']"),
         ("magi_ray.cli", "from magi_ray import __version__\nfrom magi_ray.report import show"),
     ],

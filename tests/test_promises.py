@@ -35,16 +35,16 @@ from magi_ray.errors import (
 )
 from magi_ray.manifest import write_manifest
 from magi_ray.media.encoder import encoder_identity, find_ffmpeg
-from magi_ray.render.decode import Decoder
-from magi_ray.render.denoise import Denoiser
-from magi_ray.render.embed import Embedder
-from magi_ray.render.finish import finish
-from magi_ray.render.gc import collect, garbage
-from magi_ray.render.leading import denoising
-from magi_ray.render.local import render_here
-from magi_ray.render.progress import RunProgress
-from magi_ray.render.run import Run
-from magi_ray.render.verify import verify
+from magi_ray.render.driving.leadership import denoising
+from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.progress import RunProgress
+from magi_ray.render.runs.record import Run
+from magi_ray.render.tasks.decode import Decoder
+from magi_ray.render.tasks.denoise import Denoiser
+from magi_ray.render.tasks.embed import Embedder
+from magi_ray.render.tasks.finish import finish
+from magi_ray.render.upkeep.gc import collect, garbage
+from magi_ray.render.upkeep.verify import verify
 from magi_ray.settings import Settings, override, preset
 from magi_ray.storage import keys
 from magi_ray.storage.local import LocalStore
@@ -155,8 +155,8 @@ _MEASURE = """
 import sys
 from pathlib import Path
 from magi_ray.manifest import Defaults, manifest_of
-from magi_ray.render.local import render_here
-from magi_ray.render.run import create, prepare
+from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.runs.record import create, prepare
 from magi_ray.settings import override, preset
 from magi_ray.storage.local import LocalStore
 

@@ -6,7 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from magi_ray.render.progress import Phase, RunProgress, StepDone, VideoProgress
+from magi_ray.events import StepDone
+from magi_ray.render.driving.progress import Phase, RunProgress, VideoProgress
 from magi_ray.report import LINE_INTERVAL_S, MAX_BARS, bars, describe, follow, manifest_table, status_table, summary
 
 

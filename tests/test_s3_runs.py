@@ -20,11 +20,11 @@ from typed import Command, wait_until
 
 from magi_ray.errors import ManifestError, StoreUnavailable
 from magi_ray.manifest import write_manifest
-from magi_ray.render.local import render_here
-from magi_ray.render.media import MediaFiles
-from magi_ray.render.progress import RunProgress
-from magi_ray.render.run import Run, create, prepare
-from magi_ray.render.verify import verify
+from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.progress import RunProgress
+from magi_ray.render.runs.media import MediaFiles
+from magi_ray.render.runs.record import Run, create, prepare
+from magi_ray.render.upkeep.verify import verify
 from magi_ray.settings import preset
 from magi_ray.storage import keys, leases, opening
 from magi_ray.storage.memory import MemoryStore

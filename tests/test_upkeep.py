@@ -19,9 +19,9 @@ from magi_ray.cli import cli
 from magi_ray.commands.common import out
 from magi_ray.errors import MediaError
 from magi_ray.manifest import Defaults, manifest_of
-from magi_ray.render.gc import Item
-from magi_ray.render.local import render_here
-from magi_ray.render.run import Run, create, prepare
+from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.runs.record import Run, create, prepare
+from magi_ray.render.upkeep.gc import Item
 from magi_ray.report import garbage_table
 from magi_ray.settings import Settings
 from magi_ray.storage import keys

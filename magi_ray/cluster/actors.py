@@ -16,10 +16,9 @@ from typing import Any, TypeVar
 
 import ray
 
-from magi_ray.render.leading import denoising
-from magi_ray.render.plan import RowPlan
-from magi_ray.render.progress import StepDone
-from magi_ray.render.scheduler import Kind, StageCommitted
+from magi_ray.events import StageCommitted, StepDone, TaskKind
+from magi_ray.render.driving.leadership import denoising
+from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.settings import Settings
 from magi_ray.storage import keys
 from magi_ray.storage.store import Store
@@ -77,14 +76,14 @@ class TaskWorker:
             raise
 
     def _use_threads(self) -> None:
-        from magi_ray.render.latents import use_threads
+        from magi_ray.render.artifacts.latents import use_threads
 
         use_threads(self._settings.numeric.cpu_threads)
 
 
 class EmbedWorker(TaskWorker):
     def load(self) -> None:
-        from magi_ray.render.embed import Embedder
+        from magi_ray.render.tasks.embed import Embedder
 
         self._use_threads()
         with self._telling("Loading"):
@@ -106,7 +105,7 @@ class DenoiseWorker(TaskWorker):
 
     @_in_group("work")
     def load(self) -> None:
-        from magi_ray.render.denoise import Denoiser
+        from magi_ray.render.tasks.denoise import Denoiser
 
         self._use_threads()
         with self._telling("Loading"):
@@ -137,7 +136,7 @@ class DenoiseWorker(TaskWorker):
 
 class DecodeWorker(TaskWorker):
     def load(self) -> None:
-        from magi_ray.render.decode import Decoder
+        from magi_ray.render.tasks.decode import Decoder
 
         self._use_threads()
         with self._telling("Loading"):
@@ -151,15 +150,15 @@ class DecodeWorker(TaskWorker):
 
 class FinishWorker(TaskWorker):
     def carry_out(self, plan: RowPlan, _index: int) -> None:
-        from magi_ray.render.finish import finish
+        from magi_ray.render.tasks.finish import finish
 
         with self._telling(f"Finishing job {plan.job_id}"):
             finish(self._store, self._run_id, plan, self._encoder)
 
 
-WORKERS: Mapping[Kind, type[TaskWorker]] = {
-    Kind.EMBED: EmbedWorker,
-    Kind.DENOISE: DenoiseWorker,
-    Kind.DECODE: DecodeWorker,
-    Kind.FINISH: FinishWorker,
+WORKERS: Mapping[TaskKind, type[TaskWorker]] = {
+    TaskKind.EMBED: EmbedWorker,
+    TaskKind.DENOISE: DenoiseWorker,
+    TaskKind.DECODE: DecodeWorker,
+    TaskKind.FINISH: FinishWorker,
 }

@@ -15,28 +15,26 @@ from magi_ray.cluster.actors import WORKERS, TaskWorker, Whereabouts
 from magi_ray.cluster.failures import classify, own_error, worker_is_gone
 from magi_ray.cluster.group import Worker, needed
 from magi_ray.errors import StoreError, Superseded, WorkerLost
-from magi_ray.render.inventory import stages_done
-from magi_ray.render.journal import Outcome
-from magi_ray.render.progress import RunProgress, StepDone
-from magi_ray.render.run import Run
-from magi_ray.render.scheduler import (
+from magi_ray.events import StageCommitted, StepDone, Task, TaskKind
+from magi_ray.render.driving.inventory import stages_done
+from magi_ray.render.driving.progress import RunProgress
+from magi_ray.render.driving.reports import Outcome
+from magi_ray.render.driving.scheduler import (
     Abandon,
     Command,
     Event,
     Inspect,
-    Kind,
     NodesSeen,
     Release,
     Replace,
-    StageCommitted,
-    Task,
+    RunTask,
     TaskDone,
     TaskFailed,
     WorkerGone,
     WorkerReady,
 )
-from magi_ray.render.scheduler import Run as RunTask
-from magi_ray.render.session import Session, session
+from magi_ray.render.driving.session import Session, session
+from magi_ray.render.runs.record import Run
 from magi_ray.storage.store import Store
 
 TICK_S = 1.0
@@ -45,7 +43,7 @@ NODES_S = 5.0
 # Workers of a kind that may fail to start, one after the other, before the run is given up.
 MAX_FAILED_STARTS = 3
 # Starting is most of what a short run takes. So workers load in the order in which they get to work, not all at once.
-_STARTS_AFTER = {Kind.DECODE: Kind.DENOISE, Kind.FINISH: Kind.DECODE}
+_STARTS_AFTER = {TaskKind.DECODE: TaskKind.DENOISE, TaskKind.FINISH: TaskKind.DECODE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +56,7 @@ class Deadlines:
 
     placement_s: float = 120.0
     load_s: float = 3600.0
-    silence_s: Mapping[Kind, float] = field(default_factory=lambda: dict.fromkeys(Kind, 3600.0))
+    silence_s: Mapping[TaskKind, float] = field(default_factory=lambda: dict.fromkeys(TaskKind, 3600.0))
     answer_s: float = 60.0
 
 
@@ -79,7 +77,7 @@ def render_on_ray(
     *,
     observe: Callable[[RunProgress], None] | None = None,
     deadlines: Deadlines | None = None,
-    workers: Mapping[Kind, type[TaskWorker]] = WORKERS,
+    workers: Mapping[TaskKind, type[TaskWorker]] = WORKERS,
     take_over: bool = False,
     retry: Collection[str] = (),
     max_failed_rows: int | None = None,
@@ -102,7 +100,7 @@ def render_on_ray(
 
 
 class _Driver:
-    def __init__(self, driving: Session, deadlines: Deadlines, classes: Mapping[Kind, type[TaskWorker]]) -> None:
+    def __init__(self, driving: Session, deadlines: Deadlines, classes: Mapping[TaskKind, type[TaskWorker]]) -> None:
         self._driving, self._run = driving, driving.run
         self._deadlines, self._classes = deadlines, classes
         self._scheduler = driving.scheduler
@@ -110,12 +108,12 @@ class _Driver:
         self._whereabouts: dict[str, Whereabouts] = {}
         self._pending: dict[Any, _Pending] = {}
         self._events: deque[Event] = deque()
-        self._started: Counter[Kind] = Counter()
-        self._ready: set[Kind] = set()
-        self._failed_starts: Counter[Kind] = Counter()
+        self._started: Counter[TaskKind] = Counter()
+        self._ready: set[TaskKind] = set()
+        self._failed_starts: Counter[TaskKind] = Counter()
         self._looked_at_nodes = -NODES_S
-        self._nodes: dict[Kind, frozenset[str]] = {}
-        self._without_room: dict[Kind, frozenset[str]] = {}
+        self._nodes: dict[TaskKind, frozenset[str]] = {}
+        self._without_room: dict[TaskKind, frozenset[str]] = {}
 
     def drive(self) -> None:
         while True:
@@ -189,14 +187,14 @@ class _Driver:
             self._failed_starts[kind] = 0
             self._ready.add(kind)
             self._events.append(WorkerReady(worker=name, kind=kind, node=self._whereabouts[name].node))
-        elif pending.task.kind is Kind.DENOISE:
+        elif pending.task.kind is TaskKind.DENOISE:
             try:
                 reference = next(waitable)
             except StopIteration:
                 self._events.append(TaskDone(worker=pending.worker, task=pending.task))
                 return
             happened = ray.get(reference, timeout=self._deadlines.answer_s)
-            self._expect(waitable, pending.worker, pending.task, self._deadlines.silence_s[Kind.DENOISE])
+            self._expect(waitable, pending.worker, pending.task, self._deadlines.silence_s[TaskKind.DENOISE])
             if isinstance(happened, StepDone):
                 self._driving.note(happened)
             else:
@@ -249,7 +247,7 @@ class _Driver:
 
     def _committed_unseen(self, task: Task) -> list[StageCommitted]:
         """The stages a lost worker committed, reported or not: none of them is to be computed again."""
-        if task.kind is not Kind.DENOISE:
+        if task.kind is not TaskKind.DENOISE:
             return []
         plan = self._run.plans[task.job_id]
         try:
@@ -262,14 +260,14 @@ class _Driver:
         ]
 
     def _start_what_is_due(self) -> None:
-        for kind in Kind:
+        for kind in TaskKind:
             before = _STARTS_AFTER.get(kind)
             waits = before is not None and before not in self._ready and self._scheduler.needs(before)
             if not waits and not self._started[kind] and self._scheduler.needs(kind):
-                for _ in range(self._run.settings.decoders if kind is Kind.DECODE else 1):
+                for _ in range(self._run.settings.decoders if kind is TaskKind.DECODE else 1):
                     self._start_worker(kind)
 
-    def _start_worker(self, kind: Kind, *, avoid: frozenset[str] = frozenset()) -> None:
+    def _start_worker(self, kind: TaskKind, *, avoid: frozenset[str] = frozenset()) -> None:
         name = f"{kind}-{self._started[kind]}"
         self._started[kind] += 1
         self._workers[name] = Worker(
@@ -291,13 +289,13 @@ class _Driver:
         if now - self._looked_at_nodes < NODES_S:
             return
         self._looked_at_nodes = now
-        for kind in Kind:
+        for kind in TaskKind:
             nodes = self._nodes_for(kind) - self._without_room.get(kind, frozenset())
             if nodes != self._nodes.get(kind):
                 self._nodes[kind] = nodes
                 self._events.append(NodesSeen(kind=kind, nodes=nodes))
 
-    def _nodes_for(self, kind: Kind) -> frozenset[str]:
+    def _nodes_for(self, kind: TaskKind) -> frozenset[str]:
         """The nodes that are alive and large enough, were they free."""
         wanted = needed(kind, self._run.settings)
         return frozenset(

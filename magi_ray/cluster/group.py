@@ -10,8 +10,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from magi_ray.cluster.actors import TaskWorker
 from magi_ray.errors import WorkerLost
-from magi_ray.render.plan import RowPlan
-from magi_ray.render.scheduler import Kind
+from magi_ray.events import TaskKind
+from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.settings import Settings
 from magi_ray.storage.store import Store
 
@@ -28,7 +28,7 @@ class Worker:
 
     def __init__(
         self,
-        kind: Kind,
+        kind: TaskKind,
         name: str,
         *,
         of: type[TaskWorker],
@@ -44,7 +44,7 @@ class Worker:
         elsewhere = {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"} if avoid else {}
         self._placement: PlacementGroup | None = None
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "max_task_retries": 0}
-        if kind is Kind.DENOISE:
+        if kind is TaskKind.DENOISE:
             self._placement = placement_group(
                 [self._needs], strategy="STRICT_PACK", bundle_label_selector=[elsewhere] if elsewhere else None
             )
@@ -79,7 +79,7 @@ class Worker:
 
     def start(self, plan: RowPlan, index: int) -> Any:
         """Begin a task: a generator of events for denoising, a reference for the rest."""
-        if self.kind is Kind.DENOISE:
+        if self.kind is TaskKind.DENOISE:
             render = self._actor.render.options(
                 num_returns="streaming", _generator_backpressure_num_objects=_EVENTS_AHEAD
             )
@@ -88,7 +88,7 @@ class Worker:
 
     def abandon(self, job_id: str, *, to_stage_end: bool) -> None:
         """Ask a denoise worker to stop working on ``job_id``; the others are done soon anyway."""
-        if self.kind is Kind.DENOISE:
+        if self.kind is TaskKind.DENOISE:
             self._actor.abandon.remote(job_id, to_stage_end)
 
     def stop(self) -> None:
@@ -98,8 +98,8 @@ class Worker:
             remove_placement_group(self._placement)
 
 
-def needed(kind: Kind, settings: Settings) -> dict[str, float]:
+def needed(kind: TaskKind, settings: Settings) -> dict[str, float]:
     """What Ray is asked to keep free for a worker of ``kind``."""
-    if kind is not Kind.DENOISE:
+    if kind is not TaskKind.DENOISE:
         return {}
     return {"CPU": 1.0, "GPU": 1.0} if settings.numeric.device == "cuda" else {"CPU": 1.0}

@@ -20,7 +20,7 @@ from magi_ray.errors import InputError, MagiRayError, RunNotFound, SettingsError
 from magi_ray.settings import PRESETS, Settings, device_here, job, override, preset, published
 
 if TYPE_CHECKING:
-    from magi_ray.render.run import Run
+    from magi_ray.render.runs.record import Run
     from magi_ray.storage.store import Store
 
 # Somebody waits for the answer, and may type again.
@@ -163,14 +163,14 @@ def open_named_run(store: Store, run_id: str, verb: str, store_uri: str, *, weig
 
     weights: where its networks lie on this machine, if not where they lay at submission.
     """
-    from magi_ray.render.run import open_run
+    from magi_ray.render.runs.record import open_run
 
     return open_run(store, find_run(store, run_id, verb, store_uri), weights=weights)
 
 
 def find_run(store: Store, run_id: str, verb: str, store_uri: str) -> str:
     """The id that ``run_id`` is or begins; it may be that of a damaged run. Raises RunNotFound."""
-    from magi_ray.render.run import all_runs
+    from magi_ray.render.runs.record import all_runs
     from magi_ray.storage import keys
 
     # A path, as the shell completes it, names the run by its last part.

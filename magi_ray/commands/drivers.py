@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from magi_ray import errors
 from magi_ray.commands.common import as_ours
 from magi_ray.errors import MagiRayError
-from magi_ray.render.journal import Outcome
+from magi_ray.render.driving.reports import Outcome
 from magi_ray.settings import Frozen, cache_folder
 from magi_ray.storage.leases import Owner, gone
 from magi_ray.storage.store import Store

@@ -24,7 +24,7 @@ from magi_ray.commands.inputs import require_manifest
 from magi_ray.settings import Settings
 
 if TYPE_CHECKING:
-    from magi_ray.render.run import Run
+    from magi_ray.render.runs.record import Run
     from magi_ray.storage.store import Store
 
 
@@ -50,7 +50,7 @@ def prepared(
     # Rows first: this takes a moment, what follows loads torch.
     read_manifest(manifest, Defaults.of(settings))
     store = store_to_write(store_uri)
-    from magi_ray.render.run import prepare
+    from magi_ray.render.runs.record import prepare
 
     run, files = prepare(manifest.read_bytes(), name=str(manifest), base=manifest.parent, settings=settings)
     for note in run.manifest.notes:
@@ -61,8 +61,8 @@ def prepared(
 def show_plan(typed: list[str], store: Store, run: Run, *, as_json: bool) -> None:
     """A line for each row, the sums, and the command that does it. ``typed``: `plan` or `submit --dry-run`."""
     from magi_ray.media.encoder import encoder_identity, find_ffmpeg
-    from magi_ray.render.forecast import forecast
-    from magi_ray.render.run import with_takes
+    from magi_ray.render.runs.record import with_takes
+    from magi_ray.render.upkeep.forecast import forecast
     from magi_ray.report import plan_table
 
     rows = forecast(store, with_takes(store, run), encoder_identity(find_ffmpeg()))

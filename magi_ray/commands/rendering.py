@@ -32,9 +32,9 @@ from magi_ray.errors import MagiRayError, StoreError, Superseded
 
 if TYPE_CHECKING:
     from magi_ray.commands.drivers import End, Notebook
-    from magi_ray.render.journal import Noted, Outcome
-    from magi_ray.render.run import Run
-    from magi_ray.render.scheduler import RunState
+    from magi_ray.render.driving.reports import Noted, Outcome
+    from magi_ray.render.driving.scheduler import RunState
+    from magi_ray.render.runs.record import Run
     from magi_ray.storage.store import Store
 
 LOOK_S = 0.5
@@ -100,7 +100,7 @@ def weights_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def all_published(store: Store, run: Run) -> bool:
-    from magi_ray.render.finish import published as published_video
+    from magi_ray.render.tasks.finish import published as published_video
 
     return all(published_video(store, run.run_id, plan) is not None for plan in run.plans.values())
 
@@ -128,9 +128,9 @@ def render_now(store: Store, run: Run, how: How, notebook: Notebook | None = Non
 
 
 def _render(store: Store, run: Run, how: How, notebook: Notebook | None) -> Outcome:
-    from magi_ray.render.control import requested
-    from magi_ray.render.journal import read_failures
-    from magi_ray.render.scheduler import RunState
+    from magi_ray.render.driving.reports import read_failures
+    from magi_ray.render.driving.requests import requested
+    from magi_ray.render.driving.scheduler import RunState
     from magi_ray.report import follow
 
     if not how.retry and all_published(store, run):
@@ -142,7 +142,7 @@ def _render(store: Store, run: Run, how: How, notebook: Notebook | None) -> Outc
             return _at_rest(store, run, RunState.CANCELLED)
     retry = frozenset(read_failures(store, run.run_id) if how.retry_failed else ()) | frozenset(how.retry)
     if how.local:
-        from magi_ray.render.local import render_here
+        from magi_ray.render.driving.local_workers import render_here
 
         with follow(stderr()) as show:
             return render_here(
@@ -166,8 +166,8 @@ def _render(store: Store, run: Run, how: How, notebook: Notebook | None) -> Outc
 def _at_rest(store: Store, run: Run, state: RunState) -> Outcome:
     """How the run stands. Neither Ray nor torch is needed to say so."""
     from magi_ray.media.encoder import encoder_identity, find_ffmpeg
-    from magi_ray.render.inventory import take_stock_of_run
-    from magi_ray.render.journal import Journal, read_failures
+    from magi_ray.render.driving.inventory import take_stock_of_run
+    from magi_ray.render.driving.reports import Journal, read_failures
 
     earlier = read_failures(store, run.run_id)
     rows = [
@@ -209,7 +209,7 @@ def render_apart(store: Store, run: Run, store_uri: str, how: How, *, as_json: b
     """Render what is left in a process that outlives this one and its terminal; follow it to its end and say how it
     ended, or with ``no_wait`` leave it alone as soon as it has begun."""
     from magi_ray.commands.standing import refuse_second
-    from magi_ray.render import control
+    from magi_ray.render.driving import requests as control
 
     again = command_line("resume", run, store_uri)
     if not how.retry and all_published(store, run):
@@ -338,7 +338,7 @@ class _Child:
 
     def _noted(self) -> Noted | None:
         """What is noted in the store of how far the run is. A store that is out of reach does not end us."""
-        from magi_ray.render.journal import read_noted
+        from magi_ray.render.driving.reports import read_noted
 
         try:
             return read_noted(self._store, self._run.run_id)

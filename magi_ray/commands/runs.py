@@ -48,8 +48,8 @@ from magi_ray.settings import Settings
 
 if TYPE_CHECKING:
     from magi_ray.commands.standing import Driver
-    from magi_ray.render.progress import RunProgress
-    from magi_ray.render.run import Run
+    from magi_ray.render.driving.progress import RunProgress
+    from magi_ray.render.runs.record import Run
     from magi_ray.storage.store import Store
 
 
@@ -80,7 +80,7 @@ def submit(
     if dry_run:
         show_plan(typed, store, run, as_json=as_json)
         return
-    from magi_ray.render.run import create, read_run, with_takes
+    from magi_ray.render.runs.record import create, read_run, with_takes
 
     check(store)
     if create(store, run, files):
@@ -133,7 +133,7 @@ def drive(
     """Render RUN in this very process, until its end. For job systems and containers, and what `submit` and `resume`
     start. Ctrl-C and SIGTERM stop it. A run that was paused or cancelled stays so."""
     from magi_ray.commands.drivers import noting
-    from magi_ray.render import control
+    from magi_ray.render.driving import requests as control
     from magi_ray.storage.retrying import PATIENCE_S
 
     # Nobody waits here: an outage may last.
@@ -178,7 +178,7 @@ def status(run_id: str, store_uri: str, as_json: bool) -> None:
 @json_option
 def list_command(store_uri: str, as_json: bool) -> None:
     """The runs in the store, oldest first."""
-    from magi_ray.render.run import all_runs
+    from magi_ray.render.runs.record import all_runs
     from magi_ray.report import runs_table
 
     store = store_to_read(store_uri)
@@ -261,8 +261,8 @@ def render(
     with as_options():
         manifest = manifest_of([row], Defaults.of(settings), base=Path.cwd(), name="the options of render")
     store = store_to_write(store_uri)
-    from magi_ray.render import control
-    from magi_ray.render.run import create, prepare
+    from magi_ray.render.driving import requests as control
+    from magi_ray.render.runs.record import create, prepare
 
     with as_options():
         run, files = prepare(manifest.parquet(), name=out.name, base=Path.cwd(), settings=settings)
@@ -293,7 +293,7 @@ def _summary(store: Store, run_id: str) -> dict[str, Any]:
     from pyarrow import BufferReader, parquet
 
     from magi_ray.commands.standing import driver_of, state_of
-    from magi_ray.render.journal import read_failures, read_noted
+    from magi_ray.render.driving.reports import read_failures, read_noted
     from magi_ray.storage import keys
     from magi_ray.storage.records import read_record
 
@@ -324,8 +324,8 @@ def _standing(store: Store, run: Run, driver: Driver | None) -> tuple[RunProgres
     While it is rendered the driver's notes are the newest; otherwise the store is asked for what it holds.
     """
     from magi_ray.commands.standing import state_of
-    from magi_ray.render.journal import read_noted
-    from magi_ray.render.progress import Phase
+    from magi_ray.render.driving.progress import Phase
+    from magi_ray.render.driving.reports import read_noted
 
     noted = read_noted(store, run.run_id)
     progress = noted.progress if driver is not None and noted is not None else _found(store, run)
@@ -337,9 +337,9 @@ def _standing(store: Store, run: Run, driver: Driver | None) -> tuple[RunProgres
 def _found(store: Store, run: Run) -> RunProgress:
     """How far ``run`` is by what the store holds, with the failures that were noted."""
     from magi_ray.media.encoder import encoder_identity, find_ffmpeg
-    from magi_ray.render.inventory import take_stock_of_run
-    from magi_ray.render.journal import read_failures
-    from magi_ray.render.progress import Phase, RunProgress
+    from magi_ray.render.driving.inventory import take_stock_of_run
+    from magi_ray.render.driving.progress import Phase, RunProgress
+    from magi_ray.render.driving.reports import read_failures
 
     rows = take_stock_of_run(store, run, encoder_identity(find_ffmpeg()))
     progress = RunProgress.of(run.run_id, rows, {job: plan.forwards_per_stage for job, plan in run.plans.items()})
@@ -352,7 +352,7 @@ def _found(store: Store, run: Run) -> RunProgress:
 def _say_ended(store: Store, run: Run, progress: RunProgress, state: str, store_uri: str) -> int:
     """What to know of a run that is not being rendered; the exit code that fits it."""
     from magi_ray.commands.drivers import last_error, log_path
-    from magi_ray.render.progress import Phase
+    from magi_ray.render.driving.progress import Phase
     from magi_ray.storage import keys
 
     left = [video for video in progress.videos.values() if video.phase is not Phase.DONE]

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from magi_ray.commands.common import at_store, say
 from magi_ray.commands.drivers import at_work_here
 from magi_ray.errors import Superseded
-from magi_ray.render import control
-from magi_ray.render.journal import Noted
+from magi_ray.render.driving import requests as control
+from magi_ray.render.driving.reports import Noted
 from magi_ray.storage import keys
 from magi_ray.storage.leases import BEAT_S, TTL_S, Owner, gone, read_lease
 from magi_ray.storage.store import Store

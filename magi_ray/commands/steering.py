@@ -34,7 +34,7 @@ from magi_ray.errors import InputError, MagiRayError, StoreUnavailable, Supersed
 if TYPE_CHECKING:
     from magi_ray.commands.processes import Process
     from magi_ray.commands.standing import Driver, Lookout
-    from magi_ray.render.run import Run
+    from magi_ray.render.runs.record import Run
     from magi_ray.storage.store import Store
 
 # Cancelling takes 15 s at most: so long the driver may take to end by itself, then to end politely, then at all.
@@ -53,8 +53,8 @@ OUT_OF_REACH_S = 3.0
 def pause(run_id: str, store_uri: str, timeout_s: float, as_json: bool) -> None:
     """Stop RUN when its stages in work are committed: at most one forward is lost. `magi-ray resume` goes on."""
     from magi_ray.commands.standing import Lookout
-    from magi_ray.render import control
-    from magi_ray.render.journal import read_noted
+    from magi_ray.render.driving import requests as control
+    from magi_ray.render.driving.reports import read_noted
     from magi_ray.report import follow
 
     store = store_to_read(store_uri)
@@ -106,7 +106,7 @@ def cancel(run_id: str, store_uri: str, as_json: bool) -> None:
 
 def _cancel(store: Store, run_id: str, store_uri: str, *, as_json: bool) -> None:
     from magi_ray.commands.standing import Lookout
-    from magi_ray.render import control
+    from magi_ray.render.driving import requests as control
 
     run = open_named_run(store, run_id, "cancel", store_uri)
     lookout = Lookout(store, run.run_id)
@@ -224,9 +224,9 @@ def retry(
     """Try rows of RUN again: all that failed, or some. Of a row that is done, everything is read again, and what is
     damaged is made again."""
     from magi_ray.commands.standing import driver_of
-    from magi_ray.render.journal import read_failures
-    from magi_ray.render.run import open_run
-    from magi_ray.render.takes import add_take
+    from magi_ray.render.driving.reports import read_failures
+    from magi_ray.render.plans.takes import add_take
+    from magi_ray.render.runs.record import open_run
 
     if failed and job_ids:
         raise InputError("--failed stands beside --job.", remedy="Give one of them.")

@@ -150,7 +150,7 @@ def _ffmpeg() -> Finding:
 def verify(run_ids: tuple[str, ...], store_uri: str, as_json: bool) -> None:
     """Read everything in the store again, or what RUN needs of it. Whatever is not what was committed is named, with
     what mends it. Changes nothing; exit code 1 if anything is damaged."""
-    from magi_ray.render.verify import verify as read_again
+    from magi_ray.render.upkeep.verify import verify as read_again
     from magi_ray.report import count_up, damages_table, in_bytes
 
     store = store_to_read(store_uri)
@@ -198,7 +198,7 @@ def gc(
     typed: list[str], store_uri: str, min_age_s: float, forgotten: tuple[str, ...], yes: bool, as_json: bool
 ) -> None:
     """Show what no run in the store needs, and delete it with --yes. Videos and all that belongs to a run stay."""
-    from magi_ray.render.gc import collect, garbage
+    from magi_ray.render.upkeep.gc import collect, garbage
     from magi_ray.report import count_up, garbage_table, in_bytes
 
     store = store_to_read(store_uri)

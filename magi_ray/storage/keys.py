@@ -38,10 +38,15 @@ import re
 from contextlib import suppress
 from typing import Literal
 
-Kind = Literal["stage", "segment", "text", "prefix"]
+CommitKind = Literal["stage", "segment", "text", "prefix"]
 
-_FOLDERS: dict[Kind, str] = {"stage": "stages", "segment": "segments", "text": "texts", "prefix": "prefixes"}
-_SUFFIXES: dict[Kind, str] = {"stage": "safetensors", "segment": "mp4", "text": "safetensors", "prefix": "safetensors"}
+_FOLDERS: dict[CommitKind, str] = {"stage": "stages", "segment": "segments", "text": "texts", "prefix": "prefixes"}
+_SUFFIXES: dict[CommitKind, str] = {
+    "stage": "safetensors",
+    "segment": "mp4",
+    "text": "safetensors",
+    "prefix": "safetensors",
+}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 _PART = re.compile(r"[A-Za-z0-9._=-]{1,255}")
@@ -68,17 +73,17 @@ def is_key(name: str) -> bool:
     return False
 
 
-def commits(kind: Kind) -> str:
+def commits(kind: CommitKind) -> str:
     """Prefix of everything of one kind."""
     return f"{_FOLDERS[kind]}/"
 
 
-def commit_folder(kind: Kind, key: str) -> str:
+def commit_folder(kind: CommitKind, key: str) -> str:
     """Where one commit and its payloads lie. ``key``: 64 hex digits of a sha256, else ValueError."""
     return f"{commits(kind)}{_spread(key)}/"
 
 
-def commit(kind: Kind, key: str) -> str:
+def commit(kind: CommitKind, key: str) -> str:
     return f"{commit_folder(kind, key)}commit.json"
 
 
@@ -95,7 +100,7 @@ def run_of(name: str) -> str:
     return run_id if rest not in ("", "manifest.parquet") else ""
 
 
-def payload_name(kind: Kind, payload: str, write_id: str) -> str:
+def payload_name(kind: CommitKind, payload: str, write_id: str) -> str:
     """The name of one payload beside its commit; ``payload``: 'state', 'chunk', 'segment', …"""
     return f"{payload}-{write_id}.{_SUFFIXES[kind]}"
 

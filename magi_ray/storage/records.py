@@ -30,7 +30,7 @@ from pydantic import ValidationError
 from magi_ray.errors import InputError, ObjectDamaged, ObjectMissing
 from magi_ray.settings import Frozen
 from magi_ray.storage import keys
-from magi_ray.storage.keys import Kind
+from magi_ray.storage.keys import CommitKind
 from magi_ray.storage.store import Store
 
 FORMAT_VERSION = 1
@@ -56,7 +56,7 @@ class Commit(Frozen):
     """One durable result. ``payloads`` by role: 'state', 'chunk', 'segment', 'text', 'prefix'."""
 
     version: int = FORMAT_VERSION
-    kind: Kind
+    kind: CommitKind
     key: str
     payloads: dict[str, Payload]
     pre_image: dict[str, Any]
@@ -127,7 +127,7 @@ def new_write_id() -> str:
 def write_commit(
     store: Store,
     *,
-    kind: Kind,
+    kind: CommitKind,
     key: str,
     payloads: Mapping[str, bytes | Path],
     pre_image: Mapping[str, Any],
@@ -171,7 +171,7 @@ def write_commit(
     return commit
 
 
-def read_commit(store: Store, kind: Kind, key: str) -> Commit | None:
+def read_commit(store: Store, kind: CommitKind, key: str) -> Commit | None:
     """The commit, or None when there is none or its own bytes are damaged. Payloads are not looked at.
 
     Raises InputError when a newer magi-ray wrote it.
@@ -184,7 +184,7 @@ def read_commit(store: Store, kind: Kind, key: str) -> Commit | None:
     return commit if commit is not None and (commit.kind, commit.key) == (kind, key) else None
 
 
-def verified_commit(store: Store, kind: Kind, key: str) -> Commit | None:
+def verified_commit(store: Store, kind: CommitKind, key: str) -> Commit | None:
     """``read_commit``, and None also when a payload is missing or altered: reads and hashes all of them."""
     commit = read_commit(store, kind, key)
     if commit is None:

@@ -20,9 +20,9 @@ from ray.cluster_utils import Cluster
 
 from magi_ray.cluster.actors import WORKERS, DenoiseWorker, TaskWorker
 from magi_ray.cluster.driver import render_on_ray
-from magi_ray.render.plan import RowPlan
-from magi_ray.render.run import open_run
-from magi_ray.render.scheduler import Kind, StageCommitted
+from magi_ray.events import StageCommitted, TaskKind
+from magi_ray.render.plans.row_plan import RowPlan
+from magi_ray.render.runs.record import open_run
 from magi_ray.settings import prepare_ray_environment
 from magi_ray.storage.local import LocalStore
 
@@ -85,7 +85,7 @@ def main(case: str, root: str, run_id: str, folder: str) -> None:
         ray.init(address=cluster.address, log_to_driver=False)
         store = LocalStore(Path(root))
         denoise = {"raylet": whose_raylet_dies, "node": unable_on_one_node}[case](Path(folder))
-        outcome = render_on_ray(store, open_run(store, run_id), workers={**WORKERS, Kind.DENOISE: denoise})
+        outcome = render_on_ray(store, open_run(store, run_id), workers={**WORKERS, TaskKind.DENOISE: denoise})
         end = {"published": outcome.published, "failed": [failed.message for failed in outcome.failed]}
         (Path(folder) / "end.json").write_text(json.dumps(end))  # Ray prints to stdout
     finally:

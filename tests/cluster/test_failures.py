@@ -15,7 +15,7 @@ from magi_ray import errors
 from magi_ray.cluster.driver import Deadlines, _Driver
 from magi_ray.cluster.failures import classify, own_error, worker_is_gone
 from magi_ray.errors import FailureClass, MagiRayError, ManifestError, Problem, StoreError, WorkerLost
-from magi_ray.render.scheduler import Abandon
+from magi_ray.render.driving.scheduler import Abandon
 
 
 def kinds(of: type[MagiRayError] = MagiRayError) -> Iterator[type[MagiRayError]]:

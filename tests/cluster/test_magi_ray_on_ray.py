@@ -20,8 +20,8 @@ from magi_ray.cli import cli
 from magi_ray.commands.common import FAILED_ROWS, INTERRUPTED
 from magi_ray.commands.drivers import log_path
 from magi_ray.manifest import write_manifest
-from magi_ray.render.local import render_here
-from magi_ray.render.run import Run, create, open_run, prepare
+from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.runs.record import Run, create, open_run, prepare
 from magi_ray.settings import preset
 from magi_ray.storage import keys
 from magi_ray.storage.local import LocalStore

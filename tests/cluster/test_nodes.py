@@ -15,8 +15,8 @@ import pytest
 from on_ray import processes_with, wait_until
 from runs import MakeRun, contents
 
-from magi_ray.render.local import render_here
-from magi_ray.render.scheduler import ROWS_FAILED_ON_BAD_NODE
+from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.scheduler import ROWS_FAILED_ON_BAD_NODE
 from magi_ray.storage.local import LocalStore
 from magi_ray.storage.memory import MemoryStore
 

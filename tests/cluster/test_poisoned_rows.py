@@ -24,12 +24,12 @@ from runs import MakeRun, contents
 from magi_ray.cluster.actors import WORKERS, DecodeWorker, DenoiseWorker
 from magi_ray.cluster.driver import render_on_ray
 from magi_ray.errors import FailureClass, StoreUnavailable, Superseded
-from magi_ray.render.latents import load_clean_chunk
-from magi_ray.render.local import render_here
-from magi_ray.render.plan import RowPlan
-from magi_ray.render.progress import StepDone
-from magi_ray.render.run import Run
-from magi_ray.render.scheduler import BUDGETS, Kind
+from magi_ray.events import StepDone, TaskKind
+from magi_ray.render.artifacts.latents import load_clean_chunk
+from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.scheduler import BUDGETS
+from magi_ray.render.plans.row_plan import RowPlan
+from magi_ray.render.runs.record import Run
 from magi_ray.sampling.sampler import Sampler
 from magi_ray.storage import keys
 from magi_ray.storage.local import LocalStore
@@ -130,7 +130,7 @@ class PoisonedDecoding(DecodeWorker):
         if plan.job_id not in poison:
             super().carry_out(plan, index)
             return
-        with patch("magi_ray.render.decode.decode_tiled", **poison[plan.job_id]):
+        with patch("magi_ray.render.tasks.decode.decode_tiled", **poison[plan.job_id]):
             super().carry_out(plan, index)
 
 
@@ -139,14 +139,14 @@ def test_of_poisoned_rows_of_each_class_exactly_those_fail_each_with_its_reason(
 ) -> None:
     # By job_id: class, task, stage of the row's first failure (its 2 chunks are 5 stages, chunk 0 is clean after 3),
     # and what its message and its worker's log tell.
-    expected: dict[str, tuple[FailureClass, Kind, int, str, str]] = {
-        "infrastructure": (FailureClass.INFRASTRUCTURE, Kind.DENOISE, 2, "A worker was lost", "Fatal Python error"),
-        "store": (FailureClass.STORE, Kind.DECODE, 3, "the disk does not answer", "StoreUnavailable"),
-        "out_of_memory": (FailureClass.OUT_OF_MEMORY, Kind.DENOISE, 0, "allocate 80.00 GiB", "in too_large"),
-        "input": (FailureClass.INPUT, Kind.EMBED, 0, "sha256", "Embedding job input failed"),
-        "code": (FailureClass.CODE, Kind.DECODE, 3, "RuntimeError", "RuntimeError: a bug of ours"),
-        "nan": (FailureClass.NUMERIC, Kind.DECODE, 3, "NaN", "in require_finite"),
-        "black": (FailureClass.NUMERIC, Kind.DECODE, 3, "black in every pixel", "in _require_light"),
+    expected: dict[str, tuple[FailureClass, TaskKind, int, str, str]] = {
+        "infrastructure": (FailureClass.INFRASTRUCTURE, TaskKind.DENOISE, 2, "A worker was lost", "Fatal Python error"),
+        "store": (FailureClass.STORE, TaskKind.DECODE, 3, "the disk does not answer", "StoreUnavailable"),
+        "out_of_memory": (FailureClass.OUT_OF_MEMORY, TaskKind.DENOISE, 0, "allocate 80.00 GiB", "in too_large"),
+        "input": (FailureClass.INPUT, TaskKind.EMBED, 0, "sha256", "Embedding job input failed"),
+        "code": (FailureClass.CODE, TaskKind.DECODE, 3, "RuntimeError", "RuntimeError: a bug of ours"),
+        "nan": (FailureClass.NUMERIC, TaskKind.DECODE, 3, "NaN", "in require_finite"),
+        "black": (FailureClass.NUMERIC, TaskKind.DECODE, 3, "black in every pixel", "in _require_light"),
     }
     rows = [row("first", 1), row("preempted", 2)]
     rows += [row(job_id, 10 + number) for number, job_id in enumerate(expected)] + [row("last", 3)]
@@ -159,7 +159,7 @@ def test_of_poisoned_rows_of_each_class_exactly_those_fail_each_with_its_reason(
     # The latent of chunk 0 and its commit.
     hidden = keys.commit_folder("stage", run.plans["store"].stage_keys[run.plans["store"].timeline.finishing_stage(0)])
     store = Unreadable(root, hidden=f"{hidden}chunk-", reader=os.getpid())
-    workers = {**WORKERS, Kind.DENOISE: poisoned_denoising(tmp_path), Kind.DECODE: PoisonedDecoding}
+    workers = {**WORKERS, TaskKind.DENOISE: poisoned_denoising(tmp_path), TaskKind.DECODE: PoisonedDecoding}
     outcome = render_on_ray(store, run, workers=workers)
 
     assert set(outcome.published) == {"first", "preempted", "last"}

@@ -20,11 +20,11 @@ from runs import MakeRun, contents, stage_commits
 from magi_ray.cluster.actors import WORKERS, DecodeWorker, DenoiseWorker, FinishWorker, TaskWorker
 from magi_ray.cluster.driver import MAX_FAILED_STARTS, Deadlines, render_on_ray
 from magi_ray.errors import FailureClass, MediaError, Superseded, WeightsError, WorkerLost
-from magi_ray.render.journal import Outcome
-from magi_ray.render.local import render_here
-from magi_ray.render.plan import RowPlan
-from magi_ray.render.progress import RunProgress
-from magi_ray.render.scheduler import Kind, StageCommitted
+from magi_ray.events import StageCommitted, TaskKind
+from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.progress import RunProgress
+from magi_ray.render.driving.reports import Outcome
+from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.settings import Settings, override, preset
 from magi_ray.storage import keys
 from magi_ray.storage.local import LocalStore
@@ -79,7 +79,7 @@ def once(marker: Path) -> bool:
     return True
 
 
-def replaced(kind: Kind, worker: type[TaskWorker]) -> dict[Kind, type[TaskWorker]]:
+def replaced(kind: TaskKind, worker: type[TaskWorker]) -> dict[TaskKind, type[TaskWorker]]:
     return {**WORKERS, kind: worker}
 
 
@@ -125,7 +125,7 @@ def test_several_decoders_share_the_chunks_and_change_no_byte(
     run = make_run(store, [TEXT], settings=override(settings, {"decoders": 2}))
     assert run.run_id == make_run(MemoryStore(), [TEXT]).run_id
     deadlines = Deadlines(load_s=60)
-    assert not render_on_ray(store, run, workers=WORKERS | {Kind.DECODE: Waiting}, deadlines=deadlines).failed
+    assert not render_on_ray(store, run, workers=WORKERS | {TaskKind.DECODE: Waiting}, deadlines=deadlines).failed
     assert contents(store, run) == undisturbed([TEXT])
 
 
@@ -143,7 +143,7 @@ def test_a_denoise_worker_killed_in_mid_video_loses_nothing_that_was_committed(
                     os.kill(os.getpid(), signal.SIGKILL)
 
     run = make_run(store, [TEXT])
-    outcome = render_on_ray(store, run, workers=replaced(Kind.DENOISE, Dying))
+    outcome = render_on_ray(store, run, workers=replaced(TaskKind.DENOISE, Dying))
     assert not outcome.failed
     assert contents(store, run) == undisturbed([TEXT])
     kept = {f"stages/{path.relative_to(tmp_path / 'kept')}": path.read_bytes()
@@ -155,7 +155,7 @@ def test_a_denoise_worker_killed_in_mid_video_loses_nothing_that_was_committed(
 def test_workers_killed_in_mid_task_are_replaced(
     make_run: MakeRun, store: LocalStore, undisturbed: Callable[..., dict[str, bytes]], tmp_path: Path
 ) -> None:
-    killed = [Kind.EMBED, Kind.DECODE, Kind.FINISH]
+    killed = [TaskKind.EMBED, TaskKind.DECODE, TaskKind.FINISH]
     run = make_run(store, [TEXT])
     workers = {**WORKERS, **{kind: dying(WORKERS[kind], tmp_path / kind) for kind in killed}}
     outcome = render_on_ray(store, run, workers=workers)
@@ -177,8 +177,8 @@ def test_a_worker_that_stays_silent_is_killed_and_replaced(
     render_here(store, run)
     # Only this is left to do, so that the deadline concerns nothing slow.
     store.delete(keys.video_record(run.run_id, "text"))
-    deadlines = Deadlines(silence_s={**Deadlines().silence_s, Kind.FINISH: 4.0})
-    outcome = render_on_ray(store, run, deadlines=deadlines, workers=replaced(Kind.FINISH, Hanging))
+    deadlines = Deadlines(silence_s={**Deadlines().silence_s, TaskKind.FINISH: 4.0})
+    outcome = render_on_ray(store, run, deadlines=deadlines, workers=replaced(TaskKind.FINISH, Hanging))
     assert (tmp_path / "hung").exists()
     assert outcome.published == ("text",)
 
@@ -201,9 +201,9 @@ def test_workers_that_spoke_while_the_driver_could_not_listen_are_not_taken_for_
 
     lost: list[str] = []
     monkeypatch.setattr("magi_ray.cluster.driver._Driver._why_silent", lambda _, pending: lost.append(pending.worker))
-    deadlines = Deadlines(silence_s={**Deadlines().silence_s, Kind.DENOISE: 10.0, Kind.DECODE: 10.0})
+    deadlines = Deadlines(silence_s={**Deadlines().silence_s, TaskKind.DENOISE: 10.0, TaskKind.DECODE: 10.0})
     run = make_run(store, [TEXT | {"num_chunks": 8}])
-    workers = replaced(Kind.DECODE, Slow)
+    workers = replaced(TaskKind.DECODE, Slow)
     assert render_on_ray(store, run, deadlines=deadlines, workers=workers, observe=observe).published == ("text",)
     assert (slept, lost) == ([12.0], [])
 
@@ -221,9 +221,9 @@ def test_a_row_that_cannot_be_decoded_is_soon_not_denoised_any_more(make_run: Ma
                 yield happened
 
     run = make_run(store, [TEXT | {"num_chunks": 60}])
-    outcome = render_on_ray(store, run, workers=replaced(Kind.DECODE, Unable) | {Kind.DENOISE: Slow})
+    outcome = render_on_ray(store, run, workers=replaced(TaskKind.DECODE, Unable) | {TaskKind.DENOISE: Slow})
     [failed] = outcome.failed
-    assert (failed.failure, failed.kind) == (FailureClass.INPUT, Kind.DECODE)
+    assert (failed.failure, failed.kind) == (FailureClass.INPUT, TaskKind.DECODE)
     assert failed.message.splitlines() == ["ffmpeg cannot", "Install another one."]
     assert len(stage_commits(store)) < run.plans["text"].timeline.num_stages
 
@@ -245,7 +245,7 @@ def test_weights_that_vanish_end_the_run_with_that_very_error(
 def test_a_worker_that_dies_while_loading_is_tried_a_few_times_only(
     make_run: MakeRun, store: LocalStore, tmp_path: Path
 ) -> None:
-    class StillBorn(WORKERS[Kind.EMBED]):  # type: ignore[name-defined,misc]
+    class StillBorn(WORKERS[TaskKind.EMBED]):  # type: ignore[name-defined,misc]
         def load(self) -> None:
             with (tmp_path / "starts").open("a") as starts:
                 starts.write("x")
@@ -253,7 +253,7 @@ def test_a_worker_that_dies_while_loading_is_tried_a_few_times_only(
 
     run = make_run(store, [TEXT])
     with pytest.raises(WorkerLost, match=f"{MAX_FAILED_STARTS} embed workers failed to start") as raised:
-        render_on_ray(store, run, workers=replaced(Kind.EMBED, StillBorn))
+        render_on_ray(store, run, workers=replaced(TaskKind.EMBED, StillBorn))
     assert (tmp_path / "starts").read_text() == "x" * MAX_FAILED_STARTS
     assert raised.value.next_command == f"magi-ray resume {run.run_id} --store {store.uri}"
 

@@ -19,8 +19,8 @@ from typed import Command
 from magi_ray.cluster.driver import render_on_ray
 from magi_ray.errors import StoreDenied
 from magi_ray.manifest import write_manifest
-from magi_ray.render.local import render_here
-from magi_ray.render.run import create, prepare
+from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.runs.record import create, prepare
 from magi_ray.settings import preset
 from magi_ray.storage import keys
 from magi_ray.storage.memory import MemoryStore

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from magi_ray.manifest import Defaults, manifest_of
-from magi_ray.render.local import render_here
-from magi_ray.render.run import create, open_run, prepare
+from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.runs.record import create, open_run, prepare
 from magi_ray.settings import override, preset
 from magi_ray.storage.local import LocalStore
 
@@ -47,8 +47,8 @@ def make(folder: Path) -> None:
     manifest = manifest_of(ROWS, Defaults.of(settings), base=Path("/"))
     run, files = prepare(manifest.parquet(), name="golden.parquet", base=Path("/"), settings=settings)
     create(store, run, files)
-    if importlib.util.find_spec("magi_ray.render.takes"):
-        from magi_ray.render.takes import add_take
+    if importlib.util.find_spec("magi_ray.render.plans.takes"):
+        from magi_ray.render.plans.takes import add_take
 
         add_take(store, run.run_id, "mid", 1, num_chunks=3)
         run = open_run(store, run.run_id)

@@ -24,7 +24,7 @@ from magi_ray.models.safetensors_stream import read_header, read_tensors
 from magi_ray.models.tiny import make_tiny
 from magi_ray.models.vae.model import load_vae
 from magi_ray.models.weights import check_fit, load_into
-from magi_ray.render import preflight
+from magi_ray.render.runs import preflight
 from magi_ray.settings import override, preset
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import av
 import pytest
 
-from magi_ray.render.gc import garbage
-from magi_ray.render.local import render_here
-from magi_ray.render.run import list_runs, open_run
-from magi_ray.render.verify import verify
+from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.runs.record import list_runs, open_run
+from magi_ray.render.upkeep.gc import garbage
+from magi_ray.render.upkeep.verify import verify
 from magi_ray.storage import keys
 from magi_ray.storage.local import LocalStore
 

@@ -16,34 +16,33 @@ from magi_ray.errors import (
     Superseded,
     failure_class,
 )
-from magi_ray.render import finish, identity
-from magi_ray.render.control import requested
-from magi_ray.render.durable import commit, committed, segment_pre_image
-from magi_ray.render.inventory import stages_done, take_stock
-from magi_ray.render.plan import RowPlan
-from magi_ray.render.scheduler import (
+from magi_ray.events import StageCommitted, Task, TaskKind
+from magi_ray.render.artifacts.commits import commit, committed, segment_pre_image
+from magi_ray.render.driving.inventory import stages_done, take_stock
+from magi_ray.render.driving.requests import requested
+from magi_ray.render.driving.scheduler import (
     Abandon,
     CancelAsked,
     Event,
     Inspect,
     Inspected,
-    Kind,
     NodesSeen,
     PauseAsked,
     Release,
     Replace,
-    Row,
     RowFailed,
+    RowInventory,
     RunState,
+    RunTask,
     Scheduler,
-    StageCommitted,
-    Task,
     TaskDone,
     TaskFailed,
     WorkerGone,
     WorkerReady,
 )
-from magi_ray.render.scheduler import Run as RunTask
+from magi_ray.render.plans import identity
+from magi_ray.render.plans.row_plan import RowPlan
+from magi_ray.render.tasks import finish
 from magi_ray.storage import keys
 from magi_ray.storage.epochs import become_driver, superseded
 from magi_ray.storage.leases import BEAT_S, Lease, acquire, keep_beating
@@ -107,7 +106,7 @@ class Attempt:
 class Worker:
     """One kind of work, one task at a time, as ``cluster/actors.py``. ``tell``: how the driver is told."""
 
-    def __init__(self, of: Simulation, driver: Driver, kind: Kind, node: str, name: str) -> None:
+    def __init__(self, of: Simulation, driver: Driver, kind: TaskKind, node: str, name: str) -> None:
         self.sim, self.driver, self.kind, self.node = of, driver, kind, node
         self.process = Process(of.world, name, node)
         self.abandoned: set[str] = set()
@@ -132,13 +131,13 @@ class Worker:
         def work() -> None:
             try:
                 match self.kind:
-                    case Kind.EMBED:
+                    case TaskKind.EMBED:
                         self._embed(self.sim.client(self.process), plan)
-                    case Kind.DENOISE:
+                    case TaskKind.DENOISE:
                         self._denoise(plan, task.index)
-                    case Kind.DECODE:
+                    case TaskKind.DECODE:
                         self._decode(self.sim.client(self.process), plan, task)
-                    case Kind.FINISH:
+                    case TaskKind.FINISH:
                         self._finish(self.sim.client(self.process), plan)
             except Exception as exc:  # noqa: BLE001 - as in the driver: sorted by class
                 failed = TaskFailed(
@@ -153,12 +152,12 @@ class Worker:
         self.world.note(self.process.name, "begins", task.kind, task.job_id, task.index)
         self.process.start(work)
 
-    def _strike(self, kind: Kind, job_id: str, index: int = 0) -> None:
+    def _strike(self, kind: TaskKind, job_id: str, index: int = 0) -> None:
         for poison in self.sim.poisons:
             poison.strike(self, Task(kind=kind, job_id=job_id, index=index))
 
     def _embed(self, store: Store, plan: RowPlan) -> None:
-        self._strike(Kind.EMBED, plan.job_id)
+        self._strike(TaskKind.EMBED, plan.job_id)
         for key, caption in sorted(set(zip(plan.caption_digests, plan.captions, strict=True))):
             if verified_commit(store, "text", key) is None:
                 self.process.sleep(self.world.random.uniform(0.5, 5))
@@ -210,7 +209,7 @@ class Worker:
                 caption = read_payload(store, committed(store, "text", key), "text")
             for step in range(plan.forwards_per_stage):
                 process.sleep(self.sim.step_s * self.world.random.uniform(0.8, 1.2))
-                self._strike(Kind.DENOISE, plan.job_id, stage)
+                self._strike(TaskKind.DENOISE, plan.job_id, stage)
                 self.sim.forward(attempt, stage, step)
                 lease.check()
                 if plan.job_id in self.abandoned:
@@ -247,7 +246,7 @@ class Worker:
         return b""
 
     def _decode(self, store: Store, plan: RowPlan, task: Task) -> None:
-        self._strike(Kind.DECODE, plan.job_id, task.index)
+        self._strike(TaskKind.DECODE, plan.job_id, task.index)
         image = segment_pre_image(store, plan, task.index, ENCODER)
         if verified_commit(store, "segment", digest(image)) is not None:
             return
@@ -257,7 +256,7 @@ class Worker:
         commit(store, "segment", image, {"segment": Contents.segment(chunk)}, seconds=1.0)
 
     def _finish(self, store: Store, plan: RowPlan) -> None:
-        self._strike(Kind.FINISH, plan.job_id)
+        self._strike(TaskKind.FINISH, plan.job_id)
         self.process.sleep(self.world.random.uniform(0.5, 5))
         finish.finish(store, self.sim.run.run_id, plan, ENCODER)
 
@@ -359,10 +358,10 @@ class Driver:
             rows = [replace(row, failed=row.job_id in self.sim.failed and not row.published) for row in rows]
             self.failed = {row.job_id: self.sim.failed[row.job_id] for row in rows if row.failed}
         self.scheduler = Scheduler(rows)
-        for kind in Kind:
+        for kind in TaskKind:
             self._handle(store, NodesSeen(kind=kind, nodes=frozenset(self.sim.nodes)))
             if self.scheduler.needs(kind):
-                for _ in range(random.choice([1, 1, 2]) if kind in (Kind.DENOISE, Kind.DECODE) else 1):
+                for _ in range(random.choice([1, 1, 2]) if kind in (TaskKind.DENOISE, TaskKind.DECODE) else 1):
                     self._start_worker(kind)
         looked = self.process.clock()
         while not self.scheduler.finished:
@@ -414,7 +413,7 @@ class Driver:
         if name not in self._ready:
             self._start_worker(worker.kind)  # it died while it loaded
             return
-        if task is not None and task.kind is Kind.DENOISE:
+        if task is not None and task.kind is TaskKind.DENOISE:
             plan = self.sim.run.plans[task.job_id]
             try:
                 done = stages_done(store, plan)
@@ -451,14 +450,14 @@ class Driver:
                     self.world.note(self.process.name, "gives up", command.job_id, command.failure, command.message)
                     self.failed[command.job_id] = command
 
-    def _take_stock(self, store: Store, plan: RowPlan) -> Row:
+    def _take_stock(self, store: Store, plan: RowPlan) -> RowInventory:
         before = self.sim.stages_there(plan)
         row = take_stock(store, self.sim.run.run_id, plan, ENCODER)
         if not row.published and not before <= row.stages_done <= self.sim.stages_there(plan):
             self.world.fail(f"{plan.job_id} has {before} stages, but its inventory says {row.stages_done}")
         return row
 
-    def _start_worker(self, kind: Kind, avoid: frozenset[str] = frozenset()) -> None:
+    def _start_worker(self, kind: TaskKind, avoid: frozenset[str] = frozenset()) -> None:
         nodes = [node for node in self.sim.nodes if node not in avoid] or self.sim.nodes
         self._numbers += 1
         name = f"{self.process.name}/{kind}-{self._numbers}"

@@ -8,10 +8,10 @@ from pathlib import Path
 from random import Random
 
 from magi_ray.manifest import Defaults, manifest_of
-from magi_ray.render.durable import segment_pre_image
-from magi_ray.render.identity import Digests
-from magi_ray.render.plan import Media, RowPlan, plan_rows
-from magi_ray.render.run import Run, RunRecord
+from magi_ray.render.artifacts.commits import segment_pre_image
+from magi_ray.render.plans.identity import Digests
+from magi_ray.render.plans.row_plan import Media, RowPlan, plan_rows
+from magi_ray.render.runs.record import Run, RunRecord
 from magi_ray.settings import override, preset
 from magi_ray.storage.records import digest
 from magi_ray.storage.store import Store

@@ -12,11 +12,15 @@ from pathlib import Path
 from unittest.mock import patch
 
 from magi_ray.errors import FailureClass, InputError, MagiRayError, ObjectDamaged, ObjectMissing, StoreUnavailable
-from magi_ray.render import durable, finish, gc, identity
-from magi_ray.render.control import clear, request
-from magi_ray.render.plan import RowPlan
-from magi_ray.render.run import create
-from magi_ray.render.scheduler import BUDGETS, Kind, RowFailed, Task
+from magi_ray.events import Task, TaskKind
+from magi_ray.render.artifacts import commits as durable
+from magi_ray.render.driving.requests import clear, request
+from magi_ray.render.driving.scheduler import BUDGETS, RowFailed
+from magi_ray.render.plans import identity
+from magi_ray.render.plans.row_plan import RowPlan
+from magi_ray.render.runs.record import create
+from magi_ray.render.tasks import finish
+from magi_ray.render.upkeep import gc
 from magi_ray.storage import keys
 from magi_ray.storage.leases import BEAT_S, TTL_S, Lease, acquire
 from magi_ray.storage.records import read_payload, verified_commit
@@ -172,8 +176,8 @@ class Simulation:
         for job_id, plan in self.run.plans.items():
             if random.random() < 0.8:
                 continue
-            kind = random.choice(list(Kind))
-            most = {Kind.DENOISE: plan.timeline.num_stages, Kind.DECODE: plan.timeline.num_chunks}.get(kind, 1)
+            kind = random.choice(list(TaskKind))
+            most = {TaskKind.DENOISE: plan.timeline.num_stages, TaskKind.DECODE: plan.timeline.num_chunks}.get(kind, 1)
             failure = random.choice(list(FailureClass))
             for_ever = random.random() < 0.6 and failure is not FailureClass.PREEMPTED
             budget = BUDGETS[failure]
@@ -369,7 +373,7 @@ class Simulation:
             for key in plan.caption_digests:
                 self._holds("text", key, "text", Contents.text(key))
 
-    def _holds(self, kind: keys.Kind, key: str, role: str, expected: bytes) -> None:
+    def _holds(self, kind: keys.CommitKind, key: str, role: str, expected: bytes) -> None:
         found = verified_commit(self.server, kind, key)
         if found is None or read_payload(self.server, found, role) != expected:
             self._say(f"{kind} {key} is not committed whole and right")

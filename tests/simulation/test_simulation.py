@@ -14,7 +14,7 @@ from simulation import cast
 from simulation.play import Result, simulate
 from simulation.server import Server
 
-from magi_ray.render.inventory import take_stock
+from magi_ray.render.driving.inventory import take_stock
 from magi_ray.storage import leases, records, retrying
 from magi_ray.storage.records import verified_commit
 

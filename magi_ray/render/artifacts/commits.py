@@ -1,0 +1,67 @@
+"""What a video has in the store: captions, prefix, stages, segments, by the keys of its plan. No tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from magi_ray.errors import ObjectMissing
+from magi_ray.render.artifacts.provenance import provenance
+from magi_ray.render.plans import identity
+from magi_ray.render.plans.row_plan import RowPlan
+from magi_ray.storage.keys import CommitKind
+from magi_ray.storage.records import Commit, digest, new_write_id, read_commit, verified_commit, write_commit
+from magi_ray.storage.store import Store
+
+
+def commit(
+    store: Store,
+    kind: CommitKind,
+    pre_image: Mapping[str, Any],
+    payloads: Mapping[str, bytes | Path],
+    *,
+    seconds: float,
+) -> Commit:
+    """Make a result durable under the digest of its pre-image. ``seconds``: how long it took to compute."""
+    return write_commit(
+        store,
+        kind=kind,
+        key=digest(pre_image),
+        payloads=payloads,
+        pre_image=pre_image,
+        provenance=provenance(seconds=seconds),
+        write_id=new_write_id(),
+    )
+
+
+def committed(store: Store, kind: CommitKind, key: str) -> Commit:
+    """The commit under ``key``. Raises ObjectMissing."""
+    found = read_commit(store, kind, key)
+    if found is None:
+        raise ObjectMissing(f"There is no {kind} {key[:12]}… in {store.uri}.", remedy="The next resume makes it again.")
+    return found
+
+
+def embedded(store: Store, plan: RowPlan) -> bool:
+    """Whether the captions and the prefix that denoising ``plan`` reads are in the store."""
+    texts = all(verified_commit(store, "text", digest) for digest in sorted(set(plan.caption_digests)))
+    return texts and (plan.prefix_digest is None or verified_commit(store, "prefix", plan.prefix_digest) is not None)
+
+
+def chunk_commit(store: Store, plan: RowPlan, chunk: int) -> Commit:
+    """The commit of the stage that completed ``chunk``."""
+    return committed(store, "stage", plan.stage_keys[plan.timeline.finishing_stage(chunk)])
+
+
+def segment_pre_image(store: Store, plan: RowPlan, chunk: int, encoder: str) -> dict[str, Any]:
+    """What the segment of ``chunk`` is a function of; the chunk itself is in the store."""
+    timeline = plan.timeline
+    return identity.segment_pre_image(
+        chunk_commit(store, plan, chunk).payloads["chunk"].sha256,
+        dropped_frames=timeline.dropped_frames if chunk == 0 else 0,
+        first_frame=timeline.first_frame(chunk),
+        settings=plan.settings,
+        digests=plan.digests,
+        encoder=encoder,
+    )

@@ -1,0 +1,50 @@
+"""The frames of the image or clip that a video begins from, out of the store's own copy. No tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from magi_ray.errors import MediaError
+from magi_ray.media.reader import read_image, read_video
+from magi_ray.render.plans.row_plan import RowPlan
+from magi_ray.storage import keys
+from magi_ray.storage.store import Store
+from magi_ray.timeline import FRAMES_PER_LATENT
+
+
+def prefix_pixels(store: Store, plan: RowPlan) -> np.ndarray:
+    """uint8 [T, height, width, 3]: the one frame of an image, or the frames of the clip that the video begins from.
+
+    Frames that make no whole latent frame are left over, at the end of the clip far from the join.
+    Raises MediaError: the copy is damaged or cannot be read. StoreError.
+    """
+    media, runtime, prefix = plan.media, plan.settings.runtime, plan.settings.prefix
+    assert media is not None
+    with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
+        path = Path(folder) / "media"
+        store.get_to_file(keys.media(media.sha256), path)
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != media.sha256:
+            raise MediaError(
+                f"The {media.kind} kept by {store.uri} has sha256 {found[:12]}…, not {media.sha256[:12]}….",
+                remedy="Submit the manifest again, with the same file: the store's copy is then replaced.",
+            )
+        width, height = runtime.video_size_w, runtime.video_size_h
+        if media.kind == "image":
+            return read_image(path, width=width, height=height, fit=prefix.fit)[None]
+        frames = read_video(
+            path,
+            width=width,
+            height=height,
+            fps=runtime.fps,
+            max_frames=prefix.max_frames,
+            take=prefix.take,
+            fit=prefix.fit,
+        )
+    whole = media.latents * FRAMES_PER_LATENT
+    return frames[:whole] if prefix.take == "start" else frames[-whole:]

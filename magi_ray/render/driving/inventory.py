@@ -1,0 +1,145 @@
+"""What the store already holds of a run's videos: the answer to "what is left to do?"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import cache
+from multiprocessing.pool import ThreadPool
+
+from magi_ray.render.artifacts.commits import embedded, segment_pre_image
+from magi_ray.render.driving.scheduler import RowInventory
+from magi_ray.render.plans.row_plan import RowPlan
+from magi_ray.render.runs.record import Run
+from magi_ray.render.tasks.finish import published, video_sizes
+from magi_ray.sampling.ranges import KVRanges, clean_chunks_needed
+from magi_ray.storage.records import digest, read_commit, verified_commit
+from magi_ray.storage.retrying import RetryingStore
+from magi_ray.storage.store import Store
+
+AT_ONCE = 16
+
+
+def stages_done(store: Store, plan: RowPlan) -> int:
+    """How many stages from the first on are committed, and whole as far as denoising reads them to go on behind them:
+    the last one's window, and the clean chunks it looks back to. A damaged one counts as absent, and with it
+    everything after."""
+    done = 0
+    while done < len(plan.stage_keys) and read_commit(store, "stage", plan.stage_keys[done]) is not None:
+        done += 1
+    return _resumable(plan, done, _reader(store, plan))
+
+
+def take_stock_of_run(
+    store: Store,
+    run: Run,
+    encoder: str,
+    *,
+    reread: Collection[str] = (),
+    meanwhile: Callable[[], None] = lambda: None,
+) -> list[RowInventory]:
+    """``take_stock`` of every row, in the manifest's order.
+
+    reread: job_ids of rows to be read whole.  meanwhile: called after each row; what it raises ends this.
+    """
+    sizes = video_sizes(store, run.run_id)
+
+    def look(plan: RowPlan) -> RowInventory:
+        return take_stock(store, run.run_id, plan, encoder, sizes=sizes, reread=plan.job_id in reread)
+
+    rows = []
+    for row in _in_order(look, run.plans.values(), together=isinstance(store, RetryingStore)):
+        rows.append(row)
+        meanwhile()
+    return rows
+
+
+def _in_order(
+    look: Callable[[RowPlan], RowInventory], plans: Iterable[RowPlan], *, together: bool
+) -> Iterator[RowInventory]:
+    """``together``: a bucket answers many as fast as one; a folder does not."""
+    if not together:
+        yield from map(look, plans)
+        return
+    with ThreadPool(AT_ONCE) as pool:  # of daemons
+        yield from pool.imap(look, plans)
+
+
+def take_stock(
+    store: Store,
+    run_id: str,
+    plan: RowPlan,
+    encoder: str,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    reread: bool = False,
+) -> RowInventory:
+    """The row as the scheduler needs it: what is damaged counts as absent, so that it is made again.
+
+    Of a published row its record and the size of its mp4 are looked at; of another one everything is read whole that
+    is still needed. ``reread``: read every object of the row whole, whether it is published or not.
+    sizes: ``finish.video_sizes``, if the caller has them.
+    """
+    timeline, row = plan.timeline, untouched(plan)
+    found = published(store, run_id, plan, sizes=sizes, reread=reread)
+    if found is not None and not reread:
+        return replace(row, stages_done=timeline.num_stages, published=True)
+    whole = _reader(store, plan)
+    done = stages_done(store, plan)
+    if reread:
+        done = next((stage for stage in range(done) if not whole(stage)), done)
+    segments = set()
+    for chunk in range(_clean(plan, done)):
+        if verified_commit(store, "segment", digest(segment_pre_image(store, plan, chunk, encoder))) is not None:
+            segments.add(chunk)
+        elif not whole(timeline.finishing_stage(chunk)):
+            # Its latent is needed once more and is damaged: go on from there.
+            done = timeline.finishing_stage(chunk)
+            break
+    ready = (done == timeline.num_stages and not reread) or embedded(store, plan)
+    if not ready:
+        # Captions are made for stages to come: of a row that is to be whole again, the last one comes again.
+        done = min(done, timeline.num_stages - 1)
+    done = _resumable(plan, done, whole)
+    segments &= set(range(_clean(plan, done)))
+    return replace(
+        row,
+        embedded=ready,
+        stages_done=done,
+        segments_done=frozenset(segments),
+        published=found is not None and len(segments) == timeline.num_chunks,
+    )
+
+
+def untouched(plan: RowPlan) -> RowInventory:
+    """The row as if the store held nothing of it."""
+    timeline = plan.timeline
+    return RowInventory(
+        job_id=plan.job_id, priority=plan.priority, num_stages=timeline.num_stages, num_chunks=timeline.num_chunks
+    )
+
+
+def _reader(store: Store, plan: RowPlan) -> Callable[[int], bool]:
+    """Whether a stage is committed and whole; each is read once."""
+    return cache(lambda stage: verified_commit(store, "stage", plan.stage_keys[stage]) is not None)
+
+
+def _clean(plan: RowPlan, done: int) -> int:
+    """How many chunks are clean once ``done`` stages are."""
+    return max(0, done - plan.timeline.window_size + 1)
+
+
+def _resumable(plan: RowPlan, done: int, whole: Callable[[int], bool]) -> int:
+    """The last number of stages up to ``done`` behind which denoising can go on."""
+    timeline = plan.timeline
+    ranges = KVRanges.of(plan.settings.runtime, plan.controls, offset=timeline.offset)
+    while done:
+        if not whole(done - 1):
+            done -= 1
+            continue
+        needed = clean_chunks_needed(timeline, ranges, done) if done < timeline.num_stages else range(0)
+        damaged = [stage for stage in map(timeline.finishing_stage, needed) if not whole(stage)]
+        if not damaged:
+            break
+        done = damaged[0]
+    return done

@@ -1,0 +1,134 @@
+"""How far a run is: fed with what happens, asked by whoever draws it. No clock, no store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from typing import Any
+
+from magi_ray.events import StageCommitted, StepDone, TaskKind
+from magi_ray.render.driving.scheduler import Command, Event, Inspected, RowFailed, RowInventory, RunTask, TaskDone
+
+
+class Phase(StrEnum):
+    WAITING = "waiting"
+    EMBEDDING = "embedding"
+    RENDERING = "rendering"
+    FINISHING = "finishing"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(kw_only=True)
+class VideoProgress:
+    """One video. ``step`` of ``steps`` counts the forwards of the stage in work; rendered_stages were computed now, and
+    again counts again."""
+
+    job_id: str
+    phase: Phase
+    stages: int
+    stages_done: int
+    rendered_stages: int = 0
+    steps: int
+    step: int = 0
+    chunks: int
+    chunks_done: int
+    message: str = ""
+
+    @property
+    def reused_stages(self) -> int:
+        """Stages that were there without being computed now."""
+        return max(0, self.stages_done - self.rendered_stages)
+
+    @property
+    def steps_total(self) -> int:
+        return self.stages * self.steps
+
+    @property
+    def steps_done(self) -> int:
+        return self.stages_done * self.steps + self.step
+
+
+@dataclass
+class RunProgress:
+    """All videos of a run, in the manifest's order."""
+
+    run_id: str
+    videos: dict[str, VideoProgress] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, run_id: str, rows: Sequence[RowInventory], steps: dict[str, int]) -> RunProgress:
+        """The state ``rows`` describe. ``steps``: forwards per stage of each job."""
+        progress = cls(run_id)
+        for row in rows:
+            progress.videos[row.job_id] = VideoProgress(
+                job_id=row.job_id,
+                phase=Phase.DONE if row.published else Phase.WAITING,
+                stages=row.num_stages,
+                stages_done=row.stages_done,
+                steps=steps[row.job_id],
+                chunks=row.num_chunks,
+                chunks_done=row.num_chunks if row.published else len(row.segments_done),
+            )
+        return progress
+
+    def note(self, happened: StepDone | Event | Command) -> None:
+        """Take note of an event or of a command that is about to be carried out."""
+        match happened:
+            case StepDone(job_id=job_id, stage=stage, step=step):
+                video = self.videos[job_id]
+                # The first forward of a stage is done before the commit of the one before it is reported.
+                video.stages_done, video.step = stage, step
+                video.rendered_stages += step == happened.steps
+            case StageCommitted(job_id=job_id, stage=stage):
+                video = self.videos[job_id]
+                if stage + 1 > video.stages_done:
+                    video.stages_done, video.step = stage + 1, 0
+            case RunTask(task=task):
+                video = self.videos[task.job_id]
+                match task.kind:
+                    case TaskKind.EMBED:
+                        video.phase = Phase.EMBEDDING
+                    case TaskKind.DENOISE:
+                        video.phase, video.stages_done, video.step = Phase.RENDERING, task.index, 0
+                    case TaskKind.FINISH:
+                        video.phase = Phase.FINISHING
+                    case TaskKind.DECODE:
+                        pass
+            case TaskDone(task=task):
+                video = self.videos[task.job_id]
+                match task.kind:
+                    case TaskKind.EMBED:
+                        video.phase = Phase.WAITING
+                    case TaskKind.DECODE:
+                        # Of one that was in work when the row was looked up it is known already.
+                        video.chunks_done = min(video.chunks, video.chunks_done + 1)
+                    case TaskKind.FINISH:
+                        video.phase = Phase.DONE
+                    case TaskKind.DENOISE:
+                        pass
+            case Inspected(row=row):
+                video = self.videos[row.job_id]
+                video.chunks_done = row.num_chunks if row.published else len(row.segments_done)
+                if row.published:
+                    video.phase = Phase.DONE
+            case RowFailed(job_id=job_id, message=message):
+                self.videos[job_id].phase, self.videos[job_id].message = Phase.FAILED, message
+            case _:
+                pass
+
+    def count(self, phase: Phase) -> int:
+        return sum(video.phase is phase for video in self.videos.values())
+
+    def as_json(self) -> dict[str, Any]:
+        return {"run_id": self.run_id, "videos": [asdict(video) for video in self.videos.values()]}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> RunProgress:
+        known = {field.name for field in fields(VideoProgress)}
+        videos = [
+            VideoProgress(**({k: v for k, v in video.items() if k in known} | {"phase": Phase(video["phase"])}))
+            for video in content["videos"]
+        ]
+        return cls(content["run_id"], {video.job_id: video for video in videos})

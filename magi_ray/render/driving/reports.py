@@ -1,0 +1,222 @@
+"""What a run leaves behind for people while it goes on and when it ends: progress, results, errors.
+
+Everything here can be lost without losing work; the truth is in the commits and the published videos.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from magi_ray.errors import FailureClass, MagiRayError, ObjectMissing
+from magi_ray.events import StepDone, TaskKind
+from magi_ray.render.driving.progress import Phase, RunProgress
+from magi_ray.render.driving.scheduler import Command, Event, RowFailed, RowInventory, RunState
+from magi_ray.render.runs.record import Run
+from magi_ray.storage import keys
+from magi_ray.storage.retrying import FAREWELL_S, hurried
+from magi_ray.storage.store import Store
+
+INTERVAL_S = 1.0
+# Of a hundred thousand rows writing takes seconds: no more than this share of the time, and at least once a minute.
+SHARE, LONGEST_INTERVAL_S = 0.1, 60.0
+
+# task and index: what failed (decode 3: chunk 3).  stage: the first that failed, none when joining did.  log: of whom.
+_ERRORS = pa.schema(
+    [("job_id", pa.string()), ("class", pa.string()), ("message", pa.string()), ("task", pa.string()),
+     ("index", pa.int64()), ("stage", pa.int64()), ("attempts", pa.int64()), ("log", pa.string())]
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended. stages_rendered counts what was computed now, stages_reused what was there before."""
+
+    run_id: str
+    state: RunState
+    published: tuple[str, ...]
+    failed: tuple[RowFailed, ...]
+    stages_rendered: int
+    stages_reused: int
+    already_published: int
+
+
+class Journal:
+    """Passes progress on to ``observe`` and, once a second or more seldom, to ``progress.json``; ``close`` writes the
+    tables.
+
+    rows: what was in the store when the run began or went on.  earlier: failures of before that are left as they are.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        run: Run,
+        rows: Sequence[RowInventory],
+        *,
+        earlier: Mapping[str, RowFailed],
+        observe: Callable[[RunProgress], None] | None = None,
+    ) -> None:
+        self._store = store
+        self._run = run
+        self._observe = observe
+        self._failed = {row.job_id: earlier[row.job_id] for row in rows if row.failed}
+        self._already = sum(row.published for row in rows)
+        self._next = 0.0
+        self._told = False
+        steps = {job_id: plan.forwards_per_stage for job_id, plan in run.plans.items()}
+        self.progress = RunProgress.of(run.run_id, rows, steps)
+        for failed in self._failed.values():
+            self.progress.note(failed)
+
+    def note(self, happened: StepDone | Event | Command) -> None:
+        """Take note of an event, or of a command that is about to be carried out."""
+        self.progress.note(happened)
+        if isinstance(happened, RowFailed):
+            self._failed[happened.job_id] = happened
+            self._told = False
+        if self._observe is not None:
+            self._observe(self.progress)
+        self.beat()
+
+    def beat(self) -> None:
+        """Say that the run is alive, if it is time to: a step of a large model may take minutes."""
+        if (begun := time.monotonic()) >= self._next:
+            self._write_progress("rendering")
+            if not self._told:
+                self._write_errors()
+            now = time.monotonic()
+            self._next = now + min(LONGEST_INTERVAL_S, max(INTERVAL_S, (now - begun) / SHARE))
+
+    def stop(self) -> None:
+        """The run stops before its end; whoever looks should not wait for it."""
+        with suppress(MagiRayError):  # the error that stopped the run matters more
+            self._store = hurried(self._store, FAREWELL_S)
+            self._write_progress("stopped")
+            if not self._told:
+                self._write_errors()
+
+    def close(self, state: RunState) -> Outcome:
+        """The run has come to rest: write ``progress.json``, ``results.parquet`` and ``errors.parquet``."""
+        self._write_progress(state)
+        self._write_errors()
+        self._store.put(keys.run_results(self._run.run_id), _parquet(self._results(state)))
+        videos = self.progress.videos.values()
+        return Outcome(
+            run_id=self._run.run_id,
+            state=state,
+            published=tuple(video.job_id for video in videos if video.phase is Phase.DONE),
+            failed=tuple(self._failed.values()),
+            stages_rendered=sum(video.rendered_stages for video in videos),
+            stages_reused=sum(video.reused_stages for video in videos),
+            already_published=self._already,
+        )
+
+    def _write_errors(self) -> None:
+        failures = [
+            {
+                "job_id": failed.job_id,
+                "class": failed.failure,
+                "message": failed.message,
+                "task": failed.kind,
+                "index": failed.index,
+                "stage": failed.stage,
+                "attempts": failed.attempts,
+                "log": failed.log,
+            }
+            for failed in self._failed.values()
+        ]
+        self._store.put(keys.run_errors(self._run.run_id), _parquet(pa.Table.from_pylist(failures, schema=_ERRORS)))
+        self._told = True
+
+    def _write_progress(self, state: str) -> None:
+        content = self.progress.as_json() | {
+            "state": state, "running": state == "rendering", "updated_unix": round(time.time(), 3)
+        }  # fmt: skip
+        self._store.put(keys.run_progress(self._run.run_id), json.dumps(content).encode())
+
+    def _results(self, state: RunState) -> pa.Table:
+        """One line for each row: what became of it, its tags, and the columns we do not know as they came.
+
+        A row that is neither done nor failed has the state of the run: paused, cancelled, broken.
+        """
+        lines: list[dict[str, Any]] = []
+        for row in self._run.manifest.rows:
+            video, plan = self.progress.videos[row.job_id], self._run.plans[row.job_id]
+            done = video.phase is Phase.DONE
+            ended = done or video.phase is Phase.FAILED
+            lines.append(
+                {
+                    "job_id": row.job_id,
+                    "status": str(video.phase if ended else state),
+                    "video": keys.video(self._run.run_id, row.job_id) if done else None,
+                    "frames": plan.timeline.num_frames,
+                    "duration_s": plan.timeline.num_frames / row.fps,
+                    "stages": video.stages,
+                    "stages_reused": video.reused_stages,
+                    "error": video.message or None,
+                    "tags": json.dumps(row.tags),
+                }
+            )
+        table = pa.Table.from_pylist(lines)
+        unknown = self._run.manifest.unknown
+        for name in unknown.column_names:
+            # A column of theirs that bears a name of ours keeps its values under another one.
+            table = table.append_column(f"{name}_" if name in table.column_names else name, unknown.column(name))
+        return table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noted:
+    """What a driver last wrote of its run: how far it is, and its state then, a RunState or "stopped"."""
+
+    progress: RunProgress
+    state: str
+
+
+def read_noted(store: Store, run_id: str) -> Noted | None:
+    """None when the run never was rendered, or what was noted cannot be read."""
+    try:
+        content = json.loads(store.get(keys.run_progress(run_id)))
+        # Before there were states, a driver only said whether it was running.
+        state = content.get("state", "rendering" if content["running"] else "stopped")
+        return Noted(progress=RunProgress.from_json(content), state=state)
+    except (ObjectMissing, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def read_failures(store: Store, run_id: str) -> dict[str, RowFailed]:
+    """The rows that failed, by job_id, as far as they were noted."""
+    try:
+        data = pa.BufferReader(store.get(keys.run_errors(run_id)))
+        # Not `pq.read_table`: its threads may outlive Python, which then aborts (one exit in 30 on a busy machine).
+        table = pq.ParquetFile(data, page_checksum_verification=True).read(use_threads=False)
+    except (ObjectMissing, OSError, pa.ArrowException):
+        return {}  # derived: without it the rows are tried again
+    return {
+        line["job_id"]: RowFailed(
+            job_id=line["job_id"],
+            kind=TaskKind(line["task"]),
+            index=line["index"],
+            stage=line.get("stage"),
+            failure=FailureClass(line["class"]),
+            message=line["message"],
+            attempts=line["attempts"],
+            log=line.get("log") or "",
+        )
+        for line in table.to_pylist()
+    }
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, write_page_checksum=True)
+    return sink.getvalue()

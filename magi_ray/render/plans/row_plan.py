@@ -1,0 +1,173 @@
+"""The plan of a video: everything its rendering needs to know, found without loading a network."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from magi_ray.manifest import Caption, Row
+from magi_ray.models.text.prompt import clean_caption
+from magi_ray.render.plans import identity
+from magi_ray.render.plans.identity import Digests
+from magi_ray.sampling.window import forwards_per_stage
+from magi_ray.settings import AS_THE_RUN, ChunkControl, RuntimeConfig, Settings, override
+from magi_ray.storage.records import digest
+from magi_ray.timeline import Timeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Media:
+    """A row's image or video, as found at submission.
+
+    sha256: of the file; it lies in the store under that name.  latents: latent frames it gives.
+    """
+
+    kind: Literal["image", "video"]
+    sha256: str
+    latents: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowPlan:
+    """One video to be. Small, picklable, and a function of the row, the settings and the weights alone.
+
+    settings: with the row's own size, fps, seed, steps and prefix.  captions: cleaned, one per denoised chunk.
+    controls: of the denoised chunks that differ from ``settings``, in no other.
+    takes: the chunk from which each of them renders the video anew.
+    stage_keys: identity of every stage, in order.
+    """
+
+    row: int
+    job_id: str
+    priority: int
+    settings: Settings
+    digests: Digests
+    timeline: Timeline
+    captions: tuple[str, ...]
+    caption_digests: tuple[str, ...]
+    controls: Mapping[int, ChunkControl]
+    takes: tuple[int, ...]
+    media: Media | None
+    prefix_digest: str | None
+    stage_keys: tuple[str, ...]
+
+    def pre_image(self, stage: int) -> dict[str, Any]:
+        """What ``stage_keys[stage]`` is the hash of."""
+        return identity.stage_pre_image(
+            self.settings,
+            self.digests,
+            self.timeline,
+            caption_digests=self.caption_digests,
+            controls=self.controls,
+            takes=self.takes,
+            prefix_digest=self.prefix_digest,
+            stage=stage,
+            previous=self.stage_keys[stage - 1] if stage else None,
+        )
+
+    @property
+    def forwards_per_stage(self) -> int:
+        """Denoising steps between two chunks becoming clean."""
+        runtime = self.settings.runtime
+        return forwards_per_stage(num_steps=runtime.num_steps, window_size=runtime.window_size)
+
+
+def plan_row(
+    row: Row, settings: Settings, digests: Digests, media: Media | None, takes: tuple[int, ...] = ()
+) -> RowPlan:
+    """The plan of ``row``, whose values replace those of ``settings``. Raises SettingsError if they do not fit it."""
+    own = {
+        "video_size_w": row.width,
+        "video_size_h": row.height,
+        "fps": row.fps,
+        "seed": row.seed,
+        "num_steps": row.num_steps,
+    }
+    changes = {"runtime": own, "prefix": row.prefix.model_dump()}
+    settings = override(settings, changes, source=f"row {row.number}")
+    prefix_latents = media.latents if media else 0
+    timeline = Timeline(
+        num_chunks=row.chunks(prefix_latents),
+        window_size=settings.runtime.window_size,
+        prefix_latents=prefix_latents,
+        include_prefix=row.prefix.include,
+    )
+
+    per_chunk = _entries_per_chunk(row, timeline.num_chunks)
+    cleaned = {entry.prompt: clean_caption(entry.prompt) for entry in row.captions}
+    captions = tuple(cleaned[entry.prompt] for entry in per_chunk)
+    controls = _controls(per_chunk, settings.runtime)
+    embedded = {c: digest(identity.text_pre_image(c, settings, digests)) for c in set(captions)}
+    caption_digests = tuple(embedded[caption] for caption in captions)
+    prefix_digest = None
+    if media is not None:
+        prefix_digest = digest(identity.prefix_pre_image(media.kind, media.sha256, settings, digests))
+
+    stage_keys: list[str] = []
+    for stage in range(timeline.num_stages):
+        image = identity.stage_pre_image(
+            settings,
+            digests,
+            timeline,
+            caption_digests=caption_digests,
+            controls=controls,
+            takes=takes,
+            prefix_digest=prefix_digest,
+            stage=stage,
+            previous=stage_keys[-1] if stage_keys else None,
+        )
+        stage_keys.append(digest(image))
+    return RowPlan(
+        row=row.number,
+        job_id=row.job_id,
+        priority=row.priority,
+        settings=settings,
+        digests=digests,
+        timeline=timeline,
+        captions=captions,
+        caption_digests=caption_digests,
+        controls=controls,
+        takes=takes,
+        media=media,
+        prefix_digest=prefix_digest,
+        stage_keys=tuple(stage_keys),
+    )
+
+
+def plan_rows(
+    rows: tuple[Row, ...],
+    settings: Settings,
+    digests: Digests,
+    media: Mapping[str, Media],
+    takes: Mapping[str, tuple[int, ...]],
+) -> dict[str, RowPlan]:
+    """A plan for every row, by job_id, in the manifest's order. media, takes: by job_id, of the rows that have any."""
+    return {
+        row.job_id: plan_row(row, settings, digests, media.get(row.job_id), takes.get(row.job_id, ())) for row in rows
+    }
+
+
+def _entries_per_chunk(row: Row, num_chunks: int) -> list[Caption]:
+    """Which entry of the row's schedule holds for each chunk."""
+    starts = [entry.start_chunk for entry in row.captions]
+    return [row.captions[bisect_right(starts, chunk) - 1] for chunk in range(num_chunks)]
+
+
+def _controls(per_chunk: Sequence[Caption], runtime: RuntimeConfig) -> dict[int, ChunkControl]:
+    """What differs from ``runtime``: saying what the run does anyway makes no other video."""
+    run = {
+        "kv_range": runtime.noise2clean_kvrange,
+        "text_scales": runtime.text_scales,
+        "prev_chunk_scales": runtime.prev_chunk_scales,
+    }
+    # By start_chunk, so that the chunks of an entry share one value.
+    own = {
+        entry.start_chunk: entry.control.model_copy(
+            update={name: None for name, value in run.items() if getattr(entry.control, name) == value}
+        )
+        for entry in set(per_chunk)
+    }
+    controls = {chunk: own[entry.start_chunk] for chunk, entry in enumerate(per_chunk)}
+    return {chunk: control for chunk, control in controls.items() if control != AS_THE_RUN}

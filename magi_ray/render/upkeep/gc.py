@@ -1,0 +1,213 @@
+"""Garbage: what no run in the store needs. ``garbage`` finds it and says why, ``collect`` deletes it.
+
+A run needs the stages, captions, prefixes and media of its plan, and the segments of its chunks. Everything under
+``runs/`` stays, whatever it is.
+
+Of a commit that goes, ``commit.json`` goes first. So a reader finds a whole commit or none at every moment, also where
+collection is killed between the two: payloads without a commit are nothing, and the next collection takes them. The
+other order would leave commits that look damaged. A writer that wakes late cannot do harm, since it writes the same
+bytes under the same key: its commit finds its payloads, or writes them again (``records.write_commit``). What is
+deleted under somebody who has just come to need it (``garbage`` looks for new runs as it goes, but not after every
+object) is rendered again; nothing is ever wrong.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from magi_ray.errors import InputError, ObjectDamaged, RunNotFound
+from magi_ray.render.runs.record import open_run
+from magi_ray.storage import keys
+from magi_ray.storage.keys import CommitKind
+from magi_ray.storage.leases import TTL_S, holding
+from magi_ray.storage.records import Commit, read_commit
+from magi_ray.storage.store import Entry, Store
+
+MIN_AGE_S = 7 * 86400.0
+# How often new runs and takes are looked for while the store is listed.
+LOOK_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One object that nobody needs. ``size`` in bytes.  ``reason``: why, in words.  leftover: it has no key, but a
+    name for ``Store.sweep``."""
+
+    key: str
+    size: int
+    age_s: float
+    reason: str
+    leftover: bool = False
+
+
+def garbage(
+    store: Store,
+    *,
+    min_age_s: float = MIN_AGE_S,
+    forget: Collection[str] = (),
+    watch_s: float = TTL_S,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Item]:
+    """What no run needs and nobody has written for ``min_age_s``, in one order, a commit before its payloads.
+
+    min_age_s: longer than any writer takes from its first payload to its commit.
+    forget: runs whose chains count as needed by nobody; their records and videos stay.
+    watch_s: how long to watch the lease of a forgotten run for a beat.  clock: seconds.
+
+    Raises ObjectDamaged, InputError: what a run needs cannot be known; RunNotFound; InputError when a forgotten run is
+    being rendered, or when it takes longer than ``min_age_s``.
+    """
+    began = clock()
+    needed = _Needed(store, frozenset(forget), clock)
+    for run_id in forget:
+        _require_resting(store, run_id, watch_s)
+    # Stages first: they tell which segments are needed.
+    for kind in ("stage", "segment", "text", "prefix"):
+        for item in _commits(store, kind, needed, min_age_s):
+            if item.age_s >= min_age_s:
+                # What came after the stages were read may be needed by one of them, and must still be too young here.
+                if 0 < min_age_s <= clock() - began:
+                    raise InputError(
+                        f"Collecting has taken {clock() - began:.0f} s, but what is {min_age_s:.0f} s old may go.",
+                        remedy="Collect again, with a longer minimum age: --min-age.",
+                    )
+                yield item
+    for entry in store.entries("media/"):
+        if entry.age_s >= min_age_s and not needed.media(entry.key.rpartition("/")[2]):
+            yield _item(entry, "no run begins from this image or clip")
+    for entry in store.entries("probes/"):
+        if entry.age_s >= min_age_s:
+            yield _item(entry, "left behind by a check of the store")
+    for entry in store.leftovers():
+        if entry.age_s >= min_age_s:
+            reason = "half written by a process that died"
+            yield Item(key=entry.key, size=entry.size, age_s=entry.age_s, reason=reason, leftover=True)
+
+
+def collect(store: Store, items: Iterable[Item]) -> tuple[int, int]:
+    """Delete ``items``, but for those that were written anew since they were listed; (objects, bytes) deleted."""
+    objects = size = 0
+    for item in items:
+        if item.leftover:
+            store.sweep(item.key)
+        else:
+            now = next((entry for entry in store.entries(item.key) if entry.key == item.key), None)
+            if now is None or now.age_s < item.age_s:
+                continue
+            store.delete(item.key)
+        objects, size = objects + 1, size + item.size
+    return objects, size
+
+
+class _Needed:
+    """What the runs of the store need. Asks the store again every LOOK_S."""
+
+    def __init__(self, store: Store, forget: Collection[str], clock: Callable[[], float]) -> None:
+        self._store, self._forget, self._clock = store, forget, clock
+        self._planned: dict[str, int] = {}  # run → its takes
+        self._keys: dict[str, set[str]] = {kind: set() for kind in ("stage", "text", "prefix", "media")}
+        self._chunks: set[str] = set()
+        self._blind = False
+        self._look()
+
+    def commit(self, kind: CommitKind, key: str, found: Commit | None) -> bool:
+        """Whether the commit ``found`` under ``key`` (None: unreadable) is needed."""
+        self._look_again()
+        if kind == "segment":
+            # A stage that cannot be read does not tell which segment is its own.
+            return found is not None and (self._blind or found.pre_image["chunk"] in self._chunks)
+        return key in self._keys[kind]
+
+    def media(self, sha256: str) -> bool:
+        self._look_again()
+        return sha256 in self._keys["media"]
+
+    def note(self, stage: Commit | None) -> None:
+        """A needed stage was read; None: it is there, and cannot be."""
+        if stage is None:
+            self._blind = True
+        elif "chunk" in stage.payloads:
+            self._chunks.add(stage.payloads["chunk"].sha256)
+
+    def _look_again(self) -> None:
+        if self._clock() - self._looked >= LOOK_S:
+            before = frozenset(self._keys["stage"])
+            self._look()
+            for key in sorted(self._keys["stage"] - before):  # the listing may be past them
+                if self._store.exists(keys.commit("stage", key)):
+                    self.note(read_commit(self._store, "stage", key))
+
+    def _look(self) -> None:
+        self._looked = self._clock()
+        takes: dict[str, int] = {}
+        for key in self._store.list(keys.RUNS):
+            if run_id := keys.run_of(key):
+                takes[run_id] = takes.get(run_id, 0) + key.startswith(keys.takes(run_id))
+        for run_id in self._forget:
+            if run_id not in takes:
+                raise RunNotFound(f"There is no run {run_id!r} in {self._store.uri}, so it cannot be forgotten.")
+        for run_id in sorted(takes.keys() - self._forget):
+            if self._planned.get(run_id) != takes[run_id]:
+                self._plan(run_id)
+                self._planned[run_id] = takes[run_id]
+
+    def _plan(self, run_id: str) -> None:
+        try:
+            plans = open_run(self._store, run_id).plans.values()
+        except (ObjectDamaged, RunNotFound) as exc:
+            raise ObjectDamaged(
+                f"Run {run_id} cannot be read, so what it needs is not known, and nothing is deleted: {exc.message}",
+                remedy=f"Submit its manifest again, which mends it; or give it up with --forget {run_id}.",
+                next_command=f"magi-ray submit MANIFEST --store {self._store.uri}",
+            ) from exc
+        for plan in plans:
+            self._keys["stage"].update(plan.stage_keys)
+            self._keys["text"].update(plan.caption_digests)
+            if plan.media is not None and plan.prefix_digest is not None:
+                self._keys["prefix"].add(plan.prefix_digest)
+                self._keys["media"].add(plan.media.sha256)
+
+
+def _commits(store: Store, kind: CommitKind, needed: _Needed, min_age_s: float) -> Iterator[Item]:
+    """What is garbage among the commits of one kind and what lies beside them."""
+    for key, found in groupby(store.entries(keys.commits(kind)), lambda entry: keys.commit_of(entry.key)):
+        if not key:
+            continue
+        entries = sorted(found, key=lambda entry: (entry.key != keys.commit(kind, key), entry.key))
+        there = entries[0].key == keys.commit(kind, key)
+        commit = read_commit(store, kind, key) if there else None
+        if needed.commit(kind, key, commit):
+            if there and kind == "stage":
+                needed.note(commit)
+            if there and commit is None:
+                continue  # damaged: it is made again, or mended by whoever knows more
+            named = set() if commit is None else {payload.name for payload in commit.payloads.values()}
+            for entry in entries:
+                if entry.key.rpartition("/")[2] not in named | {"commit.json"}:
+                    yield _item(entry, "no commit names it: its writer died, or another was quicker")
+        # Somebody who has written here lately may not be done.
+        elif min(entry.age_s for entry in entries) >= min_age_s:
+            if not there:
+                reason = "its commit was never written"
+            elif kind == "segment" and commit is None:
+                reason = "its commit is damaged, so nobody can use it"
+            else:
+                reason = f"no run needs this {kind}"
+            yield from (_item(entry, reason) for entry in entries)
+
+
+def _require_resting(store: Store, run_id: str, watch_s: float) -> None:
+    held = holding(store, keys.run_lease(run_id), watch_s=watch_s)
+    if held is not None and held.beating is not False:
+        raise InputError(
+            f"Run {run_id} is being rendered by {held.owner}, so it cannot be forgotten.",
+            remedy="Pause or cancel it first.",
+            next_command=f"magi-ray cancel {run_id} --store {store.uri}",
+        )
+
+
+def _item(entry: Entry, reason: str) -> Item:
+    return Item(key=entry.key, size=entry.size, age_s=entry.age_s, reason=reason)
