@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HEIGHT = {
-    "errors": 0, "events": 0, "timeline": 0, "manifest": 0, "settings": 0,
+    "errors": 0, "events": 0, "system": 0, "timeline": 0, "manifest": 0, "settings": 0,
     "parallel": 1,
     "sampling": 2, "models": 2, "storage": 2, "media": 2,
     "render": 3,
@@ -22,7 +22,10 @@ HEIGHT = {
     "api": 5, "commands": 5, "cli": 5, "report": 5, "__main__": 5,
 }  # fmt: skip
 # Parts of one height that may know each other; other neighbours may not.
-TOGETHER = ({"errors", "events", "timeline", "manifest", "settings"}, {"cli", "commands", "report", "__main__"})
+TOGETHER = (
+    {"errors", "events", "system", "timeline", "manifest", "settings"},
+    {"cli", "commands", "report", "__main__"},
+)
 NOT_ON_THE_GROUND = {"torch", "ray", "boto3", "botocore", "requests", "httpx", "socket", "http", "urllib.request"}
 
 

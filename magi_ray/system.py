@@ -1,0 +1,142 @@
+"""What code asks of the machine it runs on: time, threads, and which process is which. A simulation gives its own."""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Generic, Protocol, Self, TypeVar
+
+import psutil
+
+from magi_ray.settings import Frozen
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+# Start times of one process, asked for twice, may differ by this much: the kernel rounds when it booted.
+_START_TOLERANCE_S = 2.0
+
+
+class Owner(Frozen):
+    """A process. ``name``: of the worker or driver.  ``boot``: the machine's boot id and the process's pid namespace,
+    '' where the system does not tell.  ``started``: clock ticks after boot."""
+
+    name: str
+    host: str
+    boot: str
+    pid: int
+    started: int
+
+    @classmethod
+    def here(cls, name: str) -> Self:
+        """This process."""
+        return cls(name=name, host=platform.node(), boot=_boot(), pid=os.getpid(), started=_started(psutil.Process()))
+
+    def __str__(self) -> str:
+        return f"{self.name} on {self.host} (process {self.pid})"
+
+
+def gone(owner: Owner) -> bool:
+    """Whether ``owner`` surely is a dead process of this very machine. False where that cannot be known."""
+    # Containers may share a boot id, and with it the host's name, but then not the namespace of pids.
+    if not owner.boot or (owner.host, owner.boot) != (platform.node(), _boot()):
+        return False
+    try:
+        process = psutil.Process(owner.pid)
+        ended = process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        return ended or abs(_started(process) - owner.started) > _START_TOLERANCE_S * _ticks_per_second()
+    except psutil.NoSuchProcess:
+        return not psutil.pid_exists(owner.pid)  # else it is another user's, whom the system hides
+    except psutil.Error:
+        return False
+
+
+class Background(Protocol[T_co]):
+    """Work that goes on beside us."""
+
+    def result(self, within_s: float) -> T_co:
+        """What the work returned. Raises what it raised, TimeoutError if it goes on for longer than ``within_s``."""
+        ...
+
+
+class Flag(Protocol):
+    """Down until it is ``set``."""
+
+    def set(self) -> None: ...
+
+    def wait(self, timeout: float) -> bool:
+        """Whether it was set within ``timeout`` seconds."""
+        ...
+
+
+class System:
+    """This machine. Stateless."""
+
+    def clock(self) -> float:
+        """Seconds, from any beginning; never set back."""
+        return time.monotonic()
+
+    def unix_time(self) -> float:
+        """Seconds since 1970, for people to read. Never compared with another machine's."""
+        return time.time()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def owner(self, name: str) -> Owner:
+        """This process, under ``name``."""
+        return Owner.here(name)
+
+    def gone(self, owner: Owner) -> bool:
+        """As the function ``gone``."""
+        return gone(owner)
+
+    def flag(self) -> Flag:
+        return threading.Event()
+
+    def start(self, work: Callable[[], T], *, name: str) -> Background[T]:
+        """Do ``work`` in a daemon thread called ``name``."""
+        return _Thread(work, name)
+
+
+class _Thread(Generic[T]):
+    def __init__(self, work: Callable[[], T], name: str) -> None:
+        self._ended: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+        threading.Thread(target=self._run, args=(work,), name=name, daemon=True).start()
+
+    def _run(self, work: Callable[[], T]) -> None:
+        try:
+            self._ended.put((work(), None))
+        except BaseException as exc:  # noqa: BLE001 - raised again by whoever waits
+            self._ended.put((None, exc))
+
+    def result(self, within_s: float) -> T:
+        try:
+            found, error = self._ended.get(timeout=within_s)
+        except Empty:
+            raise TimeoutError(f"not done after {within_s:g} s") from None
+        if error is not None:
+            raise error
+        return found  # type: ignore[return-value]
+
+
+def _boot() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+def _started(process: psutil.Process) -> int:
+    """Clock ticks after boot."""
+    return round((process.create_time() - psutil.boot_time()) * _ticks_per_second())
+
+
+def _ticks_per_second() -> int:
+    return os.sysconf("SC_CLK_TCK")
