@@ -42,7 +42,7 @@ from typed import Command, processes_with, wait_until
 from magi_ray.commands.drivers import log_path
 from magi_ray.manifest import write_manifest
 from magi_ray.models.tiny import ensure_tiny
-from magi_ray.render.driving.reports import read_noted
+from magi_ray.render.driving.reports import read_progress
 from magi_ray.render.runs.record import Run, open_run
 from magi_ray.settings import cache_folder, preset
 from magi_ray.storage import keys
@@ -110,7 +110,7 @@ class Bench:
 
     def at(self) -> tuple[int, int]:
         """(stages done, forwards of the next one), as progress.json has it."""
-        noted = read_noted(self.store, self.run.run_id)
+        noted = read_progress(self.store, self.run.run_id)
         if noted is None:
             return 0, 0
         video = noted.progress.videos["film"]

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from magi_ray import errors
 from magi_ray.commands.common import as_ours
 from magi_ray.errors import MagiRayError
-from magi_ray.render.driving.reports import Outcome
+from magi_ray.render.driving.reports import RunResult
 from magi_ray.settings import Frozen, cache_folder
 from magi_ray.storage.leases import Owner, gone
 from magi_ray.storage.store import Store
@@ -55,7 +55,7 @@ class ToldError(Frozen):
 class End(Frozen):
     """How rendering ended: with an outcome, with an error, or interrupted, that is with neither."""
 
-    outcome: Outcome | None = None
+    outcome: RunResult | None = None
     error: ToldError | None = None
     seconds: float = 0.0
 

@@ -32,7 +32,7 @@ from magi_ray.errors import MagiRayError, StoreError, Superseded
 
 if TYPE_CHECKING:
     from magi_ray.commands.drivers import End, Notebook
-    from magi_ray.render.driving.reports import Noted, Outcome
+    from magi_ray.render.driving.reports import ReportedProgress, RunResult
     from magi_ray.render.driving.scheduler import RunState
     from magi_ray.render.runs.record import Run
     from magi_ray.storage.store import Store
@@ -45,7 +45,7 @@ LOG_LINES = 12
 
 @dataclass(frozen=True, kw_only=True)
 class How:
-    """How a run is to be carried out, as the options of ``drive`` say it. Fields as those of ``render_here``.
+    """How a run is to be carried out, as the options of ``drive`` say it. Fields as those of ``render_locally``.
 
     retry_failed, retry: the rows to try again though they failed.  weights: where the networks lie now, if not where
     they did at submission.
@@ -111,7 +111,7 @@ def all_published(store: Store, run: Run) -> bool:
 def render_now(store: Store, run: Run, how: How, notebook: Notebook | None = None) -> End:
     """Render what is left, here. Ctrl-C, SIGTERM and a closed terminal stop it, at whatever it is doing.
 
-    Raises what ``render_here`` and ``render_on_ray`` raise.
+    Raises what ``render_locally`` and ``render_on_ray`` raise.
     """
     from magi_ray.commands.drivers import End
 
@@ -127,7 +127,7 @@ def render_now(store: Store, run: Run, how: How, notebook: Notebook | None = Non
     return End(outcome=outcome, seconds=time.monotonic() - begun)
 
 
-def _render(store: Store, run: Run, how: How, notebook: Notebook | None) -> Outcome:
+def _render(store: Store, run: Run, how: How, notebook: Notebook | None) -> RunResult:
     from magi_ray.render.driving.reports import read_failures
     from magi_ray.render.driving.requests import requested
     from magi_ray.render.driving.scheduler import RunState
@@ -142,10 +142,10 @@ def _render(store: Store, run: Run, how: How, notebook: Notebook | None) -> Outc
             return _at_rest(store, run, RunState.CANCELLED)
     retry = frozenset(read_failures(store, run.run_id) if how.retry_failed else ()) | frozenset(how.retry)
     if how.local:
-        from magi_ray.render.driving.local_workers import render_here
+        from magi_ray.render.driving.local import render_locally
 
         with follow(stderr()) as show:
-            return render_here(
+            return render_locally(
                 store, run, observe=show, take_over=how.take_over, retry=retry, max_failed_rows=how.max_failed_rows
             )
     from magi_ray.cluster.driver import render_on_ray
@@ -163,18 +163,18 @@ def _render(store: Store, run: Run, how: How, notebook: Notebook | None) -> Outc
             )
 
 
-def _at_rest(store: Store, run: Run, state: RunState) -> Outcome:
+def _at_rest(store: Store, run: Run, state: RunState) -> RunResult:
     """How the run stands. Neither Ray nor torch is needed to say so."""
     from magi_ray.media.encoder import encoder_identity, find_ffmpeg
-    from magi_ray.render.driving.inventory import take_stock_of_run
-    from magi_ray.render.driving.reports import Journal, read_failures
+    from magi_ray.render.driving.inventory import take_inventory_of_run
+    from magi_ray.render.driving.reports import RunReports, read_failures
 
     earlier = read_failures(store, run.run_id)
     rows = [
         replace(row, failed=row.job_id in earlier and not row.published)
-        for row in take_stock_of_run(store, run, encoder_identity(find_ffmpeg()))
+        for row in take_inventory_of_run(store, run, encoder_identity(find_ffmpeg()))
     ]
-    return Journal(store, run, rows, earlier=earlier).close(state)
+    return RunReports(store, run, rows, earlier=earlier).close(state)
 
 
 @contextmanager
@@ -336,12 +336,12 @@ class _Child:
         say(words)
         say(f"next: {following}", style="bold")
 
-    def _noted(self) -> Noted | None:
+    def _noted(self) -> ReportedProgress | None:
         """What is noted in the store of how far the run is. A store that is out of reach does not end us."""
-        from magi_ray.render.driving.reports import read_noted
+        from magi_ray.render.driving.reports import read_progress
 
         try:
-            return read_noted(self._store, self._run.run_id)
+            return read_progress(self._store, self._run.run_id)
         except StoreError:
             return None
 

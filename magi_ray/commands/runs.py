@@ -293,7 +293,7 @@ def _summary(store: Store, run_id: str) -> dict[str, Any]:
     from pyarrow import BufferReader, parquet
 
     from magi_ray.commands.standing import driver_of, state_of
-    from magi_ray.render.driving.reports import read_failures, read_noted
+    from magi_ray.render.driving.reports import read_failures, read_progress
     from magi_ray.storage import keys
     from magi_ray.storage.records import read_record
 
@@ -305,7 +305,7 @@ def _summary(store: Store, run_id: str) -> dict[str, Any]:
         if key.endswith(".json")
     }
     state = state_of(
-        store, run_id, driver_of(store, run_id), read_noted(store, run_id), all_done=len(done) == videos
+        store, run_id, driver_of(store, run_id), read_progress(store, run_id), all_done=len(done) == videos
     )  # fmt: skip
     return {
         "run_id": run_id,
@@ -325,9 +325,9 @@ def _standing(store: Store, run: Run, driver: Driver | None) -> tuple[RunProgres
     """
     from magi_ray.commands.standing import state_of
     from magi_ray.render.driving.progress import Phase
-    from magi_ray.render.driving.reports import read_noted
+    from magi_ray.render.driving.reports import read_progress
 
-    noted = read_noted(store, run.run_id)
+    noted = read_progress(store, run.run_id)
     progress = noted.progress if driver is not None and noted is not None else _found(store, run)
     done = all(video.phase is Phase.DONE for video in progress.videos.values())
     state = state_of(store, run.run_id, driver, noted, all_done=done)
@@ -337,11 +337,11 @@ def _standing(store: Store, run: Run, driver: Driver | None) -> tuple[RunProgres
 def _found(store: Store, run: Run) -> RunProgress:
     """How far ``run`` is by what the store holds, with the failures that were noted."""
     from magi_ray.media.encoder import encoder_identity, find_ffmpeg
-    from magi_ray.render.driving.inventory import take_stock_of_run
+    from magi_ray.render.driving.inventory import take_inventory_of_run
     from magi_ray.render.driving.progress import Phase, RunProgress
     from magi_ray.render.driving.reports import read_failures
 
-    rows = take_stock_of_run(store, run, encoder_identity(find_ffmpeg()))
+    rows = take_inventory_of_run(store, run, encoder_identity(find_ffmpeg()))
     progress = RunProgress.of(run.run_id, rows, {job: plan.forwards_per_stage for job, plan in run.plans.items()})
     for job_id, failure in read_failures(store, run.run_id).items():
         if progress.videos[job_id].phase is not Phase.DONE:

@@ -11,7 +11,7 @@ from magi_ray.commands.common import at_store, say
 from magi_ray.commands.drivers import at_work_here
 from magi_ray.errors import Superseded
 from magi_ray.render.driving import requests as control
-from magi_ray.render.driving.reports import Noted
+from magi_ray.render.driving.reports import ReportedProgress
 from magi_ray.storage import keys
 from magi_ray.storage.leases import BEAT_S, TTL_S, Owner, gone, read_lease
 from magi_ray.storage.store import Store
@@ -70,7 +70,9 @@ class Lookout:
         return None if self.silent else driver
 
 
-def state_of(store: Store, run_id: str, driver: Driver | None, noted: Noted | None, *, all_done: bool) -> State:
+def state_of(
+    store: Store, run_id: str, driver: Driver | None, noted: ReportedProgress | None, *, all_done: bool
+) -> State:
     """The run in one word. A driver that is gone can no longer say that it renders."""
     if driver is None and all_done:
         return "done"

@@ -54,7 +54,7 @@ def pause(run_id: str, store_uri: str, timeout_s: float, as_json: bool) -> None:
     """Stop RUN when its stages in work are committed: at most one forward is lost. `magi-ray resume` goes on."""
     from magi_ray.commands.standing import Lookout
     from magi_ray.render.driving import requests as control
-    from magi_ray.render.driving.reports import read_noted
+    from magi_ray.render.driving.reports import read_progress
     from magi_ray.report import follow
 
     store = store_to_read(store_uri)
@@ -76,7 +76,7 @@ def pause(run_id: str, store_uri: str, timeout_s: float, as_json: bool) -> None:
     deadline = time.monotonic() + timeout_s
     with follow(stderr()) as show:
         while lookout.look() is not None and time.monotonic() < deadline:
-            if (noted := read_noted(store, run.run_id)) is not None:
+            if (noted := read_progress(store, run.run_id)) is not None:
                 show(noted.progress)
             time.sleep(1)
     still = lookout.look()

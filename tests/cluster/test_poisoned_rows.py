@@ -26,7 +26,7 @@ from magi_ray.cluster.driver import render_on_ray
 from magi_ray.errors import FailureClass, StoreUnavailable, Superseded
 from magi_ray.events import StepDone, TaskKind
 from magi_ray.render.artifacts.latents import load_clean_chunk
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.scheduler import BUDGETS
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.runs.record import Run
@@ -64,7 +64,7 @@ def row(job_id: str, seed: int, **others: Any) -> dict[str, Any]:
 def undisturbed(make_run: MakeRun, rows: list[dict[str, Any]]) -> dict[str, bytes]:
     store = MemoryStore()
     run = make_run(store, rows)
-    assert not render_here(store, run).failed
+    assert not render_locally(store, run).failed
     return contents(store, run)
 
 

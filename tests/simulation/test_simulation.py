@@ -14,7 +14,7 @@ from simulation import cast
 from simulation.play import Result, simulate
 from simulation.server import Server
 
-from magi_ray.render.driving.inventory import take_stock
+from magi_ray.render.driving.inventory import take_inventory
 from magi_ray.storage import leases, records, retrying
 from magi_ray.storage.records import verified_commit
 
@@ -83,10 +83,10 @@ def test_it_notices_commits_that_are_replaced() -> None:
 
 def test_it_notices_an_inventory_that_is_off_by_one() -> None:
     def one_less(*args: Any, **named: Any) -> Any:
-        row = take_stock(*args, **named)
+        row = take_inventory(*args, **named)
         return cast.replace(row, stages_done=max(0, row.stages_done - 1))
 
-    with patch.object(cast, "take_stock", one_less):
+    with patch.object(cast, "take_inventory", one_less):
         assert "inventory" in first_violation().wrong
 
 

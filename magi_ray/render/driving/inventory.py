@@ -7,8 +7,8 @@ from dataclasses import replace
 from functools import cache
 from multiprocessing.pool import ThreadPool
 
+from magi_ray.events import RowInventory
 from magi_ray.render.artifacts.commits import embedded, segment_pre_image
-from magi_ray.render.driving.scheduler import RowInventory
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.runs.record import Run
 from magi_ray.render.tasks.finish import published, video_sizes
@@ -30,7 +30,7 @@ def stages_done(store: Store, plan: RowPlan) -> int:
     return _resumable(plan, done, _reader(store, plan))
 
 
-def take_stock_of_run(
+def take_inventory_of_run(
     store: Store,
     run: Run,
     encoder: str,
@@ -38,14 +38,14 @@ def take_stock_of_run(
     reread: Collection[str] = (),
     meanwhile: Callable[[], None] = lambda: None,
 ) -> list[RowInventory]:
-    """``take_stock`` of every row, in the manifest's order.
+    """``take_inventory`` of every row, in the manifest's order.
 
     reread: job_ids of rows to be read whole.  meanwhile: called after each row; what it raises ends this.
     """
     sizes = video_sizes(store, run.run_id)
 
     def look(plan: RowPlan) -> RowInventory:
-        return take_stock(store, run.run_id, plan, encoder, sizes=sizes, reread=plan.job_id in reread)
+        return take_inventory(store, run.run_id, plan, encoder, sizes=sizes, reread=plan.job_id in reread)
 
     rows = []
     for row in _in_order(look, run.plans.values(), together=isinstance(store, RetryingStore)):
@@ -65,7 +65,7 @@ def _in_order(
         yield from pool.imap(look, plans)
 
 
-def take_stock(
+def take_inventory(
     store: Store,
     run_id: str,
     plan: RowPlan,
