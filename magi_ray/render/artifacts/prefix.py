@@ -43,7 +43,7 @@ def prefix_pixels(store: Store, plan: RowPlan) -> np.ndarray:
             height=height,
             fps=runtime.fps,
             max_frames=prefix.max_frames,
-            take=prefix.take,
+            part=prefix.take,
             fit=prefix.fit,
         )
     whole = media.latents * FRAMES_PER_LATENT
