@@ -453,9 +453,9 @@ def driving(run: Bench, how: str) -> Iterator[Command]:
 
 def drive(how: str, store_uri: str, run_id: str) -> None:
     import ray
+    from magi_ray.cluster.driver import Deadlines, render_on_ray
     from ray.cluster_utils import Cluster
 
-    from magi_ray.cluster.driver import Deadlines, render_on_ray
     from magi_ray.cluster.resources import local_ray
     from magi_ray.events import TaskKind
     from magi_ray.settings import prepare_ray_environment

@@ -83,6 +83,6 @@ class WorkerActor:
         self._worker.abandon(attempt, to_stage_end=to_stage_end)
 
     def _use_threads(self) -> None:
-        from magi_ray.render.artifacts.latents import use_threads
+        from magi_ray.render.artifacts.latents import set_torch_threads
 
-        use_threads(self._settings.numeric.cpu_threads)
+        set_torch_threads(self._settings.numeric.cpu_threads)

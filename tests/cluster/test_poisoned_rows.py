@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from magi_ray.cluster.driver import render_on_ray
 from on_ray import wait_until, working_actors
 from runs import MakeRun, contents
 
 from magi_ray.cluster.actors import WORKERS, DecodeWorker, DenoiseWorker
-from magi_ray.cluster.driver import render_on_ray
 from magi_ray.errors import FailureClass, StoreUnavailable, Superseded
 from magi_ray.events import StepDone, TaskKind
 from magi_ray.render.artifacts.latents import load_clean_chunk
@@ -130,7 +130,7 @@ class PoisonedDecoding(DecodeWorker):
         if plan.job_id not in poison:
             super().carry_out(plan, index)
             return
-        with patch("magi_ray.render.tasks.decode.decode_tiled", **poison[plan.job_id]):
+        with patch("magi_ray.render.tasks.decode_network.decode_tiled", **poison[plan.job_id]):
             super().carry_out(plan, index)
 
 

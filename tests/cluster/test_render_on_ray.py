@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import ray
+from magi_ray.cluster.driver import MAX_FAILED_STARTS, Deadlines, render_on_ray
 from on_ray import wait_until, working_actors
 from runs import MakeRun, contents, stage_commits
 
 from magi_ray.cluster.actors import WORKERS, DecodeWorker, DenoiseWorker, FinishWorker, TaskWorker
-from magi_ray.cluster.driver import MAX_FAILED_STARTS, Deadlines, render_on_ray
 from magi_ray.errors import FailureClass, MediaError, Superseded, WeightsError, WorkerLost
 from magi_ray.events import StageCommitted, TaskKind
 from magi_ray.render.driving.local import render_locally

@@ -252,12 +252,15 @@ class Simulation:
         random = self.world.random
         other = run_of((self.number + 1) % NUM_RUNS)
         create(self.server, other, {})
+        system = Process(self.world, "somebody", "elsewhere").system
         for plan in other.plans.values():
             for key, caption in zip(plan.caption_digests, plan.captions, strict=True):
                 image = identity.text_pre_image(caption, plan.settings, plan.digests)
-                commits.commit(self.server, "text", image, {"text": Contents.text(key)}, seconds=1.0)
+                commits.commit(self.server, "text", image, {"text": Contents.text(key)}, seconds=1.0, system=system)
             image = plan.pre_image(0)
-            commits.commit(self.server, "stage", image, {"state": b"a state", "chunk": b"a chunk"}, seconds=1.0)
+            commits.commit(
+                self.server, "stage", image, {"state": b"a state", "chunk": b"a chunk"}, seconds=1.0, system=system
+            )
 
         def collect_garbage() -> None:
             process = Process(self.world, f"gc{len(self.world.processes)}", random.choice(self.nodes))

@@ -8,7 +8,7 @@ test runs unchanged and any two processes can meet at any call. A process that w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from heapq import heappop, heappush
 from itertools import count
@@ -21,6 +21,7 @@ from magi_ray.system import Owner, System
 
 MOST_EVENTS = 400_000
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -207,6 +208,9 @@ class SimulatedSystem(System):
 
     def start(self, work: Callable[[], T], *, name: str) -> SimulatedBackground[T]:
         return SimulatedBackground(self._process, work)
+
+    def map(self, call: Callable[[S], T], items: Iterable[S], *, at_once: int) -> Iterator[T]:
+        return map(call, items)
 
 
 class SimulatedFlag:

@@ -8,7 +8,7 @@ from functools import partial
 
 from magi_ray.errors import MagiRayError
 from magi_ray.events import Task, TaskKind, WorkerEvent, WorkerPlaced, WorkerReady
-from magi_ray.render.artifacts.latents import use_threads
+from magi_ray.render.artifacts.latents import set_torch_threads
 from magi_ray.render.driving.loop import check_machine, render
 from magi_ray.render.driving.reports import Observer, RunResult
 from magi_ray.render.driving.scheduler import ONE_OF_EACH
@@ -28,7 +28,7 @@ def render_locally(
     Raises as ``loop.render`` and ``loop.check_machine``.
     """
     encoder = check_machine(run)
-    use_threads(run.settings.numeric.cpu_threads)
+    set_torch_threads(run.settings.numeric.cpu_threads)
     return render(store, run, LocalWorkers, counts=ONE_OF_EACH, encoder=encoder, options=options, observers=observers)
 
 

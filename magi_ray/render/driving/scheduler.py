@@ -12,7 +12,7 @@ there is another one. What the store turned out not to hold after all is looked 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from heapq import heappop, heappush
@@ -538,8 +538,8 @@ class Scheduler:
         """The worker is idle again; what it was doing."""
         worker = self._workers[name]
         task = worker.task
-        assert task is not None, self._told(f"{name} is idle, but speaks of attempt {attempt}")
-        assert worker.attempt == attempt, self._told(f"{name} works on {worker.attempt}, but speaks of {attempt}")
+        assert task is not None, self._with_log(f"{name} is idle, but speaks of attempt {attempt}")
+        assert worker.attempt == attempt, self._with_log(f"{name} works on {worker.attempt}, but speaks of {attempt}")
         worker.task = None
         self._busy[worker.kind] -= 1
         self._rows[task.job_id].running.discard(task)
@@ -586,35 +586,50 @@ class Scheduler:
 
     def validate(self) -> None:
         """Raises AssertionError, with the last events, when the state contradicts itself. Looks at every row."""
+        for contradiction in (*self._contradictions_of_workers(), *self._contradictions_of_rows()):
+            raise AssertionError(self._with_log(contradiction))
+
+    def _contradictions_of_workers(self) -> Iterator[str]:
         for kind in TaskKind:
             of_kind = {name: worker for name, worker in self._workers.items() if worker.kind is kind}
             busy = {name for name, worker in of_kind.items() if worker.task is not None}
             idle = {name for name, worker in of_kind.items() if worker.ready and worker.task is None}
-            self._require(idle == set(self._idle[kind]), f"idle {kind} workers: {idle}, listed: {self._idle[kind]}")
-            self._require(len(busy) == self._busy[kind], f"{len(busy)} {kind} workers work, counted: {self._busy}")
-            self._require(len(of_kind) == self._count[kind], f"{len(of_kind)} {kind} workers, counted: {self._count}")
-            self._require(len(of_kind) <= self._wanted[kind], f"{len(of_kind)} {kind} workers, wanted: {self._wanted}")
-            listed = {job_id for job_id, state in self._rows.items() if state.needs(kind)}
-            self._require(listed == self._needing[kind], f"{listed} need {kind}, listed: {self._needing[kind]}")
-            if self._halted is None and not self._needing[kind]:
-                self._require(not of_kind or busy != set(), f"no row needs {kind}, but {set(of_kind)} are there")
+            if idle != self._idle[kind].keys():
+                yield f"idle {kind} workers: {idle}, listed: {self._idle[kind]}"
+            if len(busy) != self._busy[kind] or len(of_kind) != self._count[kind]:
+                yield f"{len(busy)} of {len(of_kind)} {kind} workers work, counted: {self._busy} of {self._count}"
+            if len(of_kind) > self._wanted[kind]:
+                yield f"{len(of_kind)} {kind} workers, wanted: {self._wanted[kind]}"
+            if of_kind and not busy and not self._needs(kind):
+                yield f"no row needs {kind}, but {set(of_kind)} are there"
         attempts = [worker.attempt for worker in self._workers.values() if worker.task is not None]
-        self._require(len(attempts) == len(set(attempts)), f"two attempts have one number: {attempts}")
+        if len(attempts) != len(set(attempts)):
+            yield f"two attempts have one number: {attempts}"
+
+    def _contradictions_of_rows(self) -> Iterator[str]:
         queued = {task for waiting in self._waiting.values() for _, _, task in waiting}
-        self._require(queued == self._queued, f"queued: {queued}, listed: {self._queued}")
+        if queued != self._queued:
+            yield f"queued: {queued}, listed: {self._queued}"
+        doing: dict[str, set[Task]] = {}
+        for worker in self._workers.values():
+            if worker.task is not None:
+                doing.setdefault(worker.task.job_id, set()).add(worker.task)
+        waits = {task.job_id for task in queued}
         for job_id, state in self._rows.items():
-            doing = {worker.task for worker in self._workers.values() if worker.task and worker.task.job_id == job_id}
-            self._require(doing == state.running, f"{doing} is done for {job_id}, listed: {state.running}")
-            denoising = [task for task in doing if task.kind is TaskKind.DENOISE]
-            self._require(len(denoising) <= 1, f"two workers denoise {job_id}: {denoising}")
-            self._require(0 <= state.stages_done <= state.row.num_stages, f"{job_id} has {state.stages_done} stages")
-            waits = any(task.job_id == job_id for task in queued)
-            self._require(state.over or waits or bool(doing) or state.inspecting, f"{job_id} is forgotten")
+            running = doing.get(job_id, set())
+            if running != state.running:
+                yield f"{running} is done for {job_id}, listed: {state.running}"
+            if sum(task.kind is TaskKind.DENOISE for task in running) > 1:
+                yield f"two workers denoise {job_id}: {running}"
+            if not 0 <= state.stages_done <= state.row.num_stages:
+                yield f"{job_id} has {state.stages_done} of {state.row.num_stages} stages"
+            if not (state.over or running or state.inspecting or job_id in waits):
+                yield f"{job_id} is forgotten"
+            for kind in TaskKind:
+                if state.needs(kind) != (job_id in self._needing[kind]):
+                    yield f"{job_id} needs {kind}: {state.needs(kind)}, listed: {self._needing[kind]}"
 
-    def _require(self, true: bool, otherwise: str) -> None:
-        assert true, self._told(otherwise)
-
-    def _told(self, what: str) -> str:
+    def _with_log(self, what: str) -> str:
         events = "\n".join(f"  {event or 'start'}\n    → {commands}" for event, commands in self._log)
         return f"{what}. The last events, and what was decided:\n{events}"
 

@@ -185,6 +185,6 @@ def _inventory(
                 raise _StopAsked
 
     try:
-        return take_inventory_of_run(store, run, encoder, reread=reread, meanwhile=meanwhile)
+        return take_inventory_of_run(store, run, encoder, reread=reread, meanwhile=meanwhile, system=system)
     except _StopAsked:
         return [untouched(plan) for plan in run.plans.values()]

@@ -117,7 +117,7 @@ def test_a_clip_goes_on_with_the_very_next_frame_and_can_be_included(
         return
     assert len(included) == prefix_frames + len(new)
     clip = read_video(
-        Path(CLIP["video"]), width=32, height=32, fps=48, max_frames=prefix_frames, take="end", fit="crop"
+        Path(CLIP["video"]), width=32, height=32, fps=48, max_frames=prefix_frames, part="end", fit="crop"
     )
     distance = np.abs(included[:prefix_frames].astype(int) - clip).mean(axis=(1, 2, 3))
     assert distance.max() < 8
@@ -129,7 +129,7 @@ def test_frames_that_make_no_latent_frame_are_left_out_far_from_the_join(make_ru
         store = MemoryStore()
         row = CLIP | {"prompt": "on", "num_chunks": 1, "prefix_frames": 30, "prefix_from": take}
         found = prefix_pixels(store, make_run(store, [row]).plans["clip"])
-        all_30 = read_video(Path(CLIP["video"]), width=32, height=32, fps=24, max_frames=30, take=take, fit="crop")
+        all_30 = read_video(Path(CLIP["video"]), width=32, height=32, fps=24, max_frames=30, part=take, fit="crop")
         assert np.array_equal(found, all_30[kept])
 
 
