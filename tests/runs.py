@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from magi_ray.render.artifacts.latents import load_clean_chunk
+from magi_ray.render.driving.progress import RunProgress
+from magi_ray.render.driving.reports import Observer
 from magi_ray.render.runs.record import Run
 from magi_ray.storage import keys
 from magi_ray.storage.store import Store
@@ -35,3 +37,8 @@ def flip(store: Store, key: str, place: float = 0.5) -> None:
 def stage_commits(store: Store) -> dict[str, bytes]:
     """The commit object of every stage in ``store``."""
     return {key: store.get(key) for key in store.list("stages/") if key.endswith("/commit.json")}
+
+
+def by_progress(call: Callable[[RunProgress], None]) -> list[Observer]:
+    """As ``observers``: one that looks only at how far a run is."""
+    return [lambda _, progress: call(progress)]

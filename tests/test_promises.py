@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
-from runs import MakeRun, contents, flip, stage_commits
+from runs import MakeRun, by_progress, contents, flip, stage_commits
 from safetensors.torch import load_file, save_file
 from typed import Command, wait_until
 
@@ -38,6 +38,7 @@ from magi_ray.media.encoder import encoder_identity, find_ffmpeg
 from magi_ray.render.driving.leadership import denoising
 from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.progress import RunProgress
+from magi_ray.render.driving.session import DriveOptions
 from magi_ray.render.runs.record import Run
 from magi_ray.render.tasks.decode_network import load_decoder
 from magi_ray.render.tasks.denoise import Denoiser
@@ -90,7 +91,7 @@ def render_through_deaths(store: Store, run: Run, reaper: Reaper) -> None:
     kept: dict[str, bytes] = {}
     while True:
         try:
-            assert not render_locally(store, run, observe=reaper).failed
+            assert not render_locally(store, run, observers=by_progress(reaper)).failed
             return
         except Death:
             assert {key: store.get(key) for key in kept} == kept
@@ -130,7 +131,7 @@ def test_2_at_most_one_stage_is_lost_for_each_interruption(every: int, make_run:
 def test_2_an_undisturbed_render_computes_nothing_twice(make_run: MakeRun) -> None:
     store, reaper = MemoryStore(), Reaper(0)
     run = make_run(store, ROWS)
-    render_locally(store, run, observe=reaper)
+    render_locally(store, run, observers=by_progress(reaper))
     assert reaper.forwards == sum(plan.timeline.num_stages * plan.forwards_per_stage for plan in run.plans.values())
 
 
@@ -156,6 +157,7 @@ import sys
 from pathlib import Path
 from magi_ray.manifest import Defaults, manifest_of
 from magi_ray.render.driving.local import render_locally
+from magi_ray.render.driving.session import DriveOptions
 from magi_ray.render.runs.record import create, prepare
 from magi_ray.settings import override, preset
 from magi_ray.storage.local import LocalStore
@@ -300,7 +302,7 @@ def test_5_what_a_late_worker_writes_after_its_run_was_collected_is_whole(make_r
     assert 2 <= len(stage_commits(store)) < plan.timeline.num_stages
     assert not verify(store).damages
     assert {key: store.get(key) for key in store.list(keys.videos(run.run_id))} == videos
-    render_locally(store, run, retry=list(run.plans))
+    render_locally(store, run, DriveOptions(retry=frozenset(run.plans)))
     assert contents(store, run) == before
 
 

@@ -15,13 +15,14 @@ from typing import Any
 import boto3
 import pytest
 from rgw import Rgw
-from runs import MakeRun, contents, stage_commits
+from runs import MakeRun, by_progress, contents, stage_commits
 from typed import Command, wait_until
 
 from magi_ray.errors import ManifestError, StoreUnavailable
 from magi_ray.manifest import write_manifest
 from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.progress import RunProgress
+from magi_ray.render.driving.session import DriveOptions
 from magi_ray.render.runs.media import MediaFiles
 from magi_ray.render.runs.record import Run, create, prepare
 from magi_ray.render.upkeep.verify import verify
@@ -117,7 +118,7 @@ def test_a_server_killed_and_restarted_in_mid_run_costs_only_time(
         later(2, rgw.start)
 
     run, fault = make_run(store, ROWS), Fault(store, kill)
-    outcome = render_locally(store, run, observe=fault)
+    outcome = render_locally(store, run, observers=by_progress(fault))
     assert pauses, "nobody noticed; the test shows nothing"
     assert not outcome.failed
     assert_whole(store, run, undisturbed, fault.before)
@@ -134,7 +135,7 @@ def test_puts_that_time_out_and_land_later_change_no_byte(
 
     run, fault = make_run(store, ROWS), Fault(store, stop)
     try:
-        outcome = render_locally(store, run, observe=fault)
+        outcome = render_locally(store, run, observers=by_progress(fault))
     finally:
         rgw.continue_disk()
     assert pauses, "nothing timed out; the test shows nothing"
@@ -153,7 +154,7 @@ def test_a_server_that_is_gone_for_longer_than_a_lease_holds_costs_only_time(
         later(7, rgw.start)
 
     run, fault = make_run(store, ROWS), Fault(store, kill)
-    assert not render_locally(store, run, observe=fault).failed
+    assert not render_locally(store, run, observers=by_progress(fault)).failed
     assert_whole(store, run, undisturbed, fault.before)
 
 
@@ -163,10 +164,10 @@ def test_a_server_that_stays_away_ends_the_run_with_a_reason_and_loses_nothing(
     store, _ = patient(s3_address, patience_s=1.5)
     run, fault = make_run(store, ROWS), Fault(store, rgw.kill_gateway)
     with pytest.raises(StoreUnavailable, match=r"Could not connect.*It was tried \d+ times in 2 s.*patience is 2 s"):
-        render_locally(store, run, observe=fault)
+        render_locally(store, run, observers=by_progress(fault))
     rgw.start()
     # Taken over, since this very process, which lives, has not been able to give its lease back.
-    outcome = render_locally(store, run, take_over=True)
+    outcome = render_locally(store, run, DriveOptions(take_over=True))
     assert not outcome.failed
     assert outcome.stages_reused >= len(fault.before)
     assert_whole(store, run, undisturbed, fault.before)

@@ -16,21 +16,21 @@ from typing import Any
 
 import psutil
 import ray
-from magi_ray.cluster.driver import render_on_ray
 from ray.cluster_utils import Cluster
 
-from magi_ray.cluster.actors import WORKERS, DenoiseWorker, TaskWorker
-from magi_ray.events import StageCommitted, TaskKind
+from magi_ray.cluster.actors import WorkerActor, in_group
+from magi_ray.cluster.workers import ACTORS, render_on_ray
+from magi_ray.events import StageCommitted, Task, TaskKind
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.runs.record import open_run
 from magi_ray.settings import prepare_ray_environment
 from magi_ray.storage.local import LocalStore
 
 
-def noting(folder: Path) -> type[TaskWorker]:
+def noting(folder: Path) -> type[WorkerActor]:
     """Notes on which node each attempt at a row is made."""
 
-    class Noting(DenoiseWorker):
+    class Noting(WorkerActor):
         def _begun(self, plan: RowPlan) -> str:
             node: str = ray.get_runtime_context().get_node_id()
             with (folder / "attempts").open("a") as attempts:
@@ -40,12 +40,12 @@ def noting(folder: Path) -> type[TaskWorker]:
     return Noting
 
 
-def whose_raylet_dies(folder: Path) -> type[TaskWorker]:
+def whose_raylet_dies(folder: Path) -> type[WorkerActor]:
     class Doomed(noting(folder)):  # type: ignore[misc]
-        @ray.method(concurrency_group="work")
-        def render(self, plan: RowPlan, first_stage: int) -> Iterator[Any]:
+        @in_group("work")
+        def carry_out(self, plan: RowPlan, task: Task, attempt: int) -> Iterator[Any]:
             self._begun(plan)
-            for happened in super().render(plan, first_stage):
+            for happened in super().carry_out(plan, task, attempt):
                 yield happened
                 if isinstance(happened, StageCommitted) and happened.stage == 2 and not (folder / "died").exists():
                     (folder / "died").write_text(str(time.time()))
@@ -54,23 +54,23 @@ def whose_raylet_dies(folder: Path) -> type[TaskWorker]:
                     # Nobody can stop us now. When we wake, another group has our row, and we go on all the same.
                     while not (folder / "went-on").exists():
                         time.sleep(0.1)
-                if first_stage and not (folder / "went-on").exists():
+                if task.index and not (folder / "went-on").exists():
                     (folder / "went-on").write_text(str(time.time()))
 
     return Doomed
 
 
-def unable_on_one_node(folder: Path) -> type[TaskWorker]:
+def unable_on_one_node(folder: Path) -> type[WorkerActor]:
     class Unable(noting(folder)):  # type: ignore[misc]
-        @ray.method(concurrency_group="work")
-        def render(self, plan: RowPlan, first_stage: int) -> Iterator[Any]:
+        @in_group("work")
+        def carry_out(self, plan: RowPlan, task: Task, attempt: int) -> Iterator[Any]:
             node = self._begun(plan)
             bad = folder / "bad-node"
             if not bad.exists():
                 bad.write_text(node)
             if bad.read_text() == node:
                 raise RuntimeError("this node's memory is rotten")
-            yield from super().render(plan, first_stage)
+            yield from super().carry_out(plan, task, attempt)
 
     return Unable
 
@@ -85,7 +85,7 @@ def main(case: str, root: str, run_id: str, folder: str) -> None:
         ray.init(address=cluster.address, log_to_driver=False)
         store = LocalStore(Path(root))
         denoise = {"raylet": whose_raylet_dies, "node": unable_on_one_node}[case](Path(folder))
-        outcome = render_on_ray(store, open_run(store, run_id), workers={**WORKERS, TaskKind.DENOISE: denoise})
+        outcome = render_on_ray(store, open_run(store, run_id), actors={**ACTORS, TaskKind.DENOISE: denoise})
         end = {"published": outcome.published, "failed": [failed.message for failed in outcome.failed]}
         (Path(folder) / "end.json").write_text(json.dumps(end))  # Ray prints to stdout
     finally:

@@ -18,16 +18,17 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from magi_ray.cluster.driver import render_on_ray
 from on_ray import wait_until, working_actors
 from runs import MakeRun, contents
 
-from magi_ray.cluster.actors import WORKERS, DecodeWorker, DenoiseWorker
+from magi_ray.cluster.actors import WorkerActor, in_group
+from magi_ray.cluster.workers import ACTORS, render_on_ray
 from magi_ray.errors import FailureClass, StoreUnavailable, Superseded
-from magi_ray.events import StepDone, TaskKind
+from magi_ray.events import StepDone, Task, TaskKind
 from magi_ray.render.artifacts.latents import load_clean_chunk
 from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.scheduler import BUDGETS
+from magi_ray.render.driving.session import DriveOptions
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.runs.record import Run
 from magi_ray.sampling.sampler import Sampler
@@ -94,10 +95,10 @@ class Unreadable(LocalStore):
         return super().get(key)
 
 
-def poisoned_denoising(folder: Path) -> type[DenoiseWorker]:
-    class Poisoned(DenoiseWorker):
-        @ray.method(concurrency_group="work")
-        def render(self, plan: RowPlan, first_stage: int) -> Iterator[Any]:
+def poisoned_denoising(folder: Path) -> type[WorkerActor]:
+    class Poisoned(WorkerActor):
+        @in_group("work")
+        def carry_out(self, plan: RowPlan, task: Task, attempt: int) -> Iterator[Any]:
             with (folder / "attempts").open("a") as attempts:
                 attempts.write(f"{plan.job_id}\n")
             before = (folder / "attempts").read_text().splitlines().count(plan.job_id)
@@ -105,12 +106,14 @@ def poisoned_denoising(folder: Path) -> type[DenoiseWorker]:
                 raise Superseded("its lease was taken")
             if plan.job_id == "out_of_memory":
                 with patch.object(Sampler, "run_stage", too_large):
-                    yield from super().render(plan, first_stage)
-            for happened in super().render(plan, first_stage):
+                    yield from super().carry_out(plan, task, attempt)
+                return
+            for happened in super().carry_out(plan, task, attempt):
                 yield happened
                 # With its second forward, lest the stage before be still on its way into the store.
-                if happened == StepDone(job_id="infrastructure", stage=2, step=2, steps=2):
-                    os.abort()
+                match happened:
+                    case StepDone(job_id="infrastructure", stage=2, step=2):
+                        os.abort()
 
     return Poisoned
 
@@ -120,18 +123,19 @@ def too_large(*_: object) -> Iterator[Any]:
     yield
 
 
-class PoisonedDecoding(DecodeWorker):
-    def carry_out(self, plan: RowPlan, index: int) -> None:
+class PoisonedDecoding(WorkerActor):
+    @in_group("work")
+    def carry_out(self, plan: RowPlan, task: Task, attempt: int) -> Iterator[Any]:
         poison: dict[str, Any] = {
             "code": {"side_effect": RuntimeError("a bug of ours")},
             "nan": {"return_value": torch.full((1, 3, 24, 32, 32), torch.nan)},
             "black": {"return_value": torch.full((1, 3, 24, 32, 32), -1.0)},
         }
         if plan.job_id not in poison:
-            super().carry_out(plan, index)
+            yield from super().carry_out(plan, task, attempt)
             return
         with patch("magi_ray.render.tasks.decode_network.decode_tiled", **poison[plan.job_id]):
-            super().carry_out(plan, index)
+            yield from super().carry_out(plan, task, attempt)
 
 
 def test_of_poisoned_rows_of_each_class_exactly_those_fail_each_with_its_reason(
@@ -159,8 +163,8 @@ def test_of_poisoned_rows_of_each_class_exactly_those_fail_each_with_its_reason(
     # The latent of chunk 0 and its commit.
     hidden = keys.commit_folder("stage", run.plans["store"].stage_keys[run.plans["store"].timeline.finishing_stage(0)])
     store = Unreadable(root, hidden=f"{hidden}chunk-", reader=os.getpid())
-    workers = {**WORKERS, TaskKind.DENOISE: poisoned_denoising(tmp_path), TaskKind.DECODE: PoisonedDecoding}
-    outcome = render_on_ray(store, run, workers=workers)
+    actors = {**ACTORS, TaskKind.DENOISE: poisoned_denoising(tmp_path), TaskKind.DECODE: PoisonedDecoding}
+    outcome = render_on_ray(store, run, actors=actors)
 
     assert set(outcome.published) == {"first", "preempted", "last"}
     assert of_rows(store, run, set(outcome.published)) == undisturbed(make_run, whole)
@@ -189,7 +193,7 @@ def test_a_run_in_which_too_many_rows_fail_is_stopped(make_run: MakeRun, tmp_pat
     bad = [row(f"bad-{number}", number, image=IMAGE, priority=1) for number in range(3)]
     run = make_run(store, [row("good", 9, num_chunks=200), *bad])
     store.put(keys.media(run.record.media["bad-0"].sha256), b"rotten")
-    outcome = render_on_ray(store, run, max_failed_rows=1)
+    outcome = render_on_ray(store, run, DriveOptions(max_failed_rows=1))
     assert outcome.state == "broken"
     assert not outcome.published
     assert [failed.job_id for failed in outcome.failed] == ["bad-0", "bad-1"]

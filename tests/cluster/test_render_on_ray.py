@@ -14,16 +14,18 @@ from typing import Any
 
 import pytest
 import ray
-from magi_ray.cluster.driver import MAX_FAILED_STARTS, Deadlines, render_on_ray
 from on_ray import wait_until, working_actors
-from runs import MakeRun, contents, stage_commits
+from runs import MakeRun, by_progress, contents, stage_commits
 
-from magi_ray.cluster.actors import WORKERS, DecodeWorker, DenoiseWorker, FinishWorker, TaskWorker
+from magi_ray.cluster.actors import WorkerActor, in_group
+from magi_ray.cluster.workers import ACTORS, render_on_ray
 from magi_ray.errors import FailureClass, MediaError, Superseded, WeightsError, WorkerLost
-from magi_ray.events import StageCommitted, TaskKind
+from magi_ray.events import Event, StageCommitted, Task, TaskKind, WorkerGone
 from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.progress import RunProgress
 from magi_ray.render.driving.reports import RunResult
+from magi_ray.render.driving.scheduler import MAX_FAILED_STARTS, Command
+from magi_ray.render.driving.session import DriveOptions, Timings
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.settings import Settings, override, preset
 from magi_ray.storage import keys
@@ -79,18 +81,19 @@ def once(marker: Path) -> bool:
     return True
 
 
-def replaced(kind: TaskKind, worker: type[TaskWorker]) -> dict[TaskKind, type[TaskWorker]]:
-    return {**WORKERS, kind: worker}
+def replaced(kind: TaskKind, actor: type[WorkerActor]) -> dict[TaskKind, type[WorkerActor]]:
+    return {**ACTORS, kind: actor}
 
 
-def dying(of: type[TaskWorker], marker: Path) -> type[TaskWorker]:
+def dying(marker: Path) -> type[WorkerActor]:
     """A worker that is killed during its first task, as by ``kill -9``."""
 
-    class Dying(of):  # type: ignore[valid-type,misc]
-        def carry_out(self, plan: RowPlan, index: int) -> None:
+    class Dying(WorkerActor):
+        @in_group("work")
+        def carry_out(self, plan: RowPlan, task: Task, attempt: int) -> Iterator[Any]:
             if once(marker):
                 os.kill(os.getpid(), signal.SIGKILL)
-            super().carry_out(plan, index)
+            yield from super().carry_out(plan, task, attempt)
 
     return Dying
 
@@ -115,27 +118,28 @@ def test_several_decoders_share_the_chunks_and_change_no_byte(
     undisturbed: Callable[..., dict[str, bytes]],
     tmp_path: Path,
 ) -> None:
-    class Waiting(DecodeWorker):
+    class Waiting(WorkerActor):
+        @in_group("work")
         def load(self) -> None:
             super().load()
-            (tmp_path / self._name).touch()
+            (tmp_path / self._worker.name).touch()
             while len(list(tmp_path.glob("decode-*"))) < 2:  # both are there before the first chunk is decoded
                 time.sleep(0.05)
 
     run = make_run(store, [TEXT], settings=override(settings, {"decoders": 2}))
     assert run.run_id == make_run(MemoryStore(), [TEXT]).run_id
-    deadlines = Deadlines(load_s=60)
-    assert not render_on_ray(store, run, workers=WORKERS | {TaskKind.DECODE: Waiting}, deadlines=deadlines).failed
+    actors = replaced(TaskKind.DECODE, Waiting)
+    assert not render_on_ray(store, run, actors=actors, timings=Timings(load_s=60)).failed
     assert contents(store, run) == undisturbed([TEXT])
 
 
 def test_a_denoise_worker_killed_in_mid_video_loses_nothing_that_was_committed(
     make_run: MakeRun, store: LocalStore, undisturbed: Callable[..., dict[str, bytes]], tmp_path: Path
 ) -> None:
-    class Dying(DenoiseWorker):
-        @ray.method(concurrency_group="work")
-        def render(self, plan: RowPlan, first_stage: int) -> Iterator[Any]:
-            for happened in super().render(plan, first_stage):
+    class Dying(WorkerActor):
+        @in_group("work")
+        def carry_out(self, plan: RowPlan, task: Task, attempt: int) -> Iterator[Any]:
+            for happened in super().carry_out(plan, task, attempt):
                 yield happened
                 if isinstance(happened, StageCommitted) and happened.stage == 2 and once(tmp_path / "died"):
                     kept = tmp_path / "kept"
@@ -143,7 +147,7 @@ def test_a_denoise_worker_killed_in_mid_video_loses_nothing_that_was_committed(
                     os.kill(os.getpid(), signal.SIGKILL)
 
     run = make_run(store, [TEXT])
-    outcome = render_on_ray(store, run, workers=replaced(TaskKind.DENOISE, Dying))
+    outcome = render_on_ray(store, run, actors=replaced(TaskKind.DENOISE, Dying))
     assert not outcome.failed
     assert contents(store, run) == undisturbed([TEXT])
     kept = {f"stages/{path.relative_to(tmp_path / 'kept')}": path.read_bytes()
@@ -157,8 +161,8 @@ def test_workers_killed_in_mid_task_are_replaced(
 ) -> None:
     killed = [TaskKind.EMBED, TaskKind.DECODE, TaskKind.FINISH]
     run = make_run(store, [TEXT])
-    workers = {**WORKERS, **{kind: dying(WORKERS[kind], tmp_path / kind) for kind in killed}}
-    outcome = render_on_ray(store, run, workers=workers)
+    actors = {**ACTORS, **{kind: dying(tmp_path / kind) for kind in killed}}
+    outcome = render_on_ray(store, run, actors=actors)
     assert all((tmp_path / kind).exists() for kind in killed)
     assert not outcome.failed
     assert contents(store, run) == undisturbed([TEXT])
@@ -167,29 +171,31 @@ def test_workers_killed_in_mid_task_are_replaced(
 def test_a_worker_that_stays_silent_is_killed_and_replaced(
     make_run: MakeRun, store: LocalStore, tmp_path: Path
 ) -> None:
-    class Hanging(FinishWorker):
-        def carry_out(self, plan: RowPlan, index: int) -> None:
+    class Hanging(WorkerActor):
+        @in_group("work")
+        def carry_out(self, plan: RowPlan, task: Task, attempt: int) -> Iterator[Any]:
             if once(tmp_path / "hung"):
                 time.sleep(3600)
-            super().carry_out(plan, index)
+            yield from super().carry_out(plan, task, attempt)
 
     run = make_run(store, [TEXT])
     render_locally(store, run)
     # Only this is left to do, so that the deadline concerns nothing slow.
     store.delete(keys.video_record(run.run_id, "text"))
-    deadlines = Deadlines(silence_s={**Deadlines().silence_s, TaskKind.FINISH: 4.0})
-    outcome = render_on_ray(store, run, deadlines=deadlines, workers=replaced(TaskKind.FINISH, Hanging))
+    timings = Timings(silence_s={**Timings().silence_s, TaskKind.FINISH: 4.0})
+    outcome = render_on_ray(store, run, timings=timings, actors=replaced(TaskKind.FINISH, Hanging))
     assert (tmp_path / "hung").exists()
     assert outcome.published == ("text",)
 
 
 def test_workers_that_spoke_while_the_driver_could_not_listen_are_not_taken_for_hung(
-    make_run: MakeRun, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+    make_run: MakeRun, store: LocalStore
 ) -> None:
-    class Slow(DecodeWorker):
-        def carry_out(self, plan: RowPlan, index: int) -> None:
+    class Slow(WorkerActor):
+        @in_group("work")
+        def carry_out(self, plan: RowPlan, task: Task, attempt: int) -> Iterator[Any]:
             time.sleep(1)
-            super().carry_out(plan, index)
+            yield from super().carry_out(plan, task, attempt)
 
     slept: list[float] = []
 
@@ -199,29 +205,35 @@ def test_workers_that_spoke_while_the_driver_could_not_listen_are_not_taken_for_
             slept.append(12.0)
             time.sleep(12)
 
-    lost: list[str] = []
-    monkeypatch.setattr("magi_ray.cluster.driver._Driver._why_silent", lambda _, pending: lost.append(pending.worker))
-    deadlines = Deadlines(silence_s={**Deadlines().silence_s, TaskKind.DENOISE: 10.0, TaskKind.DECODE: 10.0})
+    lost: list[Event] = []
+
+    def note_lost(happened: Event | Command, _: RunProgress) -> None:
+        if isinstance(happened, WorkerGone):
+            lost.append(happened)
+
+    timings = Timings(silence_s={**Timings().silence_s, TaskKind.DENOISE: 10.0, TaskKind.DECODE: 10.0})
     run = make_run(store, [TEXT | {"num_chunks": 8}])
-    workers = replaced(TaskKind.DECODE, Slow)
-    assert render_on_ray(store, run, deadlines=deadlines, workers=workers, observe=observe).published == ("text",)
+    actors, observers = replaced(TaskKind.DECODE, Slow), [*by_progress(observe), note_lost]
+    assert render_on_ray(store, run, timings=timings, actors=actors, observers=observers).published == ("text",)
     assert (slept, lost) == ([12.0], [])
 
 
 def test_a_row_that_cannot_be_decoded_is_soon_not_denoised_any_more(make_run: MakeRun, store: LocalStore) -> None:
-    class Unable(DecodeWorker):
-        def carry_out(self, plan: RowPlan, _index: int) -> None:
+    class Unable(WorkerActor):
+        @in_group("work")
+        def carry_out(self, plan: RowPlan, task: Task, attempt: int) -> Iterator[Any]:
             raise MediaError("ffmpeg cannot", remedy="Install another one.")
+            yield
 
-    class Slow(DenoiseWorker):
-        @ray.method(concurrency_group="work")
-        def render(self, plan: RowPlan, first_stage: int) -> Iterator[Any]:
-            for happened in super().render(plan, first_stage):
+    class Slow(WorkerActor):
+        @in_group("work")
+        def carry_out(self, plan: RowPlan, task: Task, attempt: int) -> Iterator[Any]:
+            for happened in super().carry_out(plan, task, attempt):
                 time.sleep(0.1)
                 yield happened
 
     run = make_run(store, [TEXT | {"num_chunks": 60}])
-    outcome = render_on_ray(store, run, workers=replaced(TaskKind.DECODE, Unable) | {TaskKind.DENOISE: Slow})
+    outcome = render_on_ray(store, run, actors=replaced(TaskKind.DECODE, Unable) | {TaskKind.DENOISE: Slow})
     [failed] = outcome.failed
     assert (failed.failure, failed.kind) == (FailureClass.INPUT, TaskKind.DECODE)
     assert failed.message.splitlines() == ["ffmpeg cannot", "Install another one."]
@@ -245,7 +257,8 @@ def test_weights_that_vanish_end_the_run_with_that_very_error(
 def test_a_worker_that_dies_while_loading_is_tried_a_few_times_only(
     make_run: MakeRun, store: LocalStore, tmp_path: Path
 ) -> None:
-    class StillBorn(WORKERS[TaskKind.EMBED]):  # type: ignore[name-defined,misc]
+    class StillBorn(WorkerActor):
+        @in_group("work")
         def load(self) -> None:
             with (tmp_path / "starts").open("a") as starts:
                 starts.write("x")
@@ -253,7 +266,7 @@ def test_a_worker_that_dies_while_loading_is_tried_a_few_times_only(
 
     run = make_run(store, [TEXT])
     with pytest.raises(WorkerLost, match=f"{MAX_FAILED_STARTS} embed workers failed to start") as raised:
-        render_on_ray(store, run, workers=replaced(TaskKind.EMBED, StillBorn))
+        render_on_ray(store, run, actors=replaced(TaskKind.EMBED, StillBorn))
     assert (tmp_path / "starts").read_text() == "x" * MAX_FAILED_STARTS
     assert raised.value.next_command == f"magi-ray resume {run.run_id} --store {store.uri}"
 
@@ -268,7 +281,7 @@ def test_of_two_drivers_of_one_run_one_goes_on_and_the_other_stops(
 
     def render(name: str, take_over: bool) -> None:
         try:
-            ends[name] = render_on_ray(store, run, take_over=take_over)
+            ends[name] = render_on_ray(store, run, DriveOptions(take_over=take_over))
         except Superseded as exc:
             ends[name] = exc
 
@@ -291,5 +304,5 @@ def test_an_observer_that_raises_ends_the_run_and_its_workers(make_run: MakeRun,
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        render_on_ray(store, run, observe=observe)
+        render_on_ray(store, run, observers=by_progress(observe))
     assert stage_commits(store)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from magi_ray.cluster.driver import render_on_ray
 from on_ray import SMALL, wait_until
 from rgw import Rgw
 from runs import MakeRun, contents, stage_commits
 from typed import Command
 
+from magi_ray.cluster.workers import render_on_ray
 from magi_ray.errors import StoreDenied
 from magi_ray.manifest import write_manifest
 from magi_ray.render.driving.local import render_locally

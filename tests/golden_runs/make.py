@@ -58,7 +58,7 @@ def make(folder: Path) -> None:
             raise Killed
 
     try:
-        render_locally(store, run, observe=kill)
+        render_locally(store, run, observers=[lambda _, progress: kill(progress)])
     except Killed:
         time.sleep(2)  # a commit may be under way
     for name in (".tmp", ".locks"):

@@ -4,11 +4,12 @@ what is simulated is where workers are: a ``Workers`` whose workers are simulate
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from magi_ray.errors import FailureClass, MagiRayError, StoreError, Superseded, WorkerLost
 from magi_ray.events import (
+    Event,
     StageCommitted,
     StepDone,
     Task,
@@ -21,7 +22,7 @@ from magi_ray.events import (
 )
 from magi_ray.render.driving.loop import render
 from magi_ray.render.driving.reports import RunResult, read_failures
-from magi_ray.render.driving.scheduler import RunState
+from magi_ray.render.driving.scheduler import Command, RunState
 from magi_ray.render.driving.session import DriveOptions, Session, Timings
 from magi_ray.render.driving.worker import Worker
 from magi_ray.render.plans.row_plan import RowPlan
@@ -88,9 +89,12 @@ class Driver:
         scheduler = session.scheduler
         handle = scheduler.handle
 
-        def checked(event):  # type: ignore[no-untyped-def]
+        def checked(event: Event) -> list[Command]:
             commands = handle(event)
-            scheduler.validate()
+            try:
+                scheduler.validate()
+            except AssertionError as exc:
+                self.simulation.world.fail(str(exc))
             return commands
 
         scheduler.handle = checked  # type: ignore[method-assign]
@@ -186,7 +190,7 @@ class SimulatedWorker:
             system=process.system,
         )
 
-    def begin(self, say) -> None:  # type: ignore[no-untyped-def]
+    def begin(self, say: Callable[[WorkerEvent], None]) -> None:
         """Be placed, and load."""
         self.say = say
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -191,7 +192,8 @@ class Simulation:
         """Errors that the code under test makes itself must not be: nothing is ever damaged or gone here."""
         ours = isinstance(exc, MagiRayError) and not isinstance(exc, ObjectMissing | ObjectDamaged)
         if not ours and str(exc) != "poisoned":
-            raise exc
+            trace = "".join(traceback.format_exception(exc))
+            self.world.fail(f"{exc!r}\n{trace}")
 
     # What goes wrong -----------------------------------------------------------------------------------------------
 

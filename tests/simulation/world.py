@@ -13,7 +13,7 @@ from contextlib import suppress
 from heapq import heappop, heappush
 from itertools import count
 from random import Random
-from typing import Generic, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 from greenlet import getcurrent, greenlet
 
@@ -42,6 +42,7 @@ class World:
         self.now = 0.0
         self.trace: list[str] = []
         self.processes: dict[int, Process] = {}
+        self.violation: Violation | None = None
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
 
@@ -52,8 +53,10 @@ class World:
         """Of all that happened."""
         return hashlib.sha256("\n".join(self.trace).encode()).hexdigest()
 
-    def fail(self, what: str) -> None:
-        raise Violation(f"seed {self.seed}, at {self.now:.3f} s: {what}")
+    def fail(self, what: str) -> NoReturn:
+        """A promise is broken. The code under test may catch what this raises; ``run`` raises it again."""
+        self.violation = self.violation or Violation(f"seed {self.seed}, at {self.now:.3f} s: {what}")
+        raise self.violation
 
     def chance(self, probability: float) -> bool:
         return self.random.random() < probability
@@ -68,6 +71,8 @@ class World:
                 return
             self.now, _, call = heappop(self._due)
             call()
+            if self.violation is not None:
+                raise self.violation
         self.fail(f"no end after {MOST_EVENTS} events: somebody waits or beats for ever")
 
     def close(self) -> None:

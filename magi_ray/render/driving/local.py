@@ -12,7 +12,7 @@ from magi_ray.render.artifacts.latents import set_torch_threads
 from magi_ray.render.driving.loop import check_machine, render
 from magi_ray.render.driving.reports import Observer, RunResult
 from magi_ray.render.driving.scheduler import ONE_OF_EACH
-from magi_ray.render.driving.session import DriveOptions, Session
+from magi_ray.render.driving.session import DriveOptions, Session, Timings
 from magi_ray.render.driving.worker import Worker, print_traceback
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.runs.record import Run
@@ -21,7 +21,12 @@ from magi_ray.storage.store import Store
 
 
 def render_locally(
-    store: Store, run: Run, options: DriveOptions = DriveOptions(), *, observers: Sequence[Observer] = ()
+    store: Store,
+    run: Run,
+    options: DriveOptions = DriveOptions(),
+    *,
+    observers: Sequence[Observer] = (),
+    timings: Timings = Timings(),
 ) -> RunResult:
     """Render what is left of ``run`` in this process. Every chunk is decoded as soon as it is clean.
 
@@ -29,7 +34,16 @@ def render_locally(
     """
     encoder = check_machine(run)
     set_torch_threads(run.settings.numeric.cpu_threads)
-    return render(store, run, LocalWorkers, counts=ONE_OF_EACH, encoder=encoder, options=options, observers=observers)
+    return render(
+        store,
+        run,
+        LocalWorkers,
+        counts=ONE_OF_EACH,
+        encoder=encoder,
+        options=options,
+        observers=observers,
+        timings=timings,
+    )
 
 
 def _print_bugs(what: str, exc: Exception) -> None:

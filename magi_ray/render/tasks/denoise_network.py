@@ -5,11 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 from torch import Tensor
+from magi_ray.render.plans.row_plan import RowPlan
+from magi_ray.storage.store import Store
 
 from magi_ray.models.dit.model import load_dit
 from magi_ray.models.files import published_folder
 from magi_ray.models.text.special_tokens import SpecialTokenTable, null_caption, prepend_special_tokens
-from magi_ray.render.artifacts.latents import load_clean_chunk, load_tensor, load_window, pack, telling_out_of_memory
+from magi_ray.render.artifacts.latents import load_clean_chunk, load_tensor, load_window, pack, convert_out_of_memory
 from magi_ray.render.tasks.denoise import Denoiser
 from magi_ray.sampling.noise import chunk_noise
 from magi_ray.sampling.ranges import clean_chunks_needed
@@ -74,7 +76,7 @@ class _Stages:
         steps = self.sampler.run_stage(stage)
         while True:
             try:
-                with telling_out_of_memory(f"Stage {stage} of job {self.plan.job_id}"):
+                with convert_out_of_memory(f"Stage {stage} of job {self.plan.job_id}"):
                     next(steps)
             except StopIteration as finished:
                 return partial(_payloads, finished.value)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import MakeRun, contents, flip
+from runs import MakeRun, by_progress, contents, flip
 
 from magi_ray.errors import DeviceOutOfMemory
 from magi_ray.manifest import Defaults, manifest_of
@@ -17,6 +17,7 @@ from magi_ray.render.artifacts.videos import published
 from magi_ray.render.driving.inventory import stages_done
 from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.progress import RunProgress
+from magi_ray.render.driving.session import DriveOptions
 from magi_ray.render.plans.takes import add_take
 from magi_ray.render.runs.record import Run, create, open_run, prepare
 from magi_ray.render.tasks.finish import FfmpegJoiner, Finisher
@@ -79,7 +80,7 @@ def disturbed(settings: Settings) -> tuple[Run, dict[str, bytes], dict[str, byte
             raise Death
 
     with pytest.raises(Death):
-        render_locally(dead, run, observe=die)
+        render_locally(dead, run, observers=by_progress(die))
     return run, contents(store, run), {key: dead.get(key) for key in dead.list("")}
 
 
@@ -128,11 +129,11 @@ def test_a_row_that_is_read_again_has_everything_damaged_made_again(make_run: Ma
     committed = [key for key in store.list("") if not key.startswith(("runs/", "media/"))]
     for number, key in enumerate([*videos, *committed]):
         flip(store, key, PLACES[number % 3])
-        assert render_locally(store, run, retry={"a"}).published == ("a",)
+        assert render_locally(store, run, DriveOptions(retry=frozenset({"a"}))).published == ("a",)
         assert all(verified_commit(store, kind, name.split("/")[-2]) for kind, name in commits(store)), key
         assert store.get(videos[0]) == whole[videos[0]]
         assert published(store, run.run_id, run.plans["a"], reread=True), key
-    assert render_locally(store, run, retry={"a"}).already_published == 1
+    assert render_locally(store, run, DriveOptions(retry=frozenset({"a"}))).already_published == 1
 
 
 def commits(store: MemoryStore) -> list[tuple[keys.CommitKind, str]]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
-from runs import MakeRun
+from runs import MakeRun, by_progress
 
 from magi_ray.events import Inspected, RowInventory, Task, TaskDone, TaskKind
 from magi_ray.render.driving.local import render_locally
@@ -16,6 +16,7 @@ from magi_ray.render.driving.progress import Phase, RunProgress
 from magi_ray.render.driving.reports import RunReports, read_progress
 from magi_ray.storage import keys
 from magi_ray.storage.memory import MemoryStore
+from magi_ray.system import System
 
 ROWS = [
     {"job_id": "a", "prompt": "sea", "num_chunks": 1, "tags": {"shot": "1"}, "scene": "harbour", "take": 3},
@@ -55,7 +56,7 @@ def test_a_run_that_was_interrupted_says_at_once_that_it_is_not_going_on(make_ru
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        render_locally(store, run, observe=interrupt)
+        render_locally(store, run, observers=by_progress(interrupt))
     noted = read_progress(store, run.run_id)
     assert noted is not None
     assert noted.state == "stopped"
@@ -76,14 +77,12 @@ def test_every_step_is_seen(make_run: MakeRun) -> None:
         if not seen or done != seen[-1]:
             seen.append(done)
 
-    render_locally(store, run, observe=watch)
+    render_locally(store, run, observers=by_progress(watch))
     plan = run.plans["b"]
     assert seen == list(range(plan.timeline.num_stages * plan.forwards_per_stage + 1))
 
 
-def test_writing_progress_takes_no_more_than_a_share_of_the_time(
-    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_writing_progress_takes_no_more_than_a_share_of_the_time(make_run: MakeRun) -> None:
     now = seconds = 0.0
     written: list[float] = []
 
@@ -98,12 +97,16 @@ def test_writing_progress_takes_no_more_than_a_share_of_the_time(
     store = Slow()
     run = make_run(store, ROWS)
     rows = [RowInventory(job_id=job_id, priority=0, num_stages=1, num_chunks=1) for job_id in run.plans]
-    monkeypatch.setattr("magi_ray.render.driving.reports.time.monotonic", lambda: now)
+
+    class OtherTime(System):
+        def clock(self) -> float:
+            return now
+
     for takes, at_most in ((0.01, 100), (2.0, 6), (30.0, 2)):
-        now, seconds, journal = 0.0, takes, RunReports(store, run, rows, earlier={})
+        now, seconds, reports = 0.0, takes, RunReports(store, run, rows, earlier={}, system=OtherTime())
         written.clear()
         while now < 100:
-            journal.beat()
+            reports.beat()
             now += 0.25
         assert at_most * 0.7 <= len(written) <= at_most
 
@@ -111,7 +114,10 @@ def test_writing_progress_takes_no_more_than_a_share_of_the_time(
 def test_chunks_that_turned_out_lost_are_not_counted_twice() -> None:
     row = RowInventory(job_id="a", priority=0, num_stages=5, num_chunks=2)
     progress = RunProgress.of("run", [row], {"a": 4})
-    chunks = [TaskDone(worker="d", task=Task(kind=TaskKind.DECODE, job_id="a", index=chunk)) for chunk in (0, 1)]
+    chunks = [
+        TaskDone(worker="d", task=Task(kind=TaskKind.DECODE, job_id="a", index=chunk), attempt=chunk)
+        for chunk in (0, 1)
+    ]
     for happened in (*chunks, Inspected(row=replace(row, segments_done=frozenset({0}))), chunks[1], chunks[1]):
         progress.note(happened)
     assert progress.videos["a"].chunks_done == 2

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import MakeRun, contents, flip
+from runs import MakeRun, by_progress, contents, flip
 
 from magi_ray.errors import InputError, ObjectDamaged, RunNotFound
 from magi_ray.render.driving.local import render_locally
@@ -63,7 +63,7 @@ def test_of_a_run_that_is_rendered_now_nothing_committed_is_garbage(stage: int, 
             assert {item.reason for item in found} <= {"no commit names it: its writer died, or another was quicker"}
             collect(store, found)
 
-    assert render_locally(store, run, observe=look).published == ("a",)
+    assert render_locally(store, run, observers=by_progress(look)).published == ("a",)
     assert contents(store, run) == contents(other, run)
     assert verify(store).damages == []
 

@@ -11,6 +11,7 @@ from runs import MakeRun, flip
 from magi_ray.errors import RunNotFound
 from magi_ray.manifest import Defaults, manifest_of
 from magi_ray.render.driving.local import render_locally
+from magi_ray.render.driving.session import DriveOptions
 from magi_ray.render.plans.takes import add_take
 from magi_ray.render.runs.record import Run, create, prepare
 from magi_ray.render.upkeep.verify import Damage, verify
@@ -135,7 +136,7 @@ def test_what_retry_mends_verify_finds_no_more(store: MemoryStore, make_run: Mak
     flip(store, state)
     flip(store, keys.video(run.run_id, "b"))
     jobs = {job for damage in verify(store).damages for _, job in damage.needed_by}
-    render_locally(store, run, retry=jobs)
+    render_locally(store, run, DriveOptions(retry=frozenset(jobs)))
     assert verify(store).damages == []
 
 
