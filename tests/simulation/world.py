@@ -43,6 +43,7 @@ class World:
         self.trace: list[str] = []
         self.processes: dict[int, Process] = {}
         self.violation: Violation | None = None
+        self.hub = getcurrent()
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
 
@@ -130,7 +131,8 @@ class Process:
                 work()
 
         self.threads = [thread for thread in self.threads if not thread.dead]
-        thread = Thread(body)
+        # Not whoever starts it: giving way leads back to `World.run`.
+        thread = Thread(body, self.world.hub)
         self.threads.append(thread)
         self._wake_after(0.0, thread)
         return thread

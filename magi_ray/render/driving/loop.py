@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from math import inf
 from typing import Protocol
 
 from magi_ray.errors import FailureClass, StoreError
@@ -140,7 +141,7 @@ class _Loop:
         self._unplaced: set[str] = set()
         self._logs: dict[str, str] = {}
         self._nodes: dict[TaskKind, frozenset[str]] = {}
-        self._nodes_asked = -self._timings.nodes_s
+        self._nodes_asked = -inf
 
     def drive(self) -> None:
         """Until the run has come to rest."""
@@ -152,7 +153,6 @@ class _Loop:
             if self._scheduler.finished:
                 return
             self._hear(self._workers.wait(self._timings.tick_s))
-            self._handle_events()
             self._find_silent()
             self._look_around()
 
@@ -238,15 +238,15 @@ class _Loop:
             return
         # Perhaps they have spoken, and it was we who did not listen: the store was out of reach.
         self._hear(self._workers.wait(0.0))
-        self._handle_events()
         for worker in self._silent():
             no_room = worker in self._unplaced
-            message = (
-                self._workers.why_unplaced(worker) if no_room else f"Nothing was heard of worker {worker} for too long."
-            )
-            gone = WorkerGone(worker=worker, failure=FailureClass.INFRASTRUCTURE, message=message, no_room=no_room)
+            message = f"Nothing was heard of worker {worker} for too long."
+            if no_room:
+                message = self._workers.why_unplaced(worker)
+            failure = FailureClass.INFRASTRUCTURE
+            gone = WorkerGone(worker=worker, failure=failure, message=message, no_room=no_room)
+            self._deadlines.pop(worker)
             self._hear([(worker, gone)])
-            self._handle_events()
 
     def _silent(self) -> list[str]:
         now = self._clock()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import inf
 
 from magi_ray.errors import Superseded
 from magi_ray.events import CancelAsked, Event, Inspected, PauseAsked, RowInventory, TaskKind
@@ -66,7 +67,7 @@ class Session:
         self.store, self.run, self.encoder, self.epoch = store, run, encoder, leadership.epoch
         self.scheduler, self.timings, self.system = scheduler, timings, system
         self._leadership, self._reports = leadership, reports
-        self._asked = -timings.requests_s
+        self._asked = -inf
 
     @property
     def resume_command(self) -> str:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from functools import partial
 
 from torch import Tensor
-from magi_ray.render.plans.row_plan import RowPlan
-from magi_ray.storage.store import Store
 
 from magi_ray.models.dit.model import load_dit
 from magi_ray.models.files import published_folder
 from magi_ray.models.text.special_tokens import SpecialTokenTable, null_caption, prepend_special_tokens
-from magi_ray.render.artifacts.latents import load_clean_chunk, load_tensor, load_window, pack, convert_out_of_memory
+from magi_ray.render.artifacts.latents import convert_out_of_memory, load_clean_chunk, load_tensor, load_window, pack
+from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.tasks.denoise import Denoiser
 from magi_ray.sampling.noise import chunk_noise
 from magi_ray.sampling.ranges import clean_chunks_needed
 from magi_ray.sampling.sampler import Sampler
 from magi_ray.sampling.state import WindowState, chunk_shape
+from magi_ray.storage.store import Store
 from magi_ray.timeline import SPATIAL_FACTOR
 
 
