@@ -105,12 +105,12 @@ class DenoiseWorker(TaskWorker):
 
     @_in_group("work")
     def load(self) -> None:
-        from magi_ray.render.tasks.denoise import Denoiser
+        from magi_ray.render.tasks.denoise_network import load_denoiser
 
         self._use_threads()
         with self._telling("Loading"):
             super().load()
-            self._loaded = Denoiser(self._settings, self._store)
+            self._loaded = load_denoiser(self._settings, self._store)
 
     @_in_group("work")
     def render(self, plan: RowPlan, first_stage: int) -> Iterator[StepDone | StageCommitted]:
@@ -120,7 +120,7 @@ class DenoiseWorker(TaskWorker):
             self._telling(f"Denoising job {job_id} from stage {first_stage} on"),
             denoising(self._store, self._run_id, job_id, epoch=self._epoch, name=self._name) as lease,
         ):
-            for happened in self._loaded.render(plan, first_stage):
+            for happened in self._loaded.carry_out(plan, first_stage):
                 lease.check()
                 yield happened
                 if job_id in self._abandoned:

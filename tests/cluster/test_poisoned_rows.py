@@ -9,6 +9,7 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def poisoned_denoising(folder: Path) -> type[DenoiseWorker]:
             for happened in super().render(plan, first_stage):
                 yield happened
                 # With its second forward, lest the stage before be still on its way into the store.
-                if happened == StepDone(job_id="infrastructure", stage=2, step=2, steps=2):
+                if replace(happened, seconds=0.0) == StepDone(job_id="infrastructure", stage=2, step=2, steps=2):
                     os.abort()
 
     return Poisoned

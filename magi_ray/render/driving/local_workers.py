@@ -28,6 +28,7 @@ from magi_ray.render.driving.session import Session, session
 from magi_ray.render.runs.record import Run
 from magi_ray.render.tasks.decode import Decoder
 from magi_ray.render.tasks.denoise import Denoiser
+from magi_ray.render.tasks.denoise_network import load_denoiser
 from magi_ray.render.tasks.embed import Embedder
 from magi_ray.render.tasks.finish import finish
 from magi_ray.storage.store import Store
@@ -161,9 +162,9 @@ class _Tasks:
 
     def denoise(self, task: Task) -> Generator[StepDone | StageCommitted]:
         if self._denoiser is None:
-            self._denoiser = Denoiser(self._run.settings, self._store)
+            self._denoiser = load_denoiser(self._run.settings, self._store)
         with denoising(self._store, self._run.run_id, task.job_id, epoch=self._epoch, name="denoise") as lease:
-            for happened in self._denoiser.render(self._run.plans[task.job_id], task.index):
+            for happened in self._denoiser.carry_out(self._run.plans[task.job_id], task.index):
                 lease.check()
                 yield happened
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from magi_ray.errors import MediaError, NumericError
 from magi_ray.media.encoder import encode_segment, encoder_identity, find_ffmpeg
 from magi_ray.models.vae.model import VAE, load_vae
-from magi_ray.models.vae.tiling import Tiles, decode_tiled
+from magi_ray.models.vae.tiling import decode_tiled
 from magi_ray.render.artifacts.commits import commit, segment_pre_image
 from magi_ray.render.artifacts.latents import load_clean_chunk, require_finite
 from magi_ray.render.artifacts.pixels import tensor_to_pixels
@@ -27,8 +27,7 @@ def decode_chunk(vae: VAE, latent: Tensor, plan: RowPlan, chunk: int) -> np.ndar
 
     latent: the chunk's clean latent [1, 16, 6, h, w], × scale_factor.  Raises NumericError.
     """
-    tiles = Tiles(**plan.settings.tiles.model_dump())
-    pixels = decode_tiled(vae, latent / plan.settings.runtime.scale_factor, tiles=tiles)
+    pixels = decode_tiled(vae, latent / plan.settings.runtime.scale_factor, tiles=plan.settings.tiles)
     require_finite(pixels, what=f"row {plan.row} (job {plan.job_id}): decoded chunk {chunk}")
     # Frames of a video prefix were decoded with the rest of their chunk, and are left out here.
     frames = tensor_to_pixels(pixels)[-plan.timeline.chunk_frames(chunk) :]

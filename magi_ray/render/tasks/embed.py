@@ -9,7 +9,7 @@ from torch import Tensor
 
 from magi_ray.models.text.t5 import TextEncoder, load_t5
 from magi_ray.models.vae.model import VAE, load_vae
-from magi_ray.models.vae.tiling import Tiles, encode_tiled
+from magi_ray.models.vae.tiling import encode_tiled
 from magi_ray.render.artifacts.commits import commit
 from magi_ray.render.artifacts.latents import pack, require_finite
 from magi_ray.render.artifacts.pixels import pixels_to_tensor
@@ -71,5 +71,5 @@ class Embedder:
             numeric = self._settings.numeric
             self._vae = load_vae(self._settings.weights.vae, device=numeric.device, attention=numeric.attention)
         frames = prefix_pixels(self._store, plan)
-        latent = encode_tiled(self._vae, pixels_to_tensor(frames), tiles=Tiles(**settings.tiles.model_dump()))
+        latent = encode_tiled(self._vae, pixels_to_tensor(frames), tiles=settings.tiles)
         return (latent * settings.runtime.scale_factor).float().cpu()
