@@ -199,16 +199,16 @@ class Model:
         from magi_ray.models.vae.model import load_vae
         from magi_ray.render.artifacts.latents import load_clean_chunk
         from magi_ray.render.tasks.decode_network import decode_chunk
-        from magi_ray.render.tasks.denoise import Denoiser
+        from magi_ray.render.tasks.denoise_network import load_denoiser
         from magi_ray.render.tasks.embed_network import load_embedder
         from magi_ray.storage import keys
 
         # T5 is let go again at once; what it said of a caption stays in the store.
         list(load_embedder(self.settings, self._store).carry_out(plan))
         numeric = self.settings.numeric
-        self._denoiser = self._denoiser or Denoiser(self.settings, self._store)
+        self._denoiser = self._denoiser or load_denoiser(self.settings, self._store)
         self._vae = self._vae or load_vae(self.settings.weights.vae, device=numeric.device, attention=numeric.attention)
-        for happened in self._denoiser.render(plan, 0):
+        for happened in self._denoiser.carry_out(plan, 0):
             if not isinstance(happened, StageCommitted):
                 continue
             if happened.chunk is not None:

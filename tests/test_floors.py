@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HEIGHT = {
-    "errors": 0, "events": 0, "system": 0, "timeline": 0, "manifest": 0, "settings": 0,
+    "errors": 0, "events": 0, "forward": 0, "system": 0, "timeline": 0, "manifest": 0, "settings": 0,
     "parallel": 1,
     "sampling": 2, "models": 2, "storage": 2, "media": 2,
     "render": 3,
@@ -140,7 +140,7 @@ def test_imports_point_down(path: Path) -> None:
 
 def test_all_modules_are_read() -> None:
     assert {part_of(".".join(path.relative_to(ROOT).with_suffix("").parts)) for path in modules()} >= {
-        "errors", "timeline", "manifest", "settings", "parallel", "sampling", "models", "storage", "media", "render",
+        "errors", "timeline", "manifest", "settings", "sampling", "models", "storage", "media", "render",
     }  # fmt: skip
 
 

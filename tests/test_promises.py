@@ -35,13 +35,13 @@ from magi_ray.errors import (
 )
 from magi_ray.manifest import write_manifest
 from magi_ray.media.encoder import encoder_identity, find_ffmpeg
-from magi_ray.render.driving.leadership import denoising
+from magi_ray.render.driving.leadership import row_lease
 from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.progress import RunProgress
 from magi_ray.render.driving.session import DriveOptions
 from magi_ray.render.runs.record import Run
 from magi_ray.render.tasks.decode_network import load_decoder
-from magi_ray.render.tasks.denoise import Denoiser
+from magi_ray.render.tasks.denoise_network import load_denoiser
 from magi_ray.render.tasks.embed_network import load_embedder
 from magi_ray.render.tasks.finish import FfmpegJoiner, Finisher
 from magi_ray.render.upkeep.gc import collect, garbage
@@ -259,8 +259,8 @@ def test_5_a_late_worker_that_commits_repairs_and_finishes_changes_nothing_that_
     run = make_run(store, ROWS)
     plan, encoder = run.plans["video"], encoder_identity(find_ffmpeg())
     list(load_embedder(run.settings, store).carry_out(plan))
-    with denoising(store, run.run_id, "video", epoch=0, name="late") as lease:
-        late = Denoiser(run.settings, store).render(plan, 0)
+    with row_lease(store, run.run_id, "video", epoch=0, name="late") as lease:
+        late = load_denoiser(run.settings, store).carry_out(plan, 0)
         assert next(happened.step for happened in late if happened.stage == 1) == 1
         # It sleeps. A driver gives its row to another group, which repairs and finishes; garbage is collected.
         [state] = [key for key in store.list("stages/") if "/state-" in key]
@@ -271,7 +271,7 @@ def test_5_a_late_worker_that_commits_repairs_and_finishes_changes_nothing_that_
         kept = {key: store.get(key) for prefix in media for key in store.list(prefix)}
         # It wakes, ends its stage, and computes everything once more that it had looked for before.
         assert [happened.stage for happened in late][-1] == plan.timeline.num_stages - 1
-        list(Denoiser(run.settings, LateView(store, "stages/", looks)).render(plan, 0))
+        list(load_denoiser(run.settings, LateView(store, "stages/", looks)).carry_out(plan, 0))
         list(load_embedder(run.settings, LateView(store, "texts/", looks)).carry_out(plan))
         list(load_embedder(run.settings, LateView(store, "prefixes/", looks)).carry_out(plan))
         decoder = load_decoder(run.settings, LateView(store, "segments/", looks), encoder=encoder)
@@ -291,7 +291,7 @@ def test_5_what_a_late_worker_writes_after_its_run_was_collected_is_whole(make_r
     run = make_run(store, [{"job_id": "text", "prompt": "sea", "num_chunks": 4}])
     plan = run.plans["text"]
     list(load_embedder(run.settings, store).carry_out(plan))
-    late = Denoiser(run.settings, store).render(plan, 0)
+    late = load_denoiser(run.settings, store).carry_out(plan, 0)
     # Every chunk has entered by then, so no caption is missing later.
     assert next(happened.step for happened in late if happened.stage == 3) == 1
     render_locally(store, run)

@@ -16,7 +16,6 @@ from magi_ray.errors import WeightsError
 from magi_ray.settings import inference_folder
 
 INDEX = "model.safetensors.index.json"
-_TEXT_SIZES = ("vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_layers")
 SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 COMPRESSED = ".zst"
 SIDECAR = ".sha256"

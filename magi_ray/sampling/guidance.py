@@ -14,10 +14,10 @@ from magi_ray.settings import AS_THE_RUN, ChunkControl, RuntimeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class BranchWeights:
-    """How much each branch counts for one chunk; they sum to 1. A branch that is 0 for all need not be computed.
+class BranchShares:
+    """How much of a chunk's velocity comes from each branch; they sum to 1.
 
-    text: sees its caption.  previous: sees earlier chunks only.  alone: sees neither.
+    text: sees its caption and earlier chunks.  previous: sees earlier chunks only.  alone: sees neither.
     """
 
     text: float
@@ -25,12 +25,12 @@ class BranchWeights:
     alone: float
 
 
-def branch_weights(t: float, runtime: RuntimeConfig, control: ChunkControl = AS_THE_RUN) -> BranchWeights:
-    """The weights at ``t``, a value of the float32 time grid; on an edge of cfg_t_range the upper interval counts.
+def branch_shares(t: float, runtime: RuntimeConfig, control: ChunkControl = AS_THE_RUN) -> BranchShares:
+    """The shares at ``t``, a value of the float32 time grid; on an edge of cfg_t_range the upper interval counts.
     The scales of ``control`` take the place of the run's."""
     # Edges are rounded to float32, as t is: 0.1 must be equal to 0.1.
     edges = torch.tensor(runtime.cfg_t_range, dtype=torch.float32).tolist()
     interval = max(0, bisect_right(edges, t) - 1)
     p = (control.prev_chunk_scales or runtime.prev_chunk_scales)[interval]
     s = (control.text_scales or runtime.text_scales)[interval]
-    return BranchWeights(text=s, previous=p - s, alone=1 - p)
+    return BranchShares(text=s, previous=p - s, alone=1 - p)

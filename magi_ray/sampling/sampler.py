@@ -1,20 +1,21 @@
-"""The loop that turns noise into chunks: one visible sampler (spec §5).
+"""The loop that turns noise into chunks (spec §5). It computes no velocity itself: it yields what the network is to
+compute, and is sent the velocities.
 
-Every stage begins by sending the chunk that just became clean through the model, so that its keys and values are
-cached; then each forward advances every chunk of the window by its own step.
+Every stage begins by sending the chunk that just became clean through the network, so that its keys and values are
+cached; then each step advances every chunk of the window by one step of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from magi_ray.errors import NumericError
-from magi_ray.sampling.guidance import branch_weights
+from magi_ray.forward import Forward
+from magi_ray.sampling.guidance import branch_shares
 from magi_ray.sampling.ranges import KVRanges, cache_depth, clean_chunks_needed, first_needed
 from magi_ray.sampling.schedule import distilled_dt, time_grid
 from magi_ray.sampling.state import WindowState
@@ -26,40 +27,10 @@ from magi_ray.timeline import LATENTS_PER_CHUNK, Timeline
 # + the rest · seeing only itself.
 _HISTORY_SHARE = 0.7
 
-
-class Model(Protocol):
-    """What the sampler calls. R chunks a forward; see ``magi_ray.models.dit.model.DiT``."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def tokens_per_chunk(self, height: int, width: int) -> int: ...
-
-    def new_cache(self, *, depth: int, height: int, width: int) -> Any: ...
-
-    def __call__(
-        self,
-        latents: Tensor,
-        *,
-        t: Tensor,
-        captions: Sequence[Tensor],
-        dropped: bool,
-        chunks: Sequence[int],
-        positions: Sequence[int],
-        kv_ranges: Sequence[tuple[int, int]],
-        cache: Any,
-        store: bool = False,
-        dt: float | None = None,
-    ) -> Tensor: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepDone:
-    """Step ``step`` (from 0) of the ``steps`` of stage ``stage`` has been taken."""
-
-    stage: int
-    step: int
-    steps: int
+Forwards = Sequence[Forward[Tensor]]
+"""To be computed in this order, as far as they use the same cache; none needs the velocity of another."""
+Velocities = Sequence[Tensor]
+"""One for each Forward, in the shape of its latents; those of forwards that write to the cache are not looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,26 +48,16 @@ class StageResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForwardRecord:
-    """What an observer is told about a step: the clean chunk first where one is sent through, as the reference does.
+class StepInputs:
+    """The window before one step, R chunks, oldest first.
 
-    stage, step: −1, −1 for the pass over a video prefix.  timesteps, kv_ranges: one entry a chunk, ranges in tokens
-    from the video's start.  velocity: guided, [chunks in flight, 16, 6, h, w], without the clean chunk.
+    clean: the chunk that just became clean, in the first step of a stage.  chunks: absolute numbers.
+    x: [R, 16, 6, h, w].  t, delta: [R], and how far the step goes.
     """
 
     stage: int
     step: int
-    timesteps: tuple[float, ...]
-    kv_ranges: tuple[tuple[int, int], ...]
-    velocity: Tensor | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Flight:
-    """The window in one step. chunks: absolute numbers, oldest first.  t, delta: [R], and where the step leads."""
-
-    stage: int
-    step: int
+    clean: int | None
     chunks: Sequence[int]
     controls: Sequence[ChunkControl]
     x: Tensor
@@ -112,63 +73,58 @@ class Sampler:
     captions: chunk → [n, caption_channels], special tokens in front; n = 0 stands for no caption.
     null_caption: [m, caption_channels], what a chunk without caption reads.
     prefix: latents [1, 16, T, h, w] of the image or video to start from, × scale_factor; T is timeline.prefix_latents.
-    noise: chunk → [1, 16, 6, h, w].  height, width: of the latents.  Chunks are numbered from 0 without the prefix.
-    controls: of the chunks that do otherwise than ``runtime``.  observe: is called once a step.
+    noise: chunk → [1, 16, 6, h, w].  Chunks are numbered from 0 without the prefix.
+    controls: of the chunks that do otherwise than ``runtime``.
+    device: where latents are kept and advanced. Forwards have their tensors there; velocities are expected there.
     """
 
     def __init__(
         self,
         *,
-        model: Model,
         timeline: Timeline,
         runtime: RuntimeConfig,
         engine: EngineConfig,
         captions: Callable[[int], Tensor],
         null_caption: Tensor,
         noise: Callable[[int], Tensor],
-        height: int,
-        width: int,
         prefix: Tensor | None = None,
         controls: Mapping[int, ChunkControl] | None = None,
-        observe: Callable[[ForwardRecord], None] | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         assert (0 if prefix is None else prefix.shape[2]) == timeline.prefix_latents
-        self.model, self.timeline, self.runtime, self.engine = model, timeline, runtime, engine
-        self.captions, self.noise, self.observe = captions, noise, observe
+        self.timeline, self.runtime, self.engine = timeline, runtime, engine
+        self.captions, self.noise, self.device = captions, noise, device
         self.null_caption = self._here(null_caption)
         self.prefix = None if prefix is None else self._here(prefix)
         self.controls = controls or {}
         self.ranges = KVRanges.of(runtime, self.controls, offset=timeline.offset)
+        self.cache_depth = cache_depth(timeline, self.ranges)
         self.grid = time_grid(runtime.num_steps, shortcut_mode=engine.shortcut_mode)
         self.steps = forwards_per_stage(num_steps=runtime.num_steps, window_size=timeline.window_size)
         self.guided = runtime.cfg_number == 3
-        self.tokens = model.tokens_per_chunk(height, width)
-        self.cache = model.new_cache(depth=cache_depth(timeline, self.ranges), height=height, width=width)
         self.latents: dict[int, Tensor] = {}
         self.just_clean: Tensor | None = None
 
-    def start(self, state: WindowState, clean: Mapping[int, Tensor]) -> None:
-        """Stand before ``state.stage``, as if all earlier stages had just been run.
+    def start(self, state: WindowState, clean: Mapping[int, Tensor]) -> Iterator[Forward[Tensor]]:
+        """Stand before ``state.stage``, as if all earlier stages had just been run. Yields what fills the cache, which
+        is empty and has ``cache_depth`` places; nothing is sent back. Takes effect when it is exhausted.
 
         clean: the clean latents of ``ranges.clean_chunks_needed(timeline, ranges, stage)``; more do no harm.
         The keys and values of earlier clean chunks come from the same clean passes as in an undisturbed run.
         """
-        stage, offset = state.stage, self.timeline.offset
+        stage = state.stage
         assert set(state.latents) == set(chunks_under_way(self.timeline, stage))
         self.latents = {chunk: self._here(x) for chunk, x in state.latents.items()}
         needed = clean_chunks_needed(self.timeline, self.ranges, stage)
         # The last one is sent through by the stage itself.
         self.just_clean = self._here(clean[needed[-1]]) if needed else None
-        for chunk in range(first_needed(self.timeline, self.ranges, stage), offset):
-            self._cache_prefix_chunk(chunk)
+        for chunk in range(first_needed(self.timeline, self.ranges, stage), self.timeline.offset):
+            yield self._prefix_pass(chunk)
         for chunk in needed[:-1]:
-            self._cache_clean_chunk(chunk, self._here(clean[chunk]), dropped=self.guided)
-        if stage == 0 and offset:
-            spans = [self.ranges.prefix_chunk(chunk) for chunk in range(offset)]
-            self._tell(-1, -1, [self.runtime.clean_t] * offset, spans, None)
+            yield self._clean_pass(chunk, self._here(clean[chunk]), dropped=self.guided)
 
-    def run_stage(self, stage: int) -> Generator[StepDone, None, StageResult]:
-        """The steps of ``stage``, a yield after each; returns what to commit. Stages run in order after ``start``.
+    def run_stage(self, stage: int) -> Generator[Forwards, Velocities, StageResult]:
+        """Yields once a step, all forwards of the step; returns what to commit. Stages run in order after ``start``.
 
         Raises NumericError when a velocity is not finite.
         """
@@ -176,124 +132,148 @@ class Sampler:
         if entering is not None:
             self.latents[entering] = self._here(self.noise(entering))
         for step in range(self.steps):
-            flight = self._flight(stage, step)
-            clean = stage - self.timeline.window_size if step == 0 else -1
-            velocity = self._guided(flight, clean) if self.guided else self._unguided(flight, clean)
-            self._check_finite(velocity, flight)
-            self._report(flight, clean, velocity)
-            moved = flight.x + velocity * flight.delta.view(-1, 1, 1, 1, 1)
-            self.latents = dict(zip(self.timeline.window(stage), moved.split(1), strict=True))
-            yield StepDone(stage=stage, step=step, steps=self.steps)
+            inputs = self._inputs(stage, step)
+            velocity = yield from self._guided(inputs) if self.guided else self._unguided(inputs)
+            self.advance(inputs, velocity)
         return self._result(stage)
 
-    # The two ways to a velocity.  clean: the chunk to send through first, −1 for none.
+    def advance(self, inputs: StepInputs, velocity: Tensor) -> None:
+        """Take the step that begins with ``inputs``. velocity: guided, [R, 16, 6, h, w]. Raises NumericError."""
+        self._require_finite(velocity, inputs)
+        moved = inputs.x + velocity * inputs.delta.view(-1, 1, 1, 1, 1)
+        self.latents = dict(zip(self.timeline.window(inputs.stage), torch.split(moved, 1), strict=True))
 
-    def _guided(self, flight: _Flight, clean: int) -> Tensor:
-        weights = [
-            branch_weights(t, self.runtime, control)
-            for t, control in zip(flight.t.tolist(), flight.controls, strict=True)
+    # The two ways to a velocity.
+
+    def _guided(self, inputs: StepInputs) -> Generator[Forwards, Velocities, Tensor]:
+        shares = [
+            branch_shares(t, self.runtime, control)
+            for t, control in zip(inputs.t.tolist(), inputs.controls, strict=True)
         ]
         text, previous, alone = (
-            self._here(torch.tensor([getattr(w, name) for w in weights])).view(-1, 1, 1, 1, 1)
+            self._here(torch.tensor([getattr(share, name) for share in shares])).view(-1, 1, 1, 1, 1)
             for name in ("text", "previous", "alone")
         )
-        nulls = [self.null_caption] * len(flight.chunks)
-        velocity = torch.zeros_like(flight.x)
+        nulls = [self.null_caption] * len(inputs.chunks)
+        isolated = [i for i, share in enumerate(shares) if share.alone]
+
+        # A branch whose share is 0 for all chunks is not computed.
+        forwards: list[Forward[Tensor]] = []
         if text.any():
-            # Chunks of weight 0 stay in this forward: younger ones attend to them.
-            if clean >= 0:
-                self._cache_clean_chunk(clean, self.just_clean, dropped=False)
-            velocity += text * self._forward(flight, captions=flight.captions, dropped=False)
-        if clean >= 0:
-            # Takes the place of the text branch's keys, and stays.
-            self._cache_clean_chunk(clean, self.just_clean, dropped=True)
+            # Chunks of share 0 stay in this forward: younger ones attend to them.
+            forwards += self._just_clean_pass(inputs, dropped=False)
+            forwards.append(self._window(inputs, captions=inputs.captions, dropped=False))
+        # Takes the place of the text branch's keys, and stays.
+        forwards += self._just_clean_pass(inputs, dropped=True)
         if previous.any():
-            velocity += previous * self._forward(flight, captions=nulls, dropped=True)
-        isolated = [i for i, w in enumerate(weights) if w.alone]
+            forwards.append(self._window(inputs, captions=nulls, dropped=True))
         if isolated:
-            velocity[isolated] += alone[isolated] * self.model(
-                flight.x[isolated],
-                t=flight.t[isolated],
-                captions=nulls[: len(isolated)],
-                dropped=True,
-                chunks=isolated,
-                positions=[0] * len(isolated),
-                kv_ranges=[(i, i + 1) for i in isolated],
-                cache=None,
-            )
+            forwards.append(self._each_alone(inputs, isolated))
+
+        velocities = yield from _ask(forwards)
+        velocity = torch.zeros_like(inputs.x)
+        if text.any():
+            velocity += text * next(velocities)
+        if previous.any():
+            velocity += previous * next(velocities)
+        if isolated:
+            velocity[isolated] += alone[isolated] * next(velocities)
         return velocity
 
-    def _unguided(self, flight: _Flight, clean: int) -> Tensor:
-        if clean >= 0:
-            self._cache_clean_chunk(clean, self.just_clean, dropped=False)
+    def _unguided(self, inputs: StepInputs) -> Generator[Forwards, Velocities, Tensor]:
+        forwards = self._just_clean_pass(inputs, dropped=False)
         # In double precision: the float32 nearest to 0.3 is greater than 0.3.
-        nearly_clean = float(flight.t[0]) > self.engine.distill_nearly_clean_chunk_threshold
+        nearly_clean = float(inputs.t[0]) > self.engine.distill_nearly_clean_chunk_threshold
         if not (self.engine.distill and nearly_clean):
-            return self._forward(flight, captions=flight.captions, dropped=False)
-        beyond = flight.chunks[-1] + 1
-        velocity = self.model(
-            torch.cat([flight.x, flight.x[:1]]),
-            t=torch.cat([flight.t, flight.t[:1]]),
-            captions=[*flight.captions, flight.captions[0]],
-            dropped=False,
-            chunks=[*flight.chunks, beyond],
-            positions=[*flight.chunks, beyond],
-            kv_ranges=[*flight.kv_ranges, (beyond, beyond + 1)],
-            cache=self.cache,
-            dt=self._dt(flight.step),
-        )
+            (velocity,) = yield from _ask([*forwards, self._window(inputs, captions=inputs.captions, dropped=False)])
+            return velocity
+        (velocity,) = yield from _ask([*forwards, self._oldest_twice(inputs)])
         with_history, by_itself = velocity[:1], velocity[-1:]
         return torch.cat([_HISTORY_SHARE * with_history + (1 - _HISTORY_SHARE) * by_itself, velocity[1:-1]])
 
-    def _forward(self, flight: _Flight, *, captions: Sequence[Tensor], dropped: bool) -> Tensor:
-        return self.model(
-            flight.x,
-            t=flight.t,
+    # Forwards of the window.
+
+    def _window(self, inputs: StepInputs, *, captions: Sequence[Tensor], dropped: bool) -> Forward[Tensor]:
+        return Forward(
+            latents=inputs.x,
+            t=inputs.t,
             captions=captions,
+            chunks=inputs.chunks,
+            positions=inputs.chunks,
+            kv_ranges=inputs.kv_ranges,
             dropped=dropped,
-            chunks=flight.chunks,
-            positions=flight.chunks,
-            kv_ranges=flight.kv_ranges,
-            cache=self.cache,
-            dt=self._dt(flight.step),
+            dt=self._dt(inputs.step),
+        )
+
+    def _each_alone(self, inputs: StepInputs, indices: Sequence[int]) -> Forward[Tensor]:
+        """Some chunks of the window, without caption, each as if it were the first and only one of its video."""
+        return Forward(
+            latents=inputs.x[indices],
+            t=inputs.t[indices],
+            captions=[self.null_caption] * len(indices),
+            chunks=indices,
+            positions=[0] * len(indices),
+            kv_ranges=[(i, i + 1) for i in indices],
+            dropped=True,
+            reads_cache=False,
+        )
+
+    def _oldest_twice(self, inputs: StepInputs) -> Forward[Tensor]:
+        """The window and, behind it, its oldest chunk once more, seeing only itself."""
+        beyond = inputs.chunks[-1] + 1
+        return Forward(
+            latents=torch.cat([inputs.x, inputs.x[:1]]),
+            t=torch.cat([inputs.t, inputs.t[:1]]),
+            captions=[*inputs.captions, inputs.captions[0]],
+            chunks=[*inputs.chunks, beyond],
+            positions=[*inputs.chunks, beyond],
+            kv_ranges=[*inputs.kv_ranges, (beyond, beyond + 1)],
+            dropped=False,
+            dt=self._dt(inputs.step),
         )
 
     # Clean passes: what they leave in the cache depends on the chunk's latents alone (and on the chunks it may see).
 
-    def _cache_clean_chunk(self, chunk: int, x: Tensor | None, *, dropped: bool) -> None:
-        assert x is not None
-        absolute = self.timeline.offset + chunk
-        self._cache(absolute, self._with_prefix(chunk, x), self.ranges.clean_chunk(absolute), dropped=dropped)
+    def _just_clean_pass(self, inputs: StepInputs, *, dropped: bool) -> list[Forward[Tensor]]:
+        """The pass of the chunk that just became clean, if there is one."""
+        if inputs.clean is None:
+            return []
+        assert self.just_clean is not None
+        return [self._clean_pass(inputs.clean, self.just_clean, dropped=dropped)]
 
-    def _cache_prefix_chunk(self, absolute: int) -> None:
+    def _clean_pass(self, chunk: int, x: Tensor, *, dropped: bool) -> Forward[Tensor]:
+        absolute = self.timeline.offset + chunk
+        return self._cached(absolute, self._with_prefix(chunk, x), self.ranges.clean_chunk(absolute), dropped=dropped)
+
+    def _prefix_pass(self, absolute: int) -> Forward[Tensor]:
         assert self.prefix is not None
         x = self.prefix[:, :, absolute * LATENTS_PER_CHUNK : (absolute + 1) * LATENTS_PER_CHUNK]
-        self._cache(absolute, x, self.ranges.prefix_chunk(absolute), dropped=self.guided)
+        return self._cached(absolute, x, self.ranges.prefix_chunk(absolute), dropped=self.guided)
 
-    def _cache(self, absolute: int, x: Tensor, kv_range: tuple[int, int], *, dropped: bool) -> None:
-        self.model(
-            x,
+    def _cached(self, absolute: int, x: Tensor, kv_range: tuple[int, int], *, dropped: bool) -> Forward[Tensor]:
+        return Forward(
+            latents=x,
             t=self._here(torch.tensor([self.runtime.clean_t])),
             captions=[self.null_caption],
-            dropped=dropped,
             chunks=[absolute],
             positions=[absolute],
             kv_ranges=[kv_range],
-            cache=self.cache,
-            store=True,
+            dropped=dropped,
             dt=self._dt(0),
+            writes_cache=True,
         )
 
     # Smaller parts.
 
-    def _flight(self, stage: int, step: int) -> _Flight:
+    def _inputs(self, stage: int, step: int) -> StepInputs:
         window = self.timeline.window(stage)
         done = [(stage - chunk) * self.steps + step for chunk in window]
         captions = [self._here(self.captions(chunk)) for chunk in window]
         absolute = [self.timeline.offset + chunk for chunk in window]
-        return _Flight(
+        return StepInputs(
             stage=stage,
             step=step,
+            clean=self.timeline.finished(stage - 1) if step == 0 else None,
             chunks=absolute,
             controls=[self.controls.get(chunk, AS_THE_RUN) for chunk in window],
             x=torch.cat([self._with_prefix(chunk, self.latents[chunk]) for chunk in window]),
@@ -326,37 +306,14 @@ class Sampler:
             clean_chunk=None if clean is None else clean.cpu(),
         )
 
-    def _check_finite(self, velocity: Tensor, flight: _Flight) -> None:
+    def _require_finite(self, velocity: Tensor, inputs: StepInputs) -> None:
         if torch.isfinite(velocity).all():
             return
-        broken = [c for c, v in zip(flight.chunks, velocity, strict=True) if not torch.isfinite(v).all()]
+        broken = [c for c, v in zip(inputs.chunks, velocity, strict=True) if not torch.isfinite(v).all()]
         names = ", ".join(str(chunk - self.timeline.offset) for chunk in broken)
         raise NumericError(
-            f"The model gave NaN or infinity for chunk {names} in stage {flight.stage}, step {flight.step}.",
+            f"The model gave NaN or infinity for chunk {names} in stage {inputs.stage}, step {inputs.step}.",
             remedy="Check the weights and params_dtype; bfloat16 does not overflow where float16 does.",
-        )
-
-    def _report(self, flight: _Flight, clean: int, velocity: Tensor) -> None:
-        timesteps, spans = flight.t.tolist(), list(flight.kv_ranges)
-        if clean >= 0:
-            timesteps.insert(0, self.runtime.clean_t)
-            spans.insert(0, self.ranges.clean_chunk(self.timeline.offset + clean))
-        self._tell(flight.stage, flight.step, timesteps, spans, velocity)
-
-    def _tell(
-        self, stage: int, step: int, timesteps: Sequence[float], spans: Sequence[tuple[int, int]],
-        velocity: Tensor | None,
-    ) -> None:  # fmt: skip
-        if self.observe is None:
-            return
-        self.observe(
-            ForwardRecord(
-                stage=stage,
-                step=step,
-                timesteps=tuple(timesteps),
-                kv_ranges=tuple((first * self.tokens, end * self.tokens) for first, end in spans),
-                velocity=velocity,
-            )
         )
 
     def _dt(self, step: int) -> float | None:
@@ -365,4 +322,30 @@ class Sampler:
         return distilled_dt(self.runtime.num_steps, step, shortcut_mode=self.engine.shortcut_mode)
 
     def _here(self, x: Tensor) -> Tensor:
-        return x.to(self.model.device)
+        return x.to(self.device)
+
+
+def _ask(forwards: Forwards) -> Generator[Forwards, Velocities, Iterator[Tensor]]:
+    """The velocities of those forwards that are no clean passes."""
+    velocities = yield forwards
+    return iter([v for forward, v in zip(forwards, velocities, strict=True) if not forward.writes_cache])
+
+
+def drive(
+    stage: Generator[Forwards, Velocities, StageResult], compute: Callable[[Forward[Tensor]], Tensor]
+) -> Generator[None, None, StageResult]:
+    """Run a stage of ``Sampler.run_stage``, its forwards one after the other. Yields after each step.
+
+    compute: gives the velocity of a Forward, and keeps the cache.
+    """
+    forwards = next(stage)
+    while True:
+        velocities = [compute(forward) for forward in forwards]
+        try:
+            forwards = stage.send(velocities)
+        except StopIteration as end:
+            result: StageResult = end.value
+            break
+        yield
+    yield
+    return result

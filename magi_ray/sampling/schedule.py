@@ -10,40 +10,27 @@ from torch import Tensor
 ShortcutMode = Literal["8,16,16", "16,16,8"]
 
 # A 12-step grid keeps three of the four points in each quarter of the 16-step grid.
-_KEPT: dict[str, tuple[int, int, int]] = {"8,16,16": (0, 2, 3), "16,16,8": (0, 1, 2)}
+_KEPT: dict[ShortcutMode, tuple[int, int, int]] = {"8,16,16": (0, 2, 3), "16,16,8": (0, 1, 2)}
 # How many 16-step points each of those three steps passes over.
-_INTERVALS: dict[str, tuple[int, int, int]] = {"8,16,16": (2, 1, 1), "16,16,8": (1, 1, 2)}
+_INTERVALS: dict[ShortcutMode, tuple[int, int, int]] = {"8,16,16": (2, 1, 1), "16,16,8": (1, 1, 2)}
 
 
-def time_grid(
-    num_steps: int,
-    *,
-    shortcut_mode: ShortcutMode = "8,16,16",
-    curve: Literal["square", "piecewise", "identity"] = "square",
-    shift: float | None = 3.0,
-) -> Tensor:
-    """[num_steps + 1] float32 from 0 to 1 (with a shift, the last value is 1.0000001): t before each step, and at last.
+def time_grid(num_steps: int, *, shortcut_mode: ShortcutMode = "8,16,16") -> Tensor:
+    """[num_steps + 1] float32 from 0 to 1.0000001: t before each step, and after the last.
 
-    shortcut_mode counts for 12 steps only. The published models use the square curve shifted by 3.
+    shortcut_mode counts for 12 steps only.
     """
     if num_steps == 12:
-        base = time_grid(16, curve=curve, shift=shift)
         kept = [4 * quarter + point for quarter in range(4) for point in _KEPT[shortcut_mode]]
-        return base[[*kept, 16]]
-    # In float32 and in this order: other orders round differently.
-    x = torch.linspace(0, 1, num_steps + 1, dtype=torch.float32)
-    if curve == "square":
-        x = x**2
-    elif curve == "piecewise":  # seven eighths of the steps for the first half of the way
-        x = torch.where(x < 0.875, x * (0.5 / 0.875), 0.5 + (x - 0.875) * (0.5 / (1 - 0.875)))
-    if shift is not None:
-        inverse = 1 / shift
-        x = (inverse * x) / (1 + (inverse - 1) * x)
-    return x
+        return time_grid(16)[[*kept, 16]]
+    # A square, shifted by 3. In float32 and in this order: other orders round differently.
+    x = torch.linspace(0, 1, num_steps + 1, dtype=torch.float32) ** 2
+    inverse = 1 / 3.0
+    return (inverse * x) / (1 + (inverse - 1) * x)
 
 
 def intervals(num_steps: int, *, shortcut_mode: ShortcutMode = "8,16,16") -> tuple[int, ...]:
-    """Per step, how many points of the base grid it passes over: 1, or for 12 steps a pattern of 1 and 2."""
+    """For each step, how many points of the base grid it passes over: 1, or for 12 steps a pattern of 1 and 2."""
     return _INTERVALS[shortcut_mode] * 4 if num_steps == 12 else (1,) * num_steps
 
 

@@ -28,6 +28,3 @@ class WindowState:
 
     stage: int
     latents: Mapping[int, Tensor]
-
-
-START = WindowState(stage=0, latents={})

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from magi_ray.forward import Forward
 from magi_ray.models.dit.attention import KERNELS, plain
 from magi_ray.models.dit.kv_cache import KVCache
 from magi_ray.models.dit.model import DiT
@@ -41,18 +42,20 @@ def dit(kind: str = "24B", *, attention: str = "plain", **changes: Any) -> DiT:
     return model
 
 
-def velocity(model: DiT, latents: Tensor, chunks: Sequence[int], **changes: Any) -> Tensor:
+def velocity(
+    model: DiT, latents: Tensor, chunks: Sequence[int], *, cache: KVCache | None = None, **changes: Any
+) -> Tensor:
     first = chunks[0]
     arguments: dict[str, Any] = {
+        "latents": latents,
         "t": torch.linspace(0.5, 0.1, len(chunks)),
         "captions": [randn(3 + chunk, CHANNELS, seed=chunk) for chunk in chunks],
         "dropped": False,
         "chunks": chunks,
         "positions": chunks,
         "kv_ranges": [(first, chunk + 1) for chunk in chunks],
-        "cache": None,
     }
-    return model(latents, **(arguments | changes))
+    return model(Forward(**arguments | changes), cache)
 
 
 LATENTS = randn(3, 16, 6, 4, 8)
@@ -88,7 +91,7 @@ def test_cached_keys_stand_for_the_chunk_that_left_them() -> None:
     for i, chunk in enumerate((4, 5)):
         t = torch.linspace(0.5, 0.1, 3)[i : i + 1]
         kv_ranges = [(4, chunk + 1)]
-        alone = velocity(model, LATENTS[i : i + 1], [chunk], t=t, kv_ranges=kv_ranges, cache=cache, store=True)
+        alone = velocity(model, LATENTS[i : i + 1], [chunk], t=t, kv_ranges=kv_ranges, cache=cache, writes_cache=True)
         torch.testing.assert_close(alone[0], together[i])
     last = velocity(model, LATENTS[2:], [6], t=torch.tensor([0.1]), kv_ranges=[(4, 7)], cache=cache)
     torch.testing.assert_close(last[0], together[2])

@@ -2,21 +2,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from magi_ray.errors import WeightsError
 from magi_ray.models.vae.blocks import Transformer
 from magi_ray.models.vae.config import VAEConfig
 from magi_ray.models.vae.model import VAE, WEIGHTS_FILE, load_vae
-from magi_ray.models.vae.tiling import Tiles, decode_tiled
+from magi_ray.models.vae.tiling import decode_tiled
+from magi_ray.settings import TileSettings
 
 
 @pytest.fixture
@@ -79,29 +77,12 @@ def test_an_image_is_four_copies_of_one_frame_and_comes_back_as_one_frame() -> N
 def test_a_tile_as_large_as_the_video_changes_nothing(tiny_weights: Path) -> None:
     vae = load_vae(tiny_weights / "vae", device="cpu", attention="sdpa")
     latent = torch.randn(1, 16, 6, 3, 4, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(decode_tiled(vae, latent, tiles=Tiles(frames=24)), vae.decode(latent))
-
-
-def test_tiles_of_one_chunk_may_be_spread_over_several_decoders(tiny_weights: Path) -> None:
-    several = [load_vae(tiny_weights / "vae", device="cpu", attention="sdpa") for _ in range(3)]
-    latent = torch.randn(1, 16, 6, 12, 16, generator=torch.Generator().manual_seed(1))
-    tiles, shares = Tiles(height=64, width=64, frames=12), [0, 0, 0]
-
-    def spread(cut: Sequence[Tensor]) -> list[Tensor]:
-        with ThreadPoolExecutor(3) as pool:
-            work = [(i % 3, pool.submit(several[i % 3].decode, tile)) for i, tile in enumerate(cut)]
-            for decoder, _ in work:
-                shares[decoder] += 1
-            return [future.result(timeout=60) for _, future in work]
-
-    alone = decode_tiled(several[0], latent, tiles=tiles)
-    assert torch.equal(decode_tiled(several[0], latent, tiles=tiles, run_all=spread), alone)
-    assert shares == [4, 4, 4]
+    assert torch.equal(decode_tiled(vae, latent, tiles=TileSettings(frames=24)), vae.decode(latent))
 
 
 def test_a_last_tile_of_one_latent_frame_gives_one_frame(tiny_weights: Path) -> None:
     vae = load_vae(tiny_weights / "vae", device="cpu", attention="sdpa")
-    assert decode_tiled(vae, torch.zeros(1, 16, 4, 3, 4), tiles=Tiles(frames=12)).shape[2] == 13
+    assert decode_tiled(vae, torch.zeros(1, 16, 4, 3, 4), tiles=TileSettings(frames=12)).shape[2] == 13
 
 
 def test_a_missing_and_an_unexpected_tensor_are_both_named(folder: Path) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from driven import Driven, Step
 from torch import Tensor
 
+from magi_ray.forward import Forward
 from magi_ray.models.dit.model import DiT
 from magi_ray.models.text.special_tokens import SpecialTokenTable, null_caption, prepend_special_tokens
 from magi_ray.models.weights import load_into
-from magi_ray.sampling.sampler import ForwardRecord, Sampler, StageResult, StepDone
-from magi_ray.sampling.state import START
 from magi_ray.settings import EngineConfig, ModelConfig, RuntimeConfig, SpecialTokens
 from magi_ray.timeline import LATENTS_PER_CHUNK, Timeline
 
@@ -25,35 +24,49 @@ if TYPE_CHECKING:
 def test_a_render_equals_the_reference(sampling_case: Case, attention: str) -> None:
     case = sampling_case
     tensors = case.tensors
-    chunks, records = render(case, tensors, attention)
-    prefix_pass = [record for record in records if record.velocity is None]
-    forwards = [record for record in records if record.velocity is not None]
+    chunks, render = run(case, tensors, attention)
 
-    assert len(forwards) == case.facts["forward_steps"]
-    assert [list(map(list, r.kv_ranges)) for r in records] == case.facts["kv_ranges"]
-    for record, expected in zip(records, case.facts["timesteps"], strict=True):
-        assert record.timesteps == pytest.approx(expected, abs=1e-6)
-    assert len(prefix_pass) == (case.facts["prefix_T"] >= LATENTS_PER_CHUNK)
+    assert len(render.steps) == case.facts["forward_steps"]
+    timesteps, kv_ranges = what_the_reference_saw(render)
+    tokens = render.network.tokens_per_chunk(*tensors["noise"].shape[3:])
+    in_tokens = [[[first * tokens, end * tokens] for first, end in ranges] for ranges in kv_ranges]
+    assert in_tokens == case.facts["kv_ranges"]
+    for found, expected in zip(timesteps, case.facts["timesteps"], strict=True):
+        assert found == pytest.approx(expected, abs=1e-6)
+    assert bool(render.first) == (case.facts["prefix_T"] >= LATENTS_PER_CHUNK)
 
     assert set(chunks) == set(case.facts["chunk_ids"])
-    errors, allowed = errors_of(case, tensors, chunks, forwards), case.tolerance
+    errors, allowed = errors_of(case, tensors, chunks, render.steps), case.tolerance
     if max(errors.values()) > allowed and case.facts["config"]["model_config"]["params_dtype"] == "torch.bfloat16":
         # How bfloat16 is rounded differs between processors, and the sampler makes more of it. No render in it can
         # be asked to come nearer to the reference's than exact arithmetic does.
-        exact_chunks, exact = render(case, tensors, attention, params_dtype="torch.float32")
-        exact_forwards = [record for record in exact if record.velocity is not None]
-        allowed = max(allowed, 1.5 * max(errors_of(case, tensors, exact_chunks, exact_forwards).values()))
+        exact_chunks, exact = run(case, tensors, attention, params_dtype="torch.float32")
+        allowed = max(allowed, 1.5 * max(errors_of(case, tensors, exact_chunks, exact.steps).values()))
     assert max(errors.values()) <= allowed, errors
 
 
-def errors_of(
-    case: Case, tensors: dict[str, Tensor], chunks: dict[int, Tensor], forwards: list[ForwardRecord]
-) -> dict[str, float]:
+def what_the_reference_saw(render: Driven) -> tuple[list[list[float]], list[list[tuple[int, int]]]]:
+    """Timesteps and ranges, in chunks: of the pass over a video prefix, then of every step. The clean chunk stands
+    first where one is sent through; a chunk that a distilled model sends through twice is there once."""
+    passes: list[list[tuple[float, tuple[int, int]]]] = []
+    if render.first:
+        passes.append([pair for forward in render.first for pair in _pairs(forward)])
+    for step in render.steps:
+        clean = [_pairs(forward) for forward in step.forwards if forward.writes_cache]
+        passes.append([*(clean[0] if clean else []), *_pairs(step.window)[: len(step.velocity)]])
+    return [[t for t, _ in pairs] for pairs in passes], [[span for _, span in pairs] for pairs in passes]
+
+
+def _pairs(forward: Forward[Tensor]) -> list[tuple[float, tuple[int, int]]]:
+    return list(zip(forward.t.tolist(), forward.kv_ranges, strict=True))
+
+
+def errors_of(case: Case, tensors: dict[str, Tensor], chunks: dict[int, Tensor], steps: list[Step]) -> dict[str, float]:
     """The relative error of everything the case holds, by name."""
     errors = {}
     for name, expected in tensors.items():
         if name.startswith("velocity_step_"):
-            velocity = torch.cat(list(forwards[int(name.removeprefix("velocity_step_"))].velocity), dim=1)[None]
+            velocity = torch.cat(list(steps[int(name.removeprefix("velocity_step_"))].velocity), dim=1)[None]
             # The reference's has the clean chunk in front where one was sent through; it is of no consequence.
             errors[name] = case.relative_error(velocity, expected[:, :, -velocity.shape[2] :])
         elif name.startswith("chunk_"):
@@ -61,10 +74,8 @@ def errors_of(
     return errors
 
 
-def render(
-    case: Case, tensors: dict[str, Tensor], attention: str, **changes: str
-) -> tuple[dict[int, Tensor], list[ForwardRecord]]:
-    """The emitted chunks (without frames of a video prefix), and every forward. ``changes``: to the model's config."""
+def run(case: Case, tensors: dict[str, Tensor], attention: str, **changes: str) -> tuple[dict[int, Tensor], Driven]:
+    """The emitted chunks (without frames of a video prefix), and every step. ``changes``: to the model's config."""
     facts, config = case.facts, case.facts["config"]
     model_config = ModelConfig(**config["model_config"] | changes)
     runtime = RuntimeConfig(**config["runtime_config"])
@@ -96,33 +107,20 @@ def render(
         start = (offset + chunk) * LATENTS_PER_CHUNK
         return tensors["noise"][:, :, start : start + LATENTS_PER_CHUNK]
 
-    records: list[ForwardRecord] = []
-    sampler = Sampler(
-        model=model,
+    render = Driven(
+        model,
+        height=tensors["noise"].shape[3],
+        width=tensors["noise"].shape[4],
         timeline=timeline,
         runtime=runtime,
         engine=engine,
         captions=caption,
         null_caption=null_caption(model.y_embedder.null_caption_embedding, tokens, negative_prompt=False),
         noise=noise,
-        height=tensors["noise"].shape[3],
-        width=tensors["noise"].shape[4],
         prefix=tensors.get("prefix_latent"),
-        observe=records.append,
     )
-    sampler.start(START, {})
-    chunks = {}
-    for stage in range(timeline.num_stages):
-        result = _to_the_end(sampler.run_stage(stage))
-        if result.clean_chunk is not None:
-            chunks[result.finished] = result.clean_chunk
+    render.start()
+    results = render.run(range(timeline.num_stages))
+    chunks = {result.finished: result.clean_chunk for result in results if result.clean_chunk is not None}
     chunks[0] = chunks[0][:, :, timeline.dropped_frames // 4 :]
-    return chunks, records
-
-
-def _to_the_end(stage: Generator[StepDone, None, StageResult]) -> StageResult:
-    while True:
-        try:
-            next(stage)
-        except StopIteration as end:
-            return end.value
+    return chunks, render

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from driven import START, Driven, Step
 from torch import Tensor
 
 from magi_ray.errors import NumericError
+from magi_ray.forward import Forward
 from magi_ray.models.dit.model import DiT
 from magi_ray.sampling.noise import chunk_noise
 from magi_ray.sampling.ranges import KVRanges, clean_chunks_needed
-from magi_ray.sampling.sampler import ForwardRecord, Model, Sampler, StageResult
-from magi_ray.sampling.state import START, WindowState
+from magi_ray.sampling.sampler import StageResult
+from magi_ray.sampling.state import WindowState
 from magi_ray.settings import ChunkControl, EngineConfig, ModelConfig, RuntimeConfig
 from magi_ray.timeline import Timeline
 
@@ -24,97 +26,58 @@ H, W = 2, 4  # of the latents
 
 
 @dataclass
-class Call:
-    dropped: bool
-    captions: list[Tensor]
-    chunks: list[int]
-    positions: list[int]
-    kv_ranges: list[tuple[int, int]]
-    store: bool
-    dt: float | None
-
-
-@dataclass
 class Remembering:
     """Stands in for the DiT: checks that what a chunk may see is there, and gives a velocity of 0, or NaN on demand."""
 
-    calls: list[Call] = field(default_factory=list)
+    calls: list[Forward[Tensor]] = field(default_factory=list)
     nan_in_call: int = -1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    def tokens_per_chunk(self, height: int, width: int) -> int:
-        return 6 * (height // 2) * (width // 2)
 
     def new_cache(self, *, depth: int, height: int, width: int) -> dict[int, int]:
         self.depth = depth
         return {}
 
-    def __call__(
-        self,
-        latents: Tensor,
-        *,
-        t: Tensor,
-        captions: Sequence[Tensor],
-        dropped: bool,
-        chunks: Sequence[int],
-        positions: Sequence[int],
-        kv_ranges: Sequence[tuple[int, int]],
-        cache: Any,
-        store: bool = False,
-        dt: float | None = None,
-    ) -> Tensor:
-        assert len(latents) == len(t) == len(captions) == len(chunks) == len(positions) == len(kv_ranges)
-        if store:
+    def __call__(self, forward: Forward[Tensor], cache: dict[int, int]) -> Tensor:
+        latents, t, chunks = forward.latents, forward.t, forward.chunks
+        assert len(latents) == len(t) == len(forward.captions) == len(chunks)
+        assert len(chunks) == len(forward.positions) == len(forward.kv_ranges)
+        if forward.writes_cache:
             cache.update({chunk % self.depth: chunk for chunk in chunks})
-        for span in kv_ranges:
+        for span in forward.kv_ranges:
             for chunk in range(*span):
-                assert chunk in chunks or cache[chunk % self.depth] == chunk
-        self.calls.append(Call(dropped, list(captions), list(chunks), list(positions), list(kv_ranges), store, dt))
+                assert chunk in chunks or (forward.reads_cache and cache[chunk % self.depth] == chunk)
+        self.calls.append(forward)
         velocity = torch.zeros_like(latents)
         if len(self.calls) - 1 == self.nan_in_call:
             velocity[-1, 0, 0, 0, 0] = torch.nan
         return velocity
 
 
-def sampler_of(
-    model: Model,
+def driven(
+    network: Remembering | DiT,
     timeline: Timeline,
     *,
     num_steps: int = 8,
     engine: EngineConfig | None = None,
     controls: Mapping[int, ChunkControl] | None = None,
-    observe: Callable[[ForwardRecord], None] | None = None,
+    captions: Callable[[int], Tensor] = lambda chunk: chunk_noise(seed=5, chunk=chunk, shape=(3 + chunk % 2, WIDTH)),
     **runtime: Any,
-) -> Sampler:
+) -> Driven:
     prefix = None
     if timeline.prefix_latents:
         prefix = chunk_noise(seed=99, chunk=0, shape=(1, 16, timeline.prefix_latents, H, W))
-    return Sampler(
-        model=model,
+    return Driven(
+        network,
+        height=H,
+        width=W,
         timeline=timeline,
         runtime=RuntimeConfig(num_steps=num_steps, window_size=timeline.window_size, **runtime),
         engine=engine or EngineConfig(),
-        captions=lambda chunk: chunk_noise(seed=5, chunk=chunk, shape=(3 + chunk % 2, WIDTH)),
+        captions=captions,
         null_caption=torch.zeros(2, WIDTH),
         noise=lambda chunk: chunk_noise(seed=6, chunk=chunk, shape=(1, 16, 6, H, W)),
-        height=H,
-        width=W,
         prefix=prefix,
         controls=controls,
-        observe=observe,
     )
-
-
-def run(sampler: Sampler, stages: range) -> list[StageResult]:
-    results = []
-    for stage in stages:
-        steps = sampler.run_stage(stage)
-        try:
-            while True:
-                next(steps)
-        except StopIteration as end:
-            results.append(end.value)
-    return results
 
 
 TIMELINES = {
@@ -148,23 +111,23 @@ RANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def resumed(fresh: Sampler, results: list[StageResult], stage: int) -> list[StageResult]:
+def resumed(fresh: Driven, results: list[StageResult], stage: int) -> list[StageResult]:
     """Run ``fresh`` from ``stage`` on, from nothing but what an earlier run committed."""
     clean = {r.finished: r.clean_chunk for r in results if r.finished is not None}
-    needed = clean_chunks_needed(fresh.timeline, fresh.ranges, stage)
+    needed = clean_chunks_needed(fresh.sampler.timeline, fresh.sampler.ranges, stage)
     fresh.start(results[stage - 1].state if stage else START, {chunk: clean[chunk] for chunk in needed})
-    return run(fresh, range(stage, fresh.timeline.num_stages))
+    return fresh.run(range(stage, fresh.sampler.timeline.num_stages))
 
 
 @pytest.mark.parametrize("ranges", RANGES)
 @pytest.mark.parametrize("kind", TIMELINES)
 def test_every_chunk_that_may_be_seen_is_cached_from_whichever_stage_a_render_starts(kind: str, ranges: str) -> None:
     timeline = TIMELINES[kind]
-    sampler = sampler_of(Remembering(), timeline, **RANGES[ranges])
-    sampler.start(START, {})
-    results = run(sampler, range(timeline.num_stages))
+    render = driven(Remembering(), timeline, **RANGES[ranges])
+    render.start()
+    results = render.run(range(timeline.num_stages))
     for stage in range(timeline.num_stages):
-        resumed(sampler_of(Remembering(), timeline, **RANGES[ranges]), results, stage)
+        resumed(driven(Remembering(), timeline, **RANGES[ranges]), results, stage)
 
 
 def small_dit(*, like_24b: bool = True) -> DiT:
@@ -199,12 +162,12 @@ def small_dit(*, like_24b: bool = True) -> DiT:
 def test_a_render_resumed_at_any_stage_gives_the_same_bits(kind: str, ranges: str) -> None:
     timeline, model = TIMELINES[kind], small_dit()
     num_steps = 4 if timeline.window_size == 1 else 8
-    undisturbed = sampler_of(model, timeline, num_steps=num_steps, **RANGES[ranges])
-    undisturbed.start(START, {})
-    expected = run(undisturbed, range(timeline.num_stages))
+    undisturbed = driven(model, timeline, num_steps=num_steps, **RANGES[ranges])
+    undisturbed.start()
+    expected = undisturbed.run(range(timeline.num_stages))
     assert [r.finished for r in expected if r.finished is not None] == list(range(timeline.num_chunks))
     for stage in range(timeline.num_stages):
-        found = resumed(sampler_of(model, timeline, num_steps=num_steps, **RANGES[ranges]), expected, stage)
+        found = resumed(driven(model, timeline, num_steps=num_steps, **RANGES[ranges]), expected, stage)
         for a, b in zip(found, expected[stage:], strict=True):
             assert a.state.stage == b.state.stage
             assert a.state.latents.keys() == b.state.latents.keys()
@@ -216,11 +179,11 @@ def test_a_render_resumed_at_any_stage_gives_the_same_bits(kind: str, ranges: st
 def test_a_distilled_render_resumed_at_any_stage_gives_the_same_bits() -> None:
     timeline, model = Timeline(num_chunks=3, window_size=4), small_dit(like_24b=False)
     engine = EngineConfig(distill=True)
-    undisturbed = sampler_of(model, timeline, num_steps=12, engine=engine, cfg_number=1)
-    undisturbed.start(START, {})
-    expected = run(undisturbed, range(timeline.num_stages))
+    undisturbed = driven(model, timeline, num_steps=12, engine=engine, cfg_number=1)
+    undisturbed.start()
+    expected = undisturbed.run(range(timeline.num_stages))
     for stage in range(timeline.num_stages):
-        fresh = sampler_of(model, timeline, num_steps=12, engine=engine, cfg_number=1)
+        fresh = driven(model, timeline, num_steps=12, engine=engine, cfg_number=1)
         found = resumed(fresh, expected, stage)
         assert all(
             torch.equal(a.clean_chunk, b.clean_chunk)
@@ -233,17 +196,17 @@ def test_the_first_chunks_do_not_depend_on_how_long_the_video_is() -> None:
     model = small_dit()
     clean = []
     for num_chunks in (5, 7):
-        sampler = sampler_of(model, Timeline(num_chunks=num_chunks, window_size=4))
-        sampler.start(START, {})
-        clean.append(run(sampler, range(5))[-1].clean_chunk)
+        render = driven(model, Timeline(num_chunks=num_chunks, window_size=4))
+        render.start()
+        clean.append(render.run(range(5))[-1].clean_chunk)
     assert torch.equal(*clean)
 
 
 def test_branches_of_weight_zero_are_not_computed() -> None:
     model = Remembering()
-    sampler = sampler_of(model, Timeline(num_chunks=2, window_size=4), num_steps=16)
-    sampler.start(START, {})
-    run(sampler, range(5))
+    render = driven(model, Timeline(num_chunks=2, window_size=4), num_steps=16)
+    render.start()
+    render.run(range(5))
     # Stage 0: chunk 0 alone. Text, previous chunks, alone.
     first_step = model.calls[:3]
     assert [(call.dropped, len(call.chunks)) for call in first_step] == [(False, 1), (True, 1), (True, 1)]
@@ -251,7 +214,7 @@ def test_branches_of_weight_zero_are_not_computed() -> None:
     in_stage_3 = model.calls[-12 - 5 : -5]
     assert [(call.dropped, call.chunks) for call in in_stage_3[:3]] == [(False, [0, 1]), (True, [0, 1]), (True, [1])]
     # Stage 4: chunk 0's clean pass, then chunk 1 beyond t = 0.3 with previous chunks only.
-    assert [(call.dropped, call.chunks, call.store) for call in model.calls[-5:]] == [
+    assert [(call.dropped, call.chunks, call.writes_cache) for call in model.calls[-5:]] == [
         (True, [0], True),
         *[(True, [1], False)] * 4,
     ]
@@ -259,73 +222,74 @@ def test_branches_of_weight_zero_are_not_computed() -> None:
 
 def test_the_text_branch_sends_the_clean_chunk_with_its_own_embedding_and_the_other_one_stays() -> None:
     model = Remembering()
-    sampler = sampler_of(model, Timeline(num_chunks=6, window_size=4))
-    sampler.start(START, {})
-    run(sampler, range(4))
+    render = driven(model, Timeline(num_chunks=6, window_size=4))
+    render.start()
+    render.run(range(4))
     done = len(model.calls)
-    next(sampler.run_stage(4))
-    assert [(call.dropped, call.store) for call in model.calls[done:]] == [
+    render.run_stage(4)
+    assert [(call.dropped, call.writes_cache) for call in model.calls[done : done + 5]] == [
         (False, True),
         (False, False),
         (True, True),
         (True, False),
         (True, False),
     ]
+    assert [call.reads_cache for call in model.calls[done : done + 5]] == [True] * 4 + [False]
+    assert [len(step.forwards) for step in render.steps[-2:]] == [5, 3]
 
 
 def test_a_chunk_without_caption_reads_the_null_caption() -> None:
     model = Remembering()
-    sampler = sampler_of(model, Timeline(num_chunks=1, window_size=1))
-    sampler.captions = lambda chunk: torch.zeros(0, WIDTH)
-    sampler.start(START, {})
-    run(sampler, range(1))
-    assert model.calls[0].captions[0] is sampler.null_caption
+    render = driven(model, Timeline(num_chunks=1, window_size=1), captions=lambda chunk: torch.zeros(0, WIDTH))
+    render.start()
+    render.run(range(1))
+    assert model.calls[0].captions[0] is render.sampler.null_caption
 
 
 def test_the_clean_chunk_after_a_video_prefix_holds_the_prefix_and_after_an_image_does_not() -> None:
     for latents, holds in ((4, True), (1, False)):
         timeline = Timeline(num_chunks=1, window_size=1, prefix_latents=latents)
-        sampler = sampler_of(small_dit(), timeline, num_steps=4)
-        sampler.start(START, {})
-        chunk = run(sampler, range(1))[0].clean_chunk
-        assert torch.equal(chunk[:, :, :latents], sampler.prefix) is holds
+        render = driven(small_dit(), timeline, num_steps=4)
+        render.start()
+        chunk = render.run(range(1))[0].clean_chunk
+        assert torch.equal(chunk[:, :, :latents], render.sampler.prefix) is holds
 
 
 def test_a_velocity_that_is_not_finite_names_chunk_stage_and_step() -> None:
     # Stages 0 has 2 steps of 3 forwards; the second forward of stage 1's second step is call 10.
-    sampler = sampler_of(Remembering(nan_in_call=10), Timeline(num_chunks=4, window_size=4, prefix_latents=0))
-    sampler.start(START, {})
+    render = driven(Remembering(nan_in_call=10), Timeline(num_chunks=4, window_size=4, prefix_latents=0))
+    render.start()
     with pytest.raises(NumericError, match=r"chunk 1 in stage 1, step 1"):
-        run(sampler, range(2))
+        render.run(range(2))
 
 
 def test_start_refuses_a_state_that_is_not_the_window_of_its_stage() -> None:
-    sampler = sampler_of(Remembering(), Timeline(num_chunks=6, window_size=4))
+    render = driven(Remembering(), Timeline(num_chunks=6, window_size=4))
     with pytest.raises(AssertionError):
-        sampler.start(WindowState(stage=3, latents={}), {})
+        render.start(WindowState(stage=3, latents={}), {})
 
 
 def test_ranges_come_from_the_published_fields() -> None:
-    sampler = sampler_of(Remembering(), Timeline(num_chunks=6, window_size=4))
-    assert sampler.ranges == KVRanges(noise2clean=(5, 4, 3, 2), clean=1, num_steps=8)
+    render = driven(Remembering(), Timeline(num_chunks=6, window_size=4))
+    assert render.sampler.ranges == KVRanges(noise2clean=(5, 4, 3, 2), clean=1, num_steps=8)
 
 
 def test_a_cut_hides_the_chunks_before_it_in_its_steps_and_in_no_others() -> None:
     # With two layers and no cache a chunk's velocity tells whether it saw what differs in the chunk before it.
     model, timeline = small_dit(), Timeline(num_chunks=3, window_size=4)
-    heard: dict[str, list[ForwardRecord]] = {"as it was": [], "another chunk 1": []}
-    for name, records in heard.items():
-        sampler = sampler_of(model, timeline, controls={2: ChunkControl(kv_range=(1, 4, 3, 2))}, observe=records.append)
-        sampler.start(START, {})
-        run(sampler, range(2))
+    heard: dict[str, list[Step]] = {}
+    for name in ("as it was", "another chunk 1"):
+        render = driven(model, timeline, controls={2: ChunkControl(kv_range=(1, 4, 3, 2))})
+        render.start()
+        render.run(range(2))
         if name == "another chunk 1":
-            sampler.latents[1] = sampler.latents[1] + 1
-        run(sampler, range(2, 4))
+            render.sampler.latents[1] = render.sampler.latents[1] + 1
+        render.run(range(2, 4))
+        heard[name] = render.steps
     one, other = heard.values()
     for a, b in zip(one[4:], other[4:], strict=True):
         age = a.stage - 2  # stage 2 is the first quarter of chunk 2
-        in_chunks = a.kv_ranges[-1][0] // 12, a.kv_ranges[-1][1] // 12
-        assert in_chunks == ((2, 3) if age == 0 else (0, 3))
+        assert a.window.kv_ranges[-1] == ((2, 3) if age == 0 else (0, 3))
         if age == 0:
             assert torch.equal(a.velocity[-1], b.velocity[-1])
         if age == 1:
@@ -336,12 +300,9 @@ def test_a_cut_hides_the_chunks_before_it_in_its_steps_and_in_no_others() -> Non
 def test_guidance_scales_of_one_chunk_leave_its_neighbours_alone() -> None:
     velocities = []
     for controls in ({}, {1: ChunkControl(text_scales=(0.0,) * 5, prev_chunk_scales=(1.0,) * 5)}):
-        records: list[ForwardRecord] = []
-        sampler = sampler_of(
-            small_dit(), Timeline(num_chunks=2, window_size=4), controls=controls, observe=records.append
-        )
-        sampler.start(START, {})
-        run(sampler, range(2))
-        velocities.append(records[2].velocity)
+        render = driven(small_dit(), Timeline(num_chunks=2, window_size=4), controls=controls)
+        render.start()
+        render.run(range(2))
+        velocities.append(render.steps[2].velocity)
     torch.testing.assert_close(velocities[0][0], velocities[1][0])
     assert not torch.allclose(velocities[0][1], velocities[1][1], rtol=0.1)

@@ -27,7 +27,7 @@ class Context:
 
     condition: [R, c] (time, dropped or not).  caption: [sum of lengths, xattn width], range after range.
     sin, cos: [R, S, 3 · bands].  chunks: absolute number of each range.  kv_ranges: [first, end) in absolute chunks,
-    a chunk of this forward or of the cache.  store: write this forward's keys and values to the cache.
+    a chunk of this forward or of the cache.  writes_cache: keep this forward's keys and values there.
     """
 
     condition: Tensor
@@ -38,7 +38,7 @@ class Context:
     chunks: Sequence[int]
     kv_ranges: Sequence[tuple[int, int]]
     cache: KVCache | None
-    store: bool
+    writes_cache: bool
     attend: Kernel
 
 
@@ -114,7 +114,7 @@ class Attention(nn.Module):
 
     def _self_attention(self, q_RSHK: Tensor, k_RSGK: Tensor, v_RSGK: Tensor, context: Context) -> Tensor:
         own = {chunk: (k_RSGK[i], v_RSGK[i]) for i, chunk in enumerate(context.chunks)}
-        if context.store:
+        if context.writes_cache:
             assert context.cache is not None
             for chunk, (k, v) in own.items():
                 context.cache.write(self.layer, chunk, k, v)

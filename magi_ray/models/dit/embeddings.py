@@ -25,7 +25,9 @@ class TimestepEmbedder(nn.Module):
         half = SINUSOID // 2
         frequency = torch.exp(-log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=t_R.device) / half)
         angle = t_R[:, None] * frequency * 1000
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.rounded_to).float())
+        sinusoid = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.rounded_to)
+        embedding: Tensor = self.mlp(sinusoid.float())
+        return embedding
 
 
 class CaptionEmbedder(nn.Module):
@@ -38,7 +40,9 @@ class CaptionEmbedder(nn.Module):
         self.null_caption_embedding = nn.Parameter(torch.empty(max_length, caption_channels))
 
     def xattn(self, caption_NC: Tensor) -> Tensor:
-        return self.y_proj_xattn(caption_NC)
+        projected: Tensor = self.y_proj_xattn(caption_NC)
+        return projected
 
     def adaln(self, *, dropped: bool) -> Tensor:
-        return self.y_proj_adaln(self.null_caption_embedding[DROPPED if dropped else KEPT])
+        projected: Tensor = self.y_proj_adaln(self.null_caption_embedding[DROPPED if dropped else KEPT])
+        return projected

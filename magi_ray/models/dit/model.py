@@ -5,12 +5,12 @@ R ranges: the chunks of one forward; S = T · H · W tokens of a chunk; D hidden
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from magi_ray.forward import Forward
 from magi_ray.models.dit.attention import KERNELS
 from magi_ray.models.dit.block import Block, Context, LayerNorm
 from magi_ray.models.dit.embeddings import CaptionEmbedder, TimestepEmbedder
@@ -96,51 +96,34 @@ class DiT(nn.Module):
         )
 
     @torch.no_grad()
-    def forward(
-        self,
-        latents: Tensor,
-        *,
-        t: Tensor,
-        captions: Sequence[Tensor],
-        dropped: bool,
-        chunks: Sequence[int],
-        positions: Sequence[int],
-        kv_ranges: Sequence[tuple[int, int]],
-        cache: KVCache | None,
-        store: bool = False,
-        dt: float | None = None,
-    ) -> Tensor:
-        """Velocity [R, 16, 6, h, w] float32 of ``latents``, same shape, one chunk a range.
+    def forward(self, forward: Forward[Tensor], cache: KVCache | None) -> Tensor:
+        """Velocity [R, 16, 6, h, w] float32 of ``forward.latents``. Tensors are on the device of the weights.
 
-        t: [R] in 0 (noise) … 1 (clean).  dt: the step a distilled model is told, None for others.
-        captions: per range [n ≥ 1, caption_channels].  dropped: the AdaLN path is told there is no caption.
-        chunks: absolute number of each range; positions: where RoPE puts it, in chunks.
-        kv_ranges: per range the absolute chunks [first, end) it sees: those of this forward, the rest from ``cache``.
-        store: keep this forward's keys and values in ``cache``.
+        cache: what it reads and writes; None is enough for a Forward that does not use it.
         """
         config = self.config
-        x = latents.float() * config.x_rescale_factor
+        x = forward.latents.float() * config.x_rescale_factor
         if config.half_channel_vae:
             x = torch.cat([x, x], dim=1)
         x = self.x_embedder(x)  # [R, D, T, H, W]
         frames, height, width = x.shape[2:]
         x = x.flatten(2).transpose(1, 2).to(self.dtype)  # [R, S, D]
 
-        condition = self.t_embedder(t.float()) + self.y_embedder.adaln(dropped=dropped)
-        if dt is not None:
-            condition = condition + self.t_embedder(t.new_full((1,), dt))
-        caption = self.y_embedder.xattn(torch.cat([caption.float() for caption in captions]))
-        sin, cos = self.rope(positions, frames=frames, height=height, width=width)
+        condition = self.t_embedder(forward.t.float()) + self.y_embedder.adaln(dropped=forward.dropped)
+        if forward.dt is not None:
+            condition = condition + self.t_embedder(forward.t.new_full((1,), forward.dt))
+        caption = self.y_embedder.xattn(torch.cat([caption.float() for caption in forward.captions]))
+        sin, cos = self.rope(forward.positions, frames=frames, height=height, width=width)
         context = Context(
             condition=condition.to(self.dtype),
             caption=caption.to(self.dtype),
-            caption_lengths=[len(caption) for caption in captions],
+            caption_lengths=[len(caption) for caption in forward.captions],
             sin=sin,
             cos=cos,
-            chunks=chunks,
-            kv_ranges=kv_ranges,
-            cache=cache,
-            store=store,
+            chunks=forward.chunks,
+            kv_ranges=forward.kv_ranges,
+            cache=cache if forward.reads_cache else None,
+            writes_cache=forward.writes_cache,
             attend=self.attend,
         )
         x = self.final_linear.linear(self.videodit_blocks(x, context))

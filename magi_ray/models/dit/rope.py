@@ -47,5 +47,5 @@ def rotate(x_RSHK: Tensor, sin_RSB: Tensor, cos_RSB: Tensor) -> Tensor:
     """Rotate the first 2·B dimensions of a head in halves, (a, b) → (a·cos − b·sin, b·cos + a·sin); the rest pass."""
     half = sin_RSB.shape[-1]
     sin, cos = sin_RSB[:, :, None], cos_RSB[:, :, None]
-    a, b, rest = x_RSHK.split([half, half, x_RSHK.shape[-1] - 2 * half], dim=-1)
+    a, b, rest = torch.split(x_RSHK, [half, half, x_RSHK.shape[-1] - 2 * half], dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)

@@ -7,38 +7,20 @@ encoding blends with neighbours that are blended themselves, decoding with neigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from magi_ray.models.vae.model import VAE
+from magi_ray.settings import TileSettings
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """Size of a tile in pixels and frames."""
-
-    height: int = 256
-    width: int = 256
-    frames: int = 12
-    overlap: float = 0.25
-    """Share of a tile's height and width that it has in common with its neighbour."""
-
-
-RunAll = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""Encodes or decodes tiles, in order. Tiles do not know each other, so they may be spread over several VAEs."""
-
-
-def encode_tiled(vae: VAE, pixels_BCTHW: Tensor, *, tiles: Tiles, run_all: RunAll | None = None) -> Tensor:
-    """As ``vae.encode``, tile by tile. A last tile of one frame is encoded as an image.
-
-    run_all: encodes the tiles of some frames; default: ``vae`` does, one after the other.
-    """
+def encode_tiled(vae: VAE, pixels_BCTHW: Tensor, *, tiles: TileSettings) -> Tensor:
+    """As ``vae.encode``, tile by tile. A last tile of one frame is encoded as an image."""
     config = vae.config
     return _run_tiled(
-        run_all or (lambda cut: [vae.encode(tile) for tile in cut]),
+        vae.encode,
         pixels_BCTHW,
         tile_THW=(tiles.frames, tiles.height, tiles.width),
         out_tile_HW=(tiles.height // config.patch_size, tiles.width // config.patch_size),
@@ -47,15 +29,12 @@ def encode_tiled(vae: VAE, pixels_BCTHW: Tensor, *, tiles: Tiles, run_all: RunAl
     )
 
 
-def decode_tiled(vae: VAE, latent_BCTHW: Tensor, *, tiles: Tiles, run_all: RunAll | None = None) -> Tensor:
-    """As ``vae.decode``, tile by tile. A tile of one latent frame gives one frame: 4 latents in tiles of 3 give 13.
-
-    run_all: decodes the tiles of some latent frames; default: ``vae`` does, one after the other.
-    """
+def decode_tiled(vae: VAE, latent_BCTHW: Tensor, *, tiles: TileSettings) -> Tensor:
+    """As ``vae.decode``, tile by tile. A tile of one latent frame gives one frame: 4 latents in tiles of 3 give 13."""
     config = vae.config
     height, width = tiles.height // config.patch_size, tiles.width // config.patch_size
     return _run_tiled(
-        run_all or (lambda cut: [vae.decode(tile) for tile in cut]),
+        vae.decode,
         latent_BCTHW,
         tile_THW=(tiles.frames // config.patch_length, height, width),
         out_tile_HW=(height * config.patch_size, width * config.patch_size),
@@ -65,7 +44,7 @@ def decode_tiled(vae: VAE, latent_BCTHW: Tensor, *, tiles: Tiles, run_all: RunAl
 
 
 def _run_tiled(
-    run_all: RunAll,
+    run: Callable[[Tensor], Tensor],
     x_BCTHW: Tensor,
     *,
     tile_THW: tuple[int, int, int],
@@ -73,21 +52,20 @@ def _run_tiled(
     overlap: float,
     blend_with_blended: bool,
 ) -> Tensor:
+    """``run`` of every tile of ``x_BCTHW``, put together again. overlap: share of a tile's height and width."""
     T, H, W = tile_THW
     step_H, step_W = int(H * (1 - overlap)), int(W * (1 - overlap))
     blend_H, blend_W = int(out_tile_HW[0] * overlap), int(out_tile_HW[1] * overlap)
     keep_H, keep_W = out_tile_HW[0] - blend_H, out_tile_HW[1] - blend_W
-    slabs = []
-    for slab in x_BCTHW.split(T, dim=2):
-        tops, lefts = range(0, slab.shape[3], step_H), range(0, slab.shape[4], step_W)
-        done = iter(run_all([slab[:, :, :, top : top + H, left : left + W] for top in tops for left in lefts]))
+    periods = []
+    for x in torch.split(x_BCTHW, T, dim=2):
         above: list[Tensor] = []
-        strips = []
-        for _ in tops:
+        rows = []
+        for top in range(0, x.shape[3], step_H):
             row: list[Tensor] = []  # what the tiles below and to the right blend with
             cut = []
-            for column in range(len(lefts)):
-                raw = tile = next(done)
+            for column, left in enumerate(range(0, x.shape[4], step_W)):
+                raw = tile = run(x[:, :, :, top : top + H, left : left + W])
                 if above:
                     tile = _blend(above[column], tile, dim=3, extent=blend_H)
                 if row:
@@ -95,9 +73,9 @@ def _run_tiled(
                 row.append(tile if blend_with_blended else raw)
                 cut.append(tile[:, :, :, :keep_H, :keep_W])
             above = row
-            strips.append(torch.cat(cut, dim=4))
-        slabs.append(torch.cat(strips, dim=3))
-    return torch.cat(slabs, dim=2)
+            rows.append(torch.cat(cut, dim=4))
+        periods.append(torch.cat(rows, dim=3))
+    return torch.cat(periods, dim=2)
 
 
 def _blend(before: Tensor, after: Tensor, *, dim: int, extent: int) -> Tensor:

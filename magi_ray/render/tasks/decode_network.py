@@ -11,7 +11,7 @@ from magi_ray.errors import MediaError, NumericError
 from magi_ray.media.encoder import encode_segment, encoder_identity, find_ffmpeg
 from magi_ray.media.reader import Pixels
 from magi_ray.models.vae.model import VAE, load_vae
-from magi_ray.models.vae.tiling import Tiles, decode_tiled
+from magi_ray.models.vae.tiling import decode_tiled
 from magi_ray.render.artifacts.latents import load_clean_chunk, require_finite
 from magi_ray.render.artifacts.pixels import tensor_to_pixels
 from magi_ray.render.plans.row_plan import RowPlan
@@ -61,7 +61,7 @@ def decode_chunk(vae: VAE, latent: Tensor, plan: RowPlan, chunk: int) -> Pixels:
 
     latent: the chunk's clean latent [1, 16, 6, h, w], × scale_factor.  Raises NumericError.
     """
-    tiles = Tiles(**plan.settings.tiles.model_dump())
+    tiles = plan.settings.tiles
     pixels = decode_tiled(vae, latent / plan.settings.runtime.scale_factor, tiles=tiles)
     require_finite(pixels, what=f"row {plan.row} (job {plan.job_id}): decoded chunk {chunk}")
     # Frames of a video prefix were decoded with the rest of their chunk, and are left out here.

@@ -6,7 +6,7 @@ import torch
 
 from magi_ray.models.text.t5 import TextEncoder, load_t5
 from magi_ray.models.vae.model import VAE, load_vae
-from magi_ray.models.vae.tiling import Tiles, encode_tiled
+from magi_ray.models.vae.tiling import encode_tiled
 from magi_ray.render.artifacts.latents import pack, require_finite
 from magi_ray.render.artifacts.pixels import pixels_to_tensor
 from magi_ray.render.artifacts.prefix import prefix_pixels
@@ -53,7 +53,7 @@ class T5AndVAE:
             numeric = self._settings.numeric
             self._vae = load_vae(self._settings.weights.vae, device=numeric.device, attention=numeric.attention)
         frames = prefix_pixels(self._store, plan)
-        tiles = Tiles(**plan.settings.tiles.model_dump())
+        tiles = plan.settings.tiles
         latent = encode_tiled(self._vae, pixels_to_tensor(frames), tiles=tiles)
         latent = (latent * plan.settings.runtime.scale_factor).float().cpu()
         require_finite(latent, what=f"row {plan.row} (job {plan.job_id}): latent of its {plan.media.kind}")

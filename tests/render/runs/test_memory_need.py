@@ -66,8 +66,8 @@ import json
 from pathlib import Path
 import torch
 from magi_ray.models.dit.model import DiT
-from magi_ray.sampling.sampler import Sampler
-from magi_ray.sampling.state import START
+from magi_ray.sampling.sampler import Sampler, drive
+from magi_ray.sampling.state import WindowState
 from magi_ray.settings import EngineConfig, ModelConfig, RuntimeConfig
 from magi_ray.timeline import Timeline
 
@@ -81,12 +81,13 @@ for p in model.parameters():
     p.normal_(std=0.02)
 def peak(size):
     timeline = Timeline(num_chunks=5, window_size=4)
-    sampler = Sampler(model=model, timeline=timeline, runtime=runtime, engine=EngineConfig(),
+    sampler = Sampler(timeline=timeline, runtime=runtime, engine=EngineConfig(),
                       captions=lambda chunk: torch.zeros(4, 16), null_caption=torch.zeros(50, 16),
-                      noise=lambda chunk: torch.randn(1, 16, 6, size, size), height=size, width=size)
-    sampler.start(START, {})
+                      noise=lambda chunk: torch.randn(1, 16, 6, size, size))
+    cache = model.new_cache(depth=sampler.cache_depth, height=size, width=size)
+    assert not list(sampler.start(WindowState(stage=0, latents={}), {}))
     for stage in range(6):
-        for _ in sampler.run_stage(stage):
+        for _ in drive(sampler.run_stage(stage), lambda forward: model(forward, cache)):
             pass
     # Not ru_maxrss: that begins with what the parent had when it forked.
     [line] = [line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith('VmHWM')]

@@ -45,7 +45,7 @@ class Watch:
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    watched, render = Watch(), Denoiser.render
+    watched, render = Watch(), Denoiser.carry_out
 
     def counting(self: Denoiser, *args: Any, **kwargs: Any) -> Iterator[StepDone | StageCommitted]:
         for happened in render(self, *args, **kwargs):
@@ -57,7 +57,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
             if watched.commits == watched.kill_at:
                 raise Killed
 
-    monkeypatch.setattr(Denoiser, "render", counting)
+    monkeypatch.setattr(Denoiser, "carry_out", counting)
     return watched
 
 
