@@ -11,6 +11,7 @@ import json
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -264,7 +265,7 @@ class Settings(Frozen):
                 f"{len(runtime.cfg_t_range)}, {len(runtime.prev_chunk_scales)} and {len(runtime.text_scales)}"
             )
         for problem in step_problems(runtime.num_steps, runtime):
-            raise ValueError(problem)
+            raise ValueError(f"num_steps is {runtime.num_steps}, but {problem.rule}; {problem.remedy}")
         for axis, size in (("video_size_h", runtime.video_size_h), ("video_size_w", runtime.video_size_w)):
             if size < SIZE_MULTIPLE or size % SIZE_MULTIPLE:
                 raise ValueError(f"{axis} is {size}, but must be a multiple of {SIZE_MULTIPLE}; {nearest(size)}")
@@ -290,19 +291,22 @@ def nearest(size: int) -> str:
     return f"use {low} or {high}" if low else f"use {high}"
 
 
-def step_problems(num_steps: int, runtime: RuntimeConfig) -> Iterable[str]:
-    """Why ``num_steps`` cannot be used with this window and these KV ranges, one sentence a reason."""
-    if num_steps % runtime.window_size:
-        yield (
-            f"num_steps is {num_steps}, but must be divisible by window_size {runtime.window_size}; "
-            f"use {_round_up(num_steps, runtime.window_size)}"
-        )
-    ranges = len(runtime.noise2clean_kvrange)
-    if ranges and num_steps % ranges:
-        yield (
-            f"num_steps is {num_steps}, but must be divisible by the {ranges} values of noise2clean_kvrange; "
-            f"use {_round_up(num_steps, ranges)}"
-        )
+@dataclass(frozen=True, kw_only=True)
+class StepProblem:
+    """Why a number of steps cannot be used: "num_steps is 10, but ``rule``; ``remedy``"."""
+
+    rule: str
+    remedy: str
+
+
+def step_problems(num_steps: int, runtime: RuntimeConfig) -> Iterable[StepProblem]:
+    """Why ``num_steps`` cannot be used with this window and these KV ranges."""
+    divisors = [(runtime.window_size, f"window_size {runtime.window_size}")]
+    if ranges := len(runtime.noise2clean_kvrange):
+        divisors.append((ranges, f"the {ranges} values of noise2clean_kvrange"))
+    for divisor, name in divisors:
+        if num_steps % divisor:
+            yield StepProblem(rule=f"must be divisible by {name}", remedy=f"use {_round_up(num_steps, divisor)}")
 
 
 def _round_up(value: int, multiple: int) -> int:
