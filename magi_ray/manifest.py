@@ -601,7 +601,7 @@ def _prefix_complaints(values: Values, number: int, context: _Context) -> Iterat
     if frames is not None and frames < FRAMES_PER_LATENT:
         rule = f"is shorter than one latent frame, which is {FRAMES_PER_LATENT} frames"
         yield "prefix_frames", _text(frames), rule, f"use {FRAMES_PER_LATENT} or more, or an image"
-    for column, field in (("prefix_from", "take"), ("fit", "fit")):
+    for column, field in (("prefix_from", "clip_end"), ("fit", "fit")):
         value, known = values[column], get_args(PrefixSettings.model_fields[field].annotation)
         if value is not None and value not in known:
             close = difflib.get_close_matches(value.strip().lower(), known, n=1, cutoff=0.5)
@@ -708,7 +708,7 @@ def _tag_complaints(values: Values, number: int, context: _Context) -> Iterator[
 
 
 # Columns that say of one row what the run's table [prefix] says of all.
-_PREFIX_COLUMNS = {"prefix_from": "take", "prefix_frames": "max_frames", "fit": "fit", "include_prefix": "include"}
+_PREFIX_COLUMNS = {"prefix_from": "clip_end", "prefix_frames": "max_frames", "fit": "fit", "include_prefix": "include"}
 
 # Each rule with the cells it needs.
 _CHECKS: Sequence[tuple[Sequence[str], Callable[[Values, int, _Context], Iterator[Complaint]]]] = (
