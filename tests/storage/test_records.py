@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from wrapping import StoreWrapper, T
 
 from magi_ray.errors import InputError, ObjectDamaged
 from magi_ray.storage import keys
@@ -25,6 +26,7 @@ from magi_ray.storage.records import (
     verified_commit,
     write_commit,
 )
+from magi_ray.storage.store import Store
 
 PRE_IMAGE = {"stage": 3, "caption": "ein Boot, grün"}
 KEY = digest(PRE_IMAGE)
@@ -36,7 +38,7 @@ def store() -> MemoryStore:
     return MemoryStore()
 
 
-def _write(store: MemoryStore, write_id: str = "one", **changes: Any) -> Commit:
+def _write(store: Store, write_id: str = "one", **changes: Any) -> Commit:
     arguments: dict[str, Any] = {
         "kind": "stage",
         "key": KEY,
@@ -95,21 +97,16 @@ def test_payloads_without_a_commit_are_nothing_and_do_not_stand_in_the_way(store
 
 
 def test_the_commit_is_written_after_all_its_payloads() -> None:
-    class Ordered(MemoryStore):
-        written: list[str]
+    written: list[str] = []
 
-        def put(self, key: str, data: bytes) -> None:
-            self.written.append(key.rpartition("/")[2])
-            super().put(key, data)
+    class Watched(StoreWrapper):
+        def around(self, verb: str, key: str, call: Callable[[], T]) -> T:
+            if verb.startswith("put"):
+                written.append(key.rpartition("/")[2])
+            return call()
 
-        def put_if_absent(self, key: str, data: bytes) -> bool:
-            self.written.append(key.rpartition("/")[2])
-            return super().put_if_absent(key, data)
-
-    store = Ordered()
-    store.written = []
-    _write(store)
-    assert store.written == ["state-one.safetensors", "chunk-one.safetensors", "commit.json"]
+    _write(Watched(MemoryStore()))
+    assert written == ["state-one.safetensors", "chunk-one.safetensors", "commit.json"]
 
 
 def test_the_first_commit_stays_and_a_second_writer_gets_it(store: MemoryStore) -> None:
