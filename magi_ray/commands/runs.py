@@ -134,10 +134,10 @@ def drive(
     start. Ctrl-C and SIGTERM stop it. A run that was paused or cancelled stays so."""
     from magi_ray.commands.drivers import noting
     from magi_ray.render.driving import requests as control
-    from magi_ray.storage.retrying import PATIENCE_S
+    from magi_ray.storage.retrying import RUN_PATIENCE_S
 
     # Nobody waits here: an outage may last.
-    store = store_to_read(store_uri, patience_s=PATIENCE_S)
+    store = store_to_read(store_uri, patience_s=RUN_PATIENCE_S)
     run = open_named_run(store, run_id, "drive", store_uri, weights=weights)
     again = command_line("resume", run, store_uri)
     if resumed:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import PurePosixPath
 
-from pydantic import ValidationError
-
-from magi_ray.errors import ObjectMissing
 from magi_ray.settings import Frozen
 from magi_ray.storage import keys
 from magi_ray.storage.leases import BEAT_S, TTL_S, Lease, Owner, acquire, gone, until_free
@@ -66,18 +62,6 @@ def become_driver(
 def superseded(store: Store, run_id: str, number: int) -> bool:
     """Whether a newer driver than ``number`` has come. One call to the store."""
     return store.exists(keys.epoch(run_id, number + 1))
-
-
-def newest_epoch(store: Store, run_id: str) -> tuple[int, Owner | None] | None:
-    """The driver of ``run_id`` and who it was or is (None if its record is damaged); None when it never had one."""
-    number = _highest(store, run_id)
-    if not number:
-        return None
-    try:
-        body = json.loads(store.get(keys.epoch(run_id, number)))
-        return number, EpochRecord.model_validate(body).owner
-    except (ValueError, ValidationError, ObjectMissing):
-        return number, None
 
 
 def _highest(store: Store, run_id: str) -> int:

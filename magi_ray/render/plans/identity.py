@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from magi_ray.settings import AS_THE_RUN, ChunkControl, Settings
+from magi_ray.settings import AS_THE_RUN, ChunkControl, RunSettings, Settings
 from magi_ray.storage.records import digest
 from magi_ray.timeline import Timeline
 
@@ -55,7 +55,7 @@ def prefix_pre_image(kind: str, media_sha256: str, settings: Settings, digests: 
     """What the latent of an image or video prefix is a function of. ``settings`` carries the row's size and fps."""
     runtime = settings.runtime
     # Which frames of a clip that does not divide into latent frames are left over: those far from the join.
-    law = {"left_over": "at the start"} if kind == "video" and settings.prefix.take == "end" else {}
+    law = {"left_over": "at the start"} if kind == "video" and settings.prefix.clip_end == "end" else {}
     return law | {
         "format": FORMAT,
         "kind": kind,
@@ -142,10 +142,11 @@ def segment_pre_image(
 def run_digest(manifest_digest: str, media: Mapping[str, str], settings: Settings, digests: Digests) -> str:
     """What makes two submissions the same run: rows, contents of their media, settings and weights."""
     # Paths of weights and numbers of workers may differ between machines; contents may not.
-    values = settings.model_dump(mode="json", exclude={"weights", "name", "decoders"})
+    values = settings.model_dump(mode="json", exclude=set(RunSettings.model_fields))
     for paths in ("load", "t5_pretrained", "vae_pretrained"):
         del values["runtime"][paths]
-    if values["black_frames"] == "fail":
-        del values["black_frames"]  # runs from before this setting keep their ids
+    # Which rows fail is part of a run. Only what is not the default, so that runs from before it keep their ids.
+    if settings.black_frames != "fail":
+        values["black_frames"] = settings.black_frames
     inputs = {"manifest": manifest_digest, "media": dict(media), "settings": values, "digests": asdict(digests)}
     return digest({"format": FORMAT} | inputs)

@@ -36,7 +36,7 @@ from magi_ray.render.plans.takes import read_takes
 from magi_ray.render.runs.media import MediaFiles
 from magi_ray.settings import Frozen, Settings, WeightPaths, cache_folder
 from magi_ray.storage import keys
-from magi_ray.storage.records import holds, read_record, record_bytes
+from magi_ray.storage.records import holds, read_record, record_bytes, require_readable
 from magi_ray.storage.store import Store
 from magi_ray.timeline import FRAMES_PER_LATENT
 
@@ -208,11 +208,7 @@ def read_run(store: Store, run_id: str) -> tuple[RunRecord, Manifest]:
             remedy=f"It holds {', '.join(known[-5:])}." if known else "It holds no runs.",
             next_command=f"magi-ray list --store {store.uri}",
         ) from exc
-    if content["format"] > FORMAT:
-        raise InputError(
-            f"Run {run_id} has format {content['format']}, but this magi-ray reads up to {FORMAT}.",
-            remedy="Install the magi-ray that wrote it, or a newer one.",
-        )
+    require_readable(f"Run {run_id}", content["format"], FORMAT)
     try:
         found = RunRecord.model_validate(content)
         data = store.get(keys.run_manifest(run_id))

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from magi_ray.errors import InputError, ObjectDamaged, ObjectMissing
+from magi_ray.errors import ObjectDamaged, ObjectMissing
 from magi_ray.media.encoder import encode_segment, find_ffmpeg
 from magi_ray.media.joiner import join, verify
 from magi_ray.render.artifacts.commits import committed, segment_pre_image
@@ -18,7 +18,7 @@ from magi_ray.render.artifacts.prefix import prefix_pixels
 from magi_ray.render.artifacts.provenance import provenance
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.storage import keys
-from magi_ray.storage.records import digest, holds, payload_to_file, read_record, record_bytes
+from magi_ray.storage.records import digest, holds, payload_to_file, read_record, record_bytes, require_readable
 from magi_ray.storage.store import Store
 from magi_ray.timeline import FRAMES_PER_CHUNK
 
@@ -125,11 +125,7 @@ def read_video_record(store: Store, run_id: str, job_id: str) -> dict[str, Any] 
         record = read_record(store.get(keys.video_record(run_id, job_id)))
     except (ObjectMissing, ObjectDamaged):
         return None
-    if record["format"] > FORMAT:
-        raise InputError(
-            f"Video {job_id} of run {run_id} has format {record['format']}, but this magi-ray reads up to {FORMAT}.",
-            remedy="Install the magi-ray that wrote it, or a newer one.",
-        )
+    require_readable(f"Video {job_id} of run {run_id}", record["format"], FORMAT)
     # Without a seal (format 1) a damaged record may have lost a field.
     return record if record.keys() >= {"stage_keys", "bytes", "sha256"} else None
 
