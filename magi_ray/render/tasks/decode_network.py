@@ -39,7 +39,7 @@ def load_decoder(settings: Settings, store: Store, *, encoder: str, system: Syst
 
 
 class VAEAndFfmpeg:
-    """A DecodeNetwork."""
+    """The DecodeNetwork of real runs."""
 
     def __init__(self, store: Store, vae: VAE, ffmpeg: Path) -> None:
         self._store, self._vae, self._ffmpeg = store, vae, ffmpeg

@@ -84,7 +84,7 @@ class Finisher:
 
 
 class FfmpegJoiner:
-    """The Joiner of real videos."""
+    """The Joiner of real runs. ``store`` holds the clips."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
