@@ -20,7 +20,7 @@ from magi_ray.media.reader import read_image
 from magi_ray.models.vae.model import load_vae
 from magi_ray.render.artifacts.latents import load_clean_chunk
 from magi_ray.render.driving.local_workers import render_here
-from magi_ray.render.tasks.decode import decode_chunk
+from magi_ray.render.tasks.decode_network import decode_chunk
 from magi_ray.settings import Settings
 from magi_ray.storage.memory import MemoryStore
 

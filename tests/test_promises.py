@@ -40,10 +40,10 @@ from magi_ray.render.driving.leadership import denoising
 from magi_ray.render.driving.local_workers import render_here
 from magi_ray.render.driving.progress import RunProgress
 from magi_ray.render.runs.record import Run
-from magi_ray.render.tasks.decode import Decoder
+from magi_ray.render.tasks.decode_network import load_decoder
 from magi_ray.render.tasks.denoise import Denoiser
-from magi_ray.render.tasks.embed import Embedder
-from magi_ray.render.tasks.finish import finish
+from magi_ray.render.tasks.embed_network import load_embedder
+from magi_ray.render.tasks.finish import FfmpegJoiner, Finisher
 from magi_ray.render.upkeep.gc import collect, garbage
 from magi_ray.render.upkeep.verify import verify
 from magi_ray.settings import Settings, override, preset
@@ -157,7 +157,7 @@ import sys
 from pathlib import Path
 from magi_ray.manifest import Defaults, manifest_of
 from magi_ray.render.driving.local_workers import render_here
-from magi_ray.render.runs.record import create, prepare
+from magi_ray.render.runs.submission import create, prepare
 from magi_ray.settings import override, preset
 from magi_ray.storage.local import LocalStore
 
@@ -168,7 +168,7 @@ rows = [{"job_id": "long", "num_chunks": chunks,
          "schedule": [{"start_chunk": i, "prompt": f"shot {i}"} for i in range(chunks)]}]
 store = LocalStore(folder)
 manifest = manifest_of(rows, Defaults.of(settings), base=Path("/"))
-run, files = prepare(manifest.parquet(), name="long.parquet", base=Path("/"), settings=settings)
+run, files = prepare(manifest, name="long.parquet", settings=settings)
 create(store, run, files)
 outcome = render_here(store, run)
 assert len(outcome.published) == 1, outcome
@@ -256,7 +256,7 @@ def test_5_a_late_worker_that_commits_repairs_and_finishes_changes_nothing_that_
     store = MemoryStore()
     run = make_run(store, ROWS)
     plan, encoder = run.plans["video"], encoder_identity(find_ffmpeg())
-    Embedder(run.settings, store).embed(plan)
+    list(load_embedder(run.settings, store).carry_out(plan))
     with denoising(store, run.run_id, "video", epoch=0, name="late") as lease:
         late = Denoiser(run.settings, store).render(plan, 0)
         assert next(happened.step for happened in late if happened.stage == 1) == 1
@@ -270,12 +270,13 @@ def test_5_a_late_worker_that_commits_repairs_and_finishes_changes_nothing_that_
         # It wakes, ends its stage, and computes everything once more that it had looked for before.
         assert [happened.stage for happened in late][-1] == plan.timeline.num_stages - 1
         list(Denoiser(run.settings, LateView(store, "stages/", looks)).render(plan, 0))
-        Embedder(run.settings, LateView(store, "texts/", looks)).embed(plan)
-        Embedder(run.settings, LateView(store, "prefixes/", looks)).embed(plan)
-        decoder = Decoder(run.settings, LateView(store, "segments/", looks), encoder)
+        list(load_embedder(run.settings, LateView(store, "texts/", looks)).carry_out(plan))
+        list(load_embedder(run.settings, LateView(store, "prefixes/", looks)).carry_out(plan))
+        decoder = load_decoder(run.settings, LateView(store, "segments/", looks), encoder=encoder)
         for chunk in range(plan.timeline.num_chunks):
-            decoder.decode(plan, chunk)
-        finish(LateView(store, keys.videos(run.run_id), looks), run.run_id, plan, encoder)
+            list(decoder.carry_out(plan, chunk))
+        late_view = LateView(store, keys.videos(run.run_id), looks)
+        list(Finisher(late_view, run.run_id, encoder=encoder, joiner=FfmpegJoiner(store)).carry_out(plan))
         assert {key: store.get(key) for prefix in media for key in store.list(prefix)} == kept
         with pytest.raises(Superseded):
             lease.beat()
@@ -287,7 +288,7 @@ def test_5_what_a_late_worker_writes_after_its_run_was_collected_is_whole(make_r
     store = MemoryStore()
     run = make_run(store, [{"job_id": "text", "prompt": "sea", "num_chunks": 4}])
     plan = run.plans["text"]
-    Embedder(run.settings, store).embed(plan)
+    list(load_embedder(run.settings, store).carry_out(plan))
     late = Denoiser(run.settings, store).render(plan, 0)
     # Every chunk has entered by then, so no caption is missing later.
     assert next(happened.step for happened in late if happened.stage == 3) == 1

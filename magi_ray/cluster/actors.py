@@ -76,23 +76,23 @@ class TaskWorker:
             raise
 
     def _use_threads(self) -> None:
-        from magi_ray.render.artifacts.latents import use_threads
+        from magi_ray.render.artifacts.latents import set_torch_threads
 
-        use_threads(self._settings.numeric.cpu_threads)
+        set_torch_threads(self._settings.numeric.cpu_threads)
 
 
 class EmbedWorker(TaskWorker):
     def load(self) -> None:
-        from magi_ray.render.tasks.embed import Embedder
+        from magi_ray.render.tasks.embed_network import load_embedder
 
         self._use_threads()
         with self._telling("Loading"):
             super().load()
-            self._loaded = Embedder(self._settings, self._store)
+            self._loaded = load_embedder(self._settings, self._store)
 
     def carry_out(self, plan: RowPlan, _index: int) -> None:
         with self._telling(f"Embedding job {plan.job_id}"):
-            self._loaded.embed(plan)
+            list(self._loaded.carry_out(plan))
 
 
 class DenoiseWorker(TaskWorker):
@@ -136,24 +136,25 @@ class DenoiseWorker(TaskWorker):
 
 class DecodeWorker(TaskWorker):
     def load(self) -> None:
-        from magi_ray.render.tasks.decode import Decoder
+        from magi_ray.render.tasks.decode_network import load_decoder
 
         self._use_threads()
         with self._telling("Loading"):
             super().load()
-            self._loaded = Decoder(self._settings, self._store, self._encoder)
+            self._loaded = load_decoder(self._settings, self._store, encoder=self._encoder)
 
     def carry_out(self, plan: RowPlan, index: int) -> None:
         with self._telling(f"Decoding chunk {index} of job {plan.job_id}"):
-            self._loaded.decode(plan, index)
+            list(self._loaded.carry_out(plan, index))
 
 
 class FinishWorker(TaskWorker):
     def carry_out(self, plan: RowPlan, _index: int) -> None:
-        from magi_ray.render.tasks.finish import finish
+        from magi_ray.render.tasks.finish import FfmpegJoiner, Finisher
 
         with self._telling(f"Finishing job {plan.job_id}"):
-            finish(self._store, self._run_id, plan, self._encoder)
+            joiner = FfmpegJoiner(self._store)
+            list(Finisher(self._store, self._run_id, encoder=self._encoder, joiner=joiner).carry_out(plan))
 
 
 WORKERS: Mapping[TaskKind, type[TaskWorker]] = {

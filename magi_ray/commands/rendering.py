@@ -100,7 +100,7 @@ def weights_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def all_published(store: Store, run: Run) -> bool:
-    from magi_ray.render.tasks.finish import published as published_video
+    from magi_ray.render.artifacts.videos import published as published_video
 
     return all(published_video(store, run.run_id, plan) is not None for plan in run.plans.values())
 

@@ -80,7 +80,8 @@ def submit(
     if dry_run:
         show_plan(typed, store, run, as_json=as_json)
         return
-    from magi_ray.render.runs.record import create, read_run, with_takes
+    from magi_ray.render.runs.record import read_run, with_takes
+    from magi_ray.render.runs.submission import create
 
     check(store)
     if create(store, run, files):
@@ -262,10 +263,10 @@ def render(
         manifest = manifest_of([row], Defaults.of(settings), base=Path.cwd(), name="the options of render")
     store = store_to_write(store_uri)
     from magi_ray.render.driving import requests as control
-    from magi_ray.render.runs.record import create, prepare
+    from magi_ray.render.runs.submission import create, prepare
 
     with as_options():
-        run, files = prepare(manifest.parquet(), name=out.name, base=Path.cwd(), settings=settings)
+        run, files = prepare(manifest, name=out.name, settings=settings)
     check(store)
     if create(store, run, files):
         note_made_weights(settings)

@@ -130,7 +130,7 @@ class PoisonedDecoding(DecodeWorker):
         if plan.job_id not in poison:
             super().carry_out(plan, index)
             return
-        with patch("magi_ray.render.tasks.decode.decode_tiled", **poison[plan.job_id]):
+        with patch("magi_ray.render.tasks.decode_network.decode_tiled", **poison[plan.job_id]):
             super().carry_out(plan, index)
 
 

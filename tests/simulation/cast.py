@@ -42,7 +42,7 @@ from magi_ray.render.driving.scheduler import (
 )
 from magi_ray.render.plans import identity
 from magi_ray.render.plans.row_plan import RowPlan
-from magi_ray.render.tasks import finish
+from magi_ray.render.tasks.finish import FfmpegJoiner, Finisher
 from magi_ray.storage import keys
 from magi_ray.storage.epochs import become_driver, superseded
 from magi_ray.storage.leases import BEAT_S, Lease, acquire, keep_beating
@@ -258,7 +258,8 @@ class Worker:
     def _finish(self, store: Store, plan: RowPlan) -> None:
         self._strike(TaskKind.FINISH, plan.job_id)
         self.process.sleep(self.world.random.uniform(0.5, 5))
-        finish.finish(store, self.sim.run.run_id, plan, ENCODER)
+        joiner = FfmpegJoiner(store)
+        list(Finisher(store, self.sim.run.run_id, encoder=ENCODER, joiner=joiner).carry_out(plan))
 
 
 class Writing:

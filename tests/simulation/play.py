@@ -14,11 +14,12 @@ from unittest.mock import patch
 from magi_ray.errors import FailureClass, InputError, MagiRayError, ObjectDamaged, ObjectMissing, StoreUnavailable
 from magi_ray.events import Task, TaskKind
 from magi_ray.render.artifacts import commits as durable
+from magi_ray.render.artifacts import videos
 from magi_ray.render.driving.requests import clear, request
 from magi_ray.render.driving.scheduler import BUDGETS, RowFailed
 from magi_ray.render.plans import identity
 from magi_ray.render.plans.row_plan import RowPlan
-from magi_ray.render.runs.record import create
+from magi_ray.render.runs.submission import create
 from magi_ray.render.tasks import finish
 from magi_ray.render.upkeep import gc
 from magi_ray.storage import keys
@@ -363,7 +364,7 @@ class Simulation:
             contents = contents_of(self.number, job_id)
             if self.server.peek(keys.video(self.run.run_id, job_id)) != contents.video:
                 self._say(f"the video of {job_id} is not what its plan gives")
-            if finish.published(store, self.run.run_id, plan, reread=True) is None:
+            if videos.published(store, self.run.run_id, plan, reread=True) is None:
                 self._say(f"the video of {job_id} does not count as published")
             for stage, key in enumerate(plan.stage_keys):
                 self._holds("stage", key, "state", contents.states[stage])
@@ -414,8 +415,8 @@ def _repeatable(world: World) -> Iterator[None]:
     with ExitStack() as patches:
         for of, name, instead in (
             (uuid, "uuid4", lambda: uuid.UUID(int=world.random.getrandbits(128))),
-            (durable, "provenance", lambda seconds: {"seconds": world.now}),
-            (finish, "provenance", lambda seconds: {"seconds": world.now}),
+            (durable, "provenance", lambda seconds, system: {"seconds": world.now}),
+            (finish, "provenance", lambda seconds, system: {"seconds": world.now}),
             (finish, "find_ffmpeg", lambda: Path("ffmpeg")),
             (finish, "join", join),
             (finish, "verify", lambda *_, **__: None),

@@ -8,10 +8,10 @@ from functools import cache
 from multiprocessing.pool import ThreadPool
 
 from magi_ray.render.artifacts.commits import embedded, segment_pre_image
+from magi_ray.render.artifacts.videos import published, video_sizes
 from magi_ray.render.driving.scheduler import RowInventory
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.runs.record import Run
-from magi_ray.render.tasks.finish import published, video_sizes
 from magi_ray.sampling.ranges import KVRanges, clean_chunks_needed
 from magi_ray.storage.records import digest, read_commit, verified_commit
 from magi_ray.storage.retrying import RetryingStore

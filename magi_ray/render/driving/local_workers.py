@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Generator
 
 from magi_ray.errors import MagiRayError, Superseded, failure_class
 from magi_ray.events import StageCommitted, StepDone, Task, TaskKind
-from magi_ray.render.artifacts.latents import use_threads
+from magi_ray.render.artifacts.latents import set_torch_threads
 from magi_ray.render.driving.leadership import denoising
 from magi_ray.render.driving.progress import RunProgress
 from magi_ray.render.driving.reports import Outcome
@@ -27,9 +27,11 @@ from magi_ray.render.driving.scheduler import (
 from magi_ray.render.driving.session import Session, session
 from magi_ray.render.runs.record import Run
 from magi_ray.render.tasks.decode import Decoder
+from magi_ray.render.tasks.decode_network import load_decoder
 from magi_ray.render.tasks.denoise import Denoiser
 from magi_ray.render.tasks.embed import Embedder
-from magi_ray.render.tasks.finish import finish
+from magi_ray.render.tasks.embed_network import load_embedder
+from magi_ray.render.tasks.finish import FfmpegJoiner, Finisher
 from magi_ray.storage.store import Store
 
 
@@ -50,7 +52,7 @@ def render_here(
     with session(
         store, run, observe=observe, take_over=take_over, retry=retry, max_failed_rows=max_failed_rows
     ) as driving:
-        use_threads(run.settings.numeric.cpu_threads)
+        set_torch_threads(run.settings.numeric.cpu_threads)
         here = _Here(driving)
         try:
             here.work()
@@ -172,14 +174,16 @@ class _Tasks:
         match task.kind:
             case TaskKind.EMBED:
                 if self._embedder is None:
-                    self._embedder = Embedder(self._run.settings, self._store)
-                self._embedder.embed(plan)
+                    self._embedder = load_embedder(self._run.settings, self._store)
+                list(self._embedder.carry_out(plan))
             case TaskKind.DECODE:
                 if self._decoder is None:
-                    self._decoder = Decoder(self._run.settings, self._store, self._encoder)
-                self._decoder.decode(plan, task.index)
+                    self._decoder = load_decoder(self._run.settings, self._store, encoder=self._encoder)
+                list(self._decoder.carry_out(plan, task.index))
             case TaskKind.FINISH:
-                finish(self._store, self._run.run_id, plan, self._encoder)
+                joiner = FfmpegJoiner(self._store)
+                finisher = Finisher(self._store, self._run.run_id, encoder=self._encoder, joiner=joiner)
+                list(finisher.carry_out(plan))
             case TaskKind.DENOISE:
                 raise AssertionError("denoising goes step by step")
 

@@ -24,7 +24,8 @@ from magi_ray.render.driving.scheduler import (
     RowInventory,
     Scheduler,
 )
-from magi_ray.render.runs.record import Run, require_same_weights
+from magi_ray.render.runs.record import Run
+from magi_ray.render.runs.weights import require_same_weights
 from magi_ray.storage.store import Store
 
 # How often people's wishes are looked up.

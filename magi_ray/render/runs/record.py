@@ -16,7 +16,8 @@ from magi_ray.manifest import Defaults, Manifest, parse_manifest
 from magi_ray.render.plans.identity import Digests
 from magi_ray.render.plans.row_plan import Media, RowPlan, plan_rows
 from magi_ray.render.plans.takes import read_takes
-from magi_ray.settings import Frozen, Settings, WeightPaths, cache_folder
+from magi_ray.render.runs.weights import weights_here
+from magi_ray.settings import Frozen, Settings
 from magi_ray.storage import keys
 from magi_ray.storage.records import read_record, require_readable
 from magi_ray.storage.store import Store
@@ -71,7 +72,7 @@ def open_run(store: Store, run_id: str, *, weights: Path | None = None) -> Run:
     Raises RunNotFound, ObjectDamaged, WeightsError, InputError when a newer magi-ray wrote it.
     """
     submitted, manifest = read_run(store, run_id)
-    settings = submitted.settings.model_copy(update={"weights": _weights_here(submitted.settings, weights)})
+    settings = submitted.settings.model_copy(update={"weights": weights_here(submitted.settings, weights)})
     here = submitted.model_copy(update={"settings": settings})
     return Run.planned(here, manifest, read_takes(store, run_id))
 
@@ -140,14 +141,3 @@ def _damaged(store: Store, run_id: str, what: str) -> ObjectDamaged:
         remedy="Submit its manifest again, with the same settings: that mends it, and renders nothing twice.",
         next_command=f"magi-ray submit MANIFEST --store {store.uri}",
     )
-
-
-def _weights_here(settings: Settings, folder: Path | None) -> WeightPaths:
-    """Where the networks of ``settings`` lie on this machine. Raises WeightsError for a ``folder`` that lacks one."""
-    weights, engine = settings.weights, settings.engine
-    if folder is not None:
-        size = "24B" if settings.model.gated_linear_unit else "4.5B"
-        return WeightPaths.downloaded(folder, size=size, fp8=engine.fp8_quant, distill=engine.distill)
-    if weights.made_in is not None and not weights.made_in.exists():
-        return WeightPaths.under(cache_folder() / weights.made_in.name, made=True)
-    return weights

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 from magi_ray.errors import MediaError, ObjectDamaged, Problem
-from magi_ray.manifest import Manifest, Row, refusal
+from magi_ray.manifest import Manifest, Row
+from magi_ray.manifest.messages import refusal
 from magi_ray.media.reader import count_frames, read_image
 from magi_ray.render.plans.identity import run_digest
 from magi_ray.render.plans.row_plan import Media
@@ -136,7 +138,10 @@ def _inspect(row: Row, path: Path) -> tuple[Media, str]:
             reason = f"has {frames} frames at {row.fps} fps, but a prefix needs at least {FRAMES_PER_LATENT}"
             raise MediaError.about(path, reason, remedy="give a longer clip, or an image")
         if frames < wanted:
-            note = f"Row {row.number} begins from {frames} frames: its clip has no more at {row.fps} fps, and {wanted} were asked."
+            note = (
+                f"Row {row.number} begins from {frames} frames: its clip has no more at {row.fps} fps, "
+                f"and {wanted} were asked."
+            )
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return Media(kind=_kind(row), sha256=sha256, latents=latents), note

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from magi_ray.errors import WeightsError
 from magi_ray.models.files import digest_files, published_folder, text_encoder_files, weight_files
 from magi_ray.render.plans.identity import Digests
-from magi_ray.render.runs.record import Run
-from magi_ray.settings import Settings, cache_folder
+from magi_ray.settings import Settings, WeightPaths, cache_folder
+
+if TYPE_CHECKING:
+    from magi_ray.render.runs.record import Run
 
 
 def make_weights(settings: Settings) -> None:
@@ -48,3 +51,14 @@ def require_same_weights(run: Run) -> None:
                 f"{submitted[:12]}….",
                 remedy="Bring back the files of then, or submit the manifest again to render it with these.",
             )
+
+
+def weights_here(settings: Settings, folder: Path | None) -> WeightPaths:
+    """Where the networks of ``settings`` lie on this machine. Raises WeightsError for a ``folder`` that lacks one."""
+    weights, engine = settings.weights, settings.engine
+    if folder is not None:
+        size = "24B" if settings.model.gated_linear_unit else "4.5B"
+        return WeightPaths.downloaded(folder, size=size, fp8=engine.fp8_quant, distill=engine.distill)
+    if weights.made_in is not None and not weights.made_in.exists():
+        return WeightPaths.under(cache_folder() / weights.made_in.name, made=True)
+    return weights

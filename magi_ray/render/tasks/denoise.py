@@ -16,7 +16,7 @@ from magi_ray.models.dit.model import load_dit
 from magi_ray.models.files import published_folder
 from magi_ray.models.text.special_tokens import SpecialTokenTable, null_caption, prepend_special_tokens
 from magi_ray.render.artifacts.commits import commit
-from magi_ray.render.artifacts.latents import load_clean_chunk, load_tensor, load_window, pack, telling_out_of_memory
+from magi_ray.render.artifacts.latents import convert_out_of_memory, load_clean_chunk, load_tensor, load_window, pack
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.sampling.noise import chunk_noise
 from magi_ray.sampling.ranges import clean_chunks_needed
@@ -80,7 +80,7 @@ class Denoiser:
                 steps = sampler.run_stage(stage)
                 while True:
                     try:
-                        with telling_out_of_memory(f"Stage {stage} of job {plan.job_id}"):
+                        with convert_out_of_memory(f"Stage {stage} of job {plan.job_id}"):
                             step = next(steps)
                     except StopIteration as finished:
                         result: StageResult = finished.value

@@ -12,13 +12,15 @@ from runs import MakeRun, contents, flip
 from magi_ray.errors import DeviceOutOfMemory
 from magi_ray.manifest import Defaults, manifest_of
 from magi_ray.media.encoder import encoder_identity, find_ffmpeg
-from magi_ray.render.artifacts.latents import telling_out_of_memory
+from magi_ray.render.artifacts.latents import convert_out_of_memory
+from magi_ray.render.artifacts.videos import published
 from magi_ray.render.driving.inventory import stages_done
 from magi_ray.render.driving.local_workers import render_here
 from magi_ray.render.driving.progress import RunProgress
 from magi_ray.render.plans.takes import add_take
-from magi_ray.render.runs.record import Run, create, open_run, prepare
-from magi_ray.render.tasks.finish import finish, published
+from magi_ray.render.runs.record import Run, open_run
+from magi_ray.render.runs.submission import create, prepare
+from magi_ray.render.tasks.finish import FfmpegJoiner, Finisher
 from magi_ray.settings import Settings
 from magi_ray.storage import keys
 from magi_ray.storage.memory import MemoryStore
@@ -67,7 +69,7 @@ class Death(BaseException):
 def disturbed(settings: Settings) -> tuple[Run, dict[str, bytes], dict[str, bytes]]:
     """A run whose fifth chunk looks far back: what it renders undisturbed, and the store when it died at stage 6."""
     manifest = manifest_of([FAR], Defaults.of(settings), base=Path("/"))
-    run, files = prepare(manifest.parquet(), name="far.parquet", base=Path("/"), settings=settings)
+    run, files = prepare(manifest, name="far.parquet", settings=settings)
     store, dead = MemoryStore(), MemoryStore()
     create(store, run, files)
     create(dead, run, files)
@@ -171,7 +173,8 @@ def test_a_late_finisher_changes_nothing_whether_of_this_take_or_of_an_older_one
     for late in ([run], [run, take]):
         before = {key: store.get(key) for key in store.list(keys.videos(run.run_id))}
         for each in late:
-            finish(store, run.run_id, each.plans["a"], encoder)
+            finisher = Finisher(store, run.run_id, encoder=encoder, joiner=FfmpegJoiner(store))
+            assert list(finisher.carry_out(each.plans["a"])) == []
         assert {key: store.get(key) for key in store.list(keys.videos(run.run_id))} == before
         # A newer take is published in the place of the older one.
         assert render_here(store, take).failed == ()
@@ -194,6 +197,6 @@ def test_a_missing_segment_is_encoded_again_and_joined_to_the_same_video(make_ru
 def test_a_device_that_runs_out_of_memory_is_told_as_such() -> None:
     with (
         pytest.raises(DeviceOutOfMemory, match=r"Stage 3 of job a: CUDA out of memory"),
-        telling_out_of_memory("Stage 3 of job a"),
+        convert_out_of_memory("Stage 3 of job a"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore")

@@ -19,7 +19,9 @@ from magi_ray.media.reader import read_video
 from magi_ray.render.artifacts.latents import load_clean_chunk
 from magi_ray.render.artifacts.prefix import prefix_pixels
 from magi_ray.render.driving.local_workers import render_here
-from magi_ray.render.runs.record import create, damaged_runs, list_runs, open_run, require_same_weights
+from magi_ray.render.runs.record import all_runs, open_run
+from magi_ray.render.runs.submission import create
+from magi_ray.render.runs.weights import require_same_weights
 from magi_ray.settings import Settings, WeightPaths, override
 from magi_ray.storage import keys
 from magi_ray.storage.memory import MemoryStore
@@ -117,7 +119,7 @@ def test_a_clip_goes_on_with_the_very_next_frame_and_can_be_included(
         return
     assert len(included) == prefix_frames + len(new)
     clip = read_video(
-        Path(CLIP["video"]), width=32, height=32, fps=48, max_frames=prefix_frames, take="end", fit="crop"
+        Path(CLIP["video"]), width=32, height=32, fps=48, max_frames=prefix_frames, part="end", fit="crop"
     )
     distance = np.abs(included[:prefix_frames].astype(int) - clip).mean(axis=(1, 2, 3))
     assert distance.max() < 8
@@ -129,7 +131,7 @@ def test_frames_that_make_no_latent_frame_are_left_out_far_from_the_join(make_ru
         store = MemoryStore()
         row = CLIP | {"prompt": "on", "num_chunks": 1, "prefix_frames": 30, "prefix_from": take}
         found = prefix_pixels(store, make_run(store, [row]).plans["clip"])
-        all_30 = read_video(Path(CLIP["video"]), width=32, height=32, fps=24, max_frames=30, take=take, fit="crop")
+        all_30 = read_video(Path(CLIP["video"]), width=32, height=32, fps=24, max_frames=30, part=take, fit="crop")
         assert np.array_equal(found, all_30[kept])
 
 
@@ -175,7 +177,7 @@ def test_a_run_that_does_not_exist_is_an_error_that_names_those_that_do(make_run
     with pytest.raises(RunNotFound) as caught:
         open_run(store, "x")
     assert run.run_id in caught.value.remedy
-    assert list_runs(store) == [run.run_id]
+    assert all_runs(store) == ([run.run_id], [])
 
 
 def test_a_run_of_a_newer_format_is_refused(make_run: MakeRun) -> None:
@@ -223,10 +225,10 @@ def test_a_damaged_run_says_so_and_submitting_it_again_mends_it(
     if isinstance(caught.value, ObjectDamaged):
         assert caught.value.next_command == "magi-ray submit MANIFEST --store memory:"
     if damaged is keys.run_record:
-        assert (list_runs(store), damaged_runs(store)) == ([], [run.run_id])
+        assert all_runs(store) == ([], [run.run_id])
     make_run(store, [TEXT])
     assert open_run(store, run.run_id).plans == run.plans
-    assert (list_runs(store), damaged_runs(store)) == ([run.run_id], [])
+    assert all_runs(store) == ([run.run_id], [])
 
 
 def test_an_intact_run_is_not_written_again(make_run: MakeRun) -> None:
@@ -241,14 +243,14 @@ def test_one_damaged_run_does_not_hide_the_others(make_run: MakeRun) -> None:
     store = MemoryStore()
     one, two = (make_run(store, [TEXT | {"seed": seed}]).run_id for seed in (1, 2))
     flip(store, keys.run_record(one))
-    assert (list_runs(store), damaged_runs(store)) == ([two], [one])
+    assert all_runs(store) == ([two], [one])
 
 
 def test_a_run_that_is_being_submitted_is_no_damaged_run(make_run: MakeRun) -> None:
     store = MemoryStore()
     run = make_run(store, [TEXT])
     store.delete(keys.run_record(run.run_id))
-    assert (list_runs(store), damaged_runs(store)) == ([], [])
+    assert all_runs(store) == ([], [])
 
 
 @pytest.mark.parametrize("run_id", ["", "..", "a b", "ü", "x/../y"])

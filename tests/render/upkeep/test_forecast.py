@@ -235,7 +235,7 @@ def test_a_row_that_failed_is_left_to_retry(make_run: MakeRun, watch: Watch, mon
     store = MemoryStore()
     run = make_run(store, ROWS)
     with monkeypatch.context() as patch:
-        patch.setattr(Decoder, "decode", refuse_b(Decoder.decode))
+        patch.setattr(Decoder, "carry_out", refuse_b(Decoder.carry_out))
         assert [failed.job_id for failed in render_here(store, run).failed] == ["b"]
     expected = told(store, run)
     assert summary(expected["b"]) == (
@@ -246,11 +246,14 @@ def test_a_row_that_failed_is_left_to_retry(make_run: MakeRun, watch: Watch, mon
     assert not watch.forwards
 
 
-def refuse_b(decode: Callable[[Decoder, RowPlan, int], None]) -> Callable[[Decoder, RowPlan, int], None]:
-    def refuse(self: Decoder, plan: RowPlan, chunk: int) -> None:
+Decode = Callable[[Decoder, RowPlan, int], Iterator[StepDone | StageCommitted]]
+
+
+def refuse_b(decode: Decode) -> Decode:
+    def refuse(self: Decoder, plan: RowPlan, chunk: int) -> Iterator[StepDone | StageCommitted]:
         if plan.job_id == "b":
             raise NumericError(f"chunk {chunk} is black\nin every pixel")
-        decode(self, plan, chunk)
+        return decode(self, plan, chunk)
 
     return refuse
 
