@@ -456,9 +456,8 @@ def drive(how: str, store_uri: str, run_id: str) -> None:
     from magi_ray.cluster.driver import Deadlines, render_on_ray
     from ray.cluster_utils import Cluster
 
-    from magi_ray.cluster.resources import local_ray
+    from magi_ray.cluster.resources import local_ray, prepare_ray_environment
     from magi_ray.events import TaskKind
-    from magi_ray.settings import prepare_ray_environment
 
     store = open_store(store_uri)
     run = open_run(store, run_id)

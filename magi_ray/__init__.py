@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from magi_ray.api import load as load
 
-__version__ = "0.1.0"
+    __version__: str
 
 
 def __getattr__(name: str) -> Any:
-    # The command line imports this package too, and needs none of it.
+    # When it is asked for: the command line imports this package too, and needs none of it.
     if name == "load":
         from magi_ray.api import load
 
         return load
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("magi-ray")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

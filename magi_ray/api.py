@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +48,7 @@ def load(
     name: str | Path,
     *,
     weights: str | Path | None = None,
-    device: str | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Model:
     """A model by the name of a preset, a published config (.json), a job file (.toml), or the folder of a download.
@@ -101,32 +101,17 @@ class Model:
         self._denoiser: Denoiser | None = None
         self._vae: VAE | None = None
 
-    def __call__(self, prompt: str | None = None, **options: Any) -> Video:
-        """The whole video; options as for ``stream``. Holds all frames in memory."""
-        plan = self._plan(prompt, **options)
-        return Video(frames=np.concatenate(list(self._render(plan))), fps=plan.settings.runtime.fps)
-
-    def stream(self, prompt: str | None = None, **options: Any) -> Iterator[Frames]:
-        """The video chunk by chunk, each uint8 RGB [≤ 24, H, W, 3] as soon as it is clean; constant memory.
-
-        prompt: what is to be seen, or ``schedule``: entries as in a manifest ({"start_chunk", "prompt", …}).
-        image: path, or uint8 RGB [H, W, 3] (anything that numpy reads as such), to begin from; video: path of a clip
-        to continue, with prefix_from, prefix_frames and include_prefix as in a manifest; fit for both.
-        num_frames, num_chunks or seconds: at least so much new video, in whole chunks.
-        height, width: pixels, multiples of 16.  num_inference_steps, fps.  seed, or generator: a torch.Generator,
-        whose initial seed is taken.
-        What is left out takes the settings' value. Mistakes are told at once, before the first chunk is asked for:
-        ManifestError, SettingsError, WeightsError.
-        """
-        return self._render(self._plan(prompt, **options))
-
-    def _plan(
+    def __call__(
         self,
         prompt: str | None = None,
         *,
         schedule: Sequence[Mapping[str, Any]] | None = None,
-        image: Any = None,
+        image: str | Path | npt.ArrayLike | None = None,
         video: str | Path | None = None,
+        prefix_from: Literal["start", "end"] | None = None,
+        prefix_frames: int | None = None,
+        include_prefix: bool | None = None,
+        fit: Literal["crop", "pad", "fit"] | None = None,
         num_frames: int | None = None,
         num_chunks: int | None = None,
         seconds: float | None = None,
@@ -136,44 +121,104 @@ class Model:
         num_inference_steps: int | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
-        prefix_from: str | None = None,
+    ) -> Video:
+        """The whole video; parameters and errors as for ``stream``. Holds all frames in memory."""
+        chunks = self.stream(
+            prompt,
+            schedule=schedule,
+            image=image,
+            video=video,
+            prefix_from=prefix_from,
+            prefix_frames=prefix_frames,
+            include_prefix=include_prefix,
+            fit=fit,
+            num_frames=num_frames,
+            num_chunks=num_chunks,
+            seconds=seconds,
+            height=height,
+            width=width,
+            fps=fps,
+            num_inference_steps=num_inference_steps,
+            seed=seed,
+            generator=generator,
+        )
+        return Video(frames=np.concatenate(list(chunks)), fps=fps or self.settings.runtime.fps)
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        schedule: Sequence[Mapping[str, Any]] | None = None,
+        image: str | Path | npt.ArrayLike | None = None,
+        video: str | Path | None = None,
+        prefix_from: Literal["start", "end"] | None = None,
         prefix_frames: int | None = None,
         include_prefix: bool | None = None,
-        fit: str | None = None,
-    ) -> RowPlan:
-        from magi_ray.media.preview import write_png
-        from magi_ray.render.runs.record import create, prepare
+        fit: Literal["crop", "pad", "fit"] | None = None,
+        num_frames: int | None = None,
+        num_chunks: int | None = None,
+        seconds: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        fps: int | None = None,
+        num_inference_steps: int | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Frames]:
+        """The video chunk by chunk, each uint8 RGB [≤ 24, H, W, 3] as soon as it is clean; constant memory.
 
+        prompt: what is to be seen; or schedule: prompts over time, entries as in a manifest
+        ({"start_chunk", "prompt"} with or without kv_range, text_scales, prev_chunk_scales).
+        image: to begin from: a path, or uint8 RGB [H, W, 3], an array or anything that numpy reads as one.
+        video: path of a clip to continue.  prefix_from: which end of it.  prefix_frames: how many frames of it, ≥ 4.
+        include_prefix: whether they come first.  fit: how an image or clip of another aspect ratio is made to fit.
+        num_frames, num_chunks (of 24 frames) or seconds: at least so much new video, in whole chunks.
+        height, width: pixels, multiples of 16.  fps: 1…120.  num_inference_steps: a multiple of the window's size.
+        seed: 0…2^63−1; or generator, whose initial seed is taken.
+        What is None takes the settings' value.
+
+        Raises at once, before the first chunk is asked for: ManifestError (a value that a row may not have, or an image
+        or clip that cannot be read), SettingsError, WeightsError, MediaError (other pixels than those above, or no
+        ffmpeg). While it renders: NumericError, DeviceOutOfMemory.
+        """
         _one_of(num_frames=num_frames, num_chunks=num_chunks, seconds=seconds)
         _one_of(seed=seed, generator=generator)
         if num_frames is not None:
             seconds = num_frames / (fps or self.settings.runtime.fps)
         if generator is not None:
             seed = generator.initial_seed() % 2**63
+        row = {
+            "job_id": "video",
+            "prompt": prompt,
+            "schedule": None if schedule is None else [dict(entry) for entry in schedule],
+            "video": None if video is None else str(video),
+            "prefix_from": prefix_from,
+            "prefix_frames": prefix_frames,
+            "include_prefix": include_prefix,
+            "fit": fit,
+            "num_chunks": num_chunks,
+            "seconds": seconds,
+            "height": height,
+            "width": width,
+            "fps": fps,
+            "num_steps": num_inference_steps,
+            "seed": seed,
+        }
+        return self._render(self._plan(row, image))
+
+    def _plan(self, row: dict[str, Any], image: str | Path | npt.ArrayLike | None) -> RowPlan:
+        """The plan of ``row``, which begins from ``image`` if that is given."""
+        from magi_ray.media.preview import write_png
+        from magi_ray.render.runs.submission import create, prepare
+
         with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
             if image is not None and not isinstance(image, str | Path):
                 write_png(Path(folder) / "image.png", _pixels(image))
                 image = Path(folder) / "image.png"
-            row = {
-                "job_id": "video",
-                "prompt": prompt,
-                "schedule": None if schedule is None else [dict(entry) for entry in schedule],
-                "image": None if image is None else str(image),
-                "video": None if video is None else str(video),
-                "num_chunks": num_chunks,
-                "seconds": seconds,
-                "height": height,
-                "width": width,
-                "fps": fps,
-                "num_steps": num_inference_steps,
-                "seed": seed,
-                "prefix_from": prefix_from,
-                "prefix_frames": prefix_frames,
-                "include_prefix": include_prefix,
-                "fit": fit,
-            }
+            if image is not None:
+                row = row | {"image": str(image)}
             manifest = manifest_of([row], Defaults.of(self.settings), base=Path.cwd(), name="the call")
-            run, files = prepare(manifest.parquet(), name="call", base=Path.cwd(), settings=self.settings)
+            run, files = prepare(manifest, name="call", settings=self.settings)
             create(self._store, run, files)
         return run.plans["video"]
 
@@ -225,7 +270,7 @@ def _one_of(**options: object) -> None:
         raise SettingsError(f"{' stands beside '.join(given[:2])}.", remedy="Give one of them.")
 
 
-def _pixels(image: Any) -> Frames:
+def _pixels(image: npt.ArrayLike) -> Frames:
     """uint8 [H, W, 3], or MediaError with what was found."""
     pixels = np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:

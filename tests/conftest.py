@@ -13,7 +13,8 @@ from rgw import Rgw, why_not
 from runs import MakeRun
 
 from magi_ray.manifest import Defaults, manifest_of
-from magi_ray.render.runs.record import Run, create, prepare
+from magi_ray.render.runs.record import Run
+from magi_ray.render.runs.submission import create, prepare
 from magi_ray.settings import Settings, override, preset
 from magi_ray.storage.store import Store
 
@@ -51,7 +52,7 @@ def make_run(settings: Settings) -> MakeRun:
         store: Store, rows: Sequence[Mapping[str, Any]], *, base: Path = Path("/"), settings: Settings = settings
     ) -> Run:
         manifest = manifest_of(rows, Defaults.of(settings), base=base)
-        run, files = prepare(manifest.parquet(), name="test.parquet", base=base, settings=settings)
+        run, files = prepare(manifest, name="test.parquet", settings=settings)
         create(store, run, files)
         return run
 

@@ -5,16 +5,25 @@ A module of its own, since several conftest.py bear one name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
+from magi_ray.manifest import Defaults, read_manifest
 from magi_ray.render.artifacts.latents import load_clean_chunk
 from magi_ray.render.driving.progress import RunProgress
 from magi_ray.render.driving.reports import Observer
 from magi_ray.render.runs.record import Run
+from magi_ray.render.runs.submission import prepare
+from magi_ray.settings import Settings
 from magi_ray.storage import keys
 from magi_ray.storage.store import Store
 
 MakeRun = Callable[..., Run]
+
+
+def prepared(path: Path, settings: Settings) -> tuple[Run, Mapping[str, Path]]:
+    """What submitting the manifest at ``path`` prepares: the run, and the media it needs."""
+    return prepare(read_manifest(path, Defaults.of(settings)), name=path.name, settings=settings)
 
 
 def contents(store: Store, run: Run) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 from rgw import Rgw
-from runs import MakeRun
+from runs import MakeRun, prepared
 
 from magi_ray.cli import cli
 from magi_ray.commands import standing, steering
@@ -28,7 +28,7 @@ from magi_ray.commands.common import find_run
 from magi_ray.errors import MediaError
 from magi_ray.manifest import write_manifest
 from magi_ray.render.driving.progress import RunProgress
-from magi_ray.render.runs.record import create, prepare
+from magi_ray.render.runs.submission import create
 from magi_ray.settings import job
 from magi_ray.storage import keys
 from magi_ray.storage.leases import LeaseRecord, Owner
@@ -117,9 +117,7 @@ def interrupted_at(stage: int) -> Iterator[None]:
 
 def begun(stage: int, store: str = "magi-ray-store") -> str:
     """A run of m.parquet, submitted and interrupted at ``stage``; its id."""
-    made, files = prepare(
-        Path("m.parquet").read_bytes(), name="m.parquet", base=Path(), settings=job(Path("small.toml"))
-    )
+    made, files = prepared(Path("m.parquet"), job(Path("small.toml")))
     create(LocalStore(Path(store).absolute()), made, files)
     with interrupted_at(stage):
         stopped = run("drive", made.run_id, "--local", "--store", store)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from rgw import Rgw
-from runs import contents, flip
+from runs import contents, flip, prepared
 from typed import Command, wait_until
 
 from magi_ray.cli import cli
@@ -23,7 +23,8 @@ from magi_ray.commands.drivers import last_error, notes_path, noting, read_notes
 from magi_ray.errors import MagiRayError, ObjectDamaged, StoreDenied, Superseded, WeightsError, WorkerLost
 from magi_ray.manifest import write_manifest
 from magi_ray.render.driving.local import render_locally
-from magi_ray.render.runs.record import create, open_run, prepare
+from magi_ray.render.runs.record import open_run
+from magi_ray.render.runs.submission import create
 from magi_ray.settings import job
 from magi_ray.storage import keys
 from magi_ray.storage.local import LocalStore
@@ -111,7 +112,7 @@ def status() -> dict[str, Any]:
 def undisturbed() -> dict[str, bytes]:
     """What the submitted rows become when nobody steps in."""
     memory, settings = MemoryStore(), job(Path("job.toml"))
-    alone, files = prepare(Path("m.parquet").read_bytes(), name="m.parquet", base=Path(), settings=settings)
+    alone, files = prepared(Path("m.parquet"), settings)
     create(memory, alone, files)
     render_locally(memory, alone)
     return contents(memory, alone)
@@ -349,7 +350,7 @@ def test_a_run_that_nobody_renders_is_cancelled_and_goes_on_when_submitted_again
 def test_failed_rows_stay_failed_until_they_are_retried(here: Path) -> None:
     words = rows(here, {"job_id": "good", "num_chunks": 1}, {"job_id": "bad", "num_chunks": 1, "image": str(IMAGE)})
     settings = job(Path("job.toml"))
-    made, files = prepare(Path("m.parquet").read_bytes(), name="m.parquet", base=Path(), settings=settings)
+    made, files = prepared(Path("m.parquet"), settings)
     create(store(), made, files)
     [media] = store().list("media/")
     whole = store().get(media)
@@ -378,7 +379,7 @@ def test_failed_rows_stay_failed_until_they_are_retried(here: Path) -> None:
 def test_a_run_in_which_too_many_rows_fail_is_stopped(here: Path) -> None:
     bad = [{"job_id": f"bad-{n}", "num_chunks": 1, "seed": n, "image": str(IMAGE), "priority": 1} for n in range(3)]
     rows(here, {"job_id": "good", "num_chunks": 200}, *bad)
-    made, files = prepare(Path("m.parquet").read_bytes(), name="m.parquet", base=Path(), settings=job(Path("job.toml")))
+    made, files = prepared(Path("m.parquet"), job(Path("job.toml")))
     create(store(), made, files)
     [media] = store().list("media/")
     store().put(media, b"rotten")

@@ -91,11 +91,11 @@ def text_faults(module: str, tree: ast.AST, is_package: bool) -> Iterator[str]:
     imported = dict.fromkeys(name for _, name in imports(module, tree, is_package))
     for node in ast.walk(tree):
         line = getattr(node, "lineno", 0)
-        if module != "magi_ray.settings":
+        if module != "magi_ray.settings.environment":
             names = {f"os.{alias.name}" for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
             from_os = isinstance(node, ast.ImportFrom) and node.module == "os" and names & reads
             if from_os or (isinstance(node, ast.Attribute) and dotted(node) in reads):
-                yield f"{line}: reads the environment, which only settings does"
+                yield f"{line}: reads the environment, which only settings.environment does"
         if isinstance(node, ast.Call):
             options = {keyword.arg: keyword.value for keyword in node.keywords}
             name = called(node)
@@ -147,6 +147,7 @@ def test_all_modules_are_read() -> None:
 ABOVE = ", which stands above it"
 ONLY = ", which only cluster does"
 GROUND = ", but the ground has no torch, no ray, no network"
+ENVIRONMENT = "reads the environment, which only settings.environment does"
 THREAD = "a thread that is not a daemon"
 
 
@@ -172,8 +173,9 @@ THREAD = "a thread that is not a daemon"
         ("magi_ray.manifest", "import torch.nn", "manifest imports torch" + GROUND),
         ("magi_ray.settings", "import boto3", "settings imports boto3" + GROUND),
         ("magi_ray.errors", "from urllib import request", "errors imports urllib" + GROUND),
-        ("magi_ray.cli", "import os\nos.environ['A']", "reads the environment, which only settings does"),
-        ("magi_ray.cli", "from os import getenv", "reads the environment, which only settings does"),
+        ("magi_ray.cli", "import os\nos.environ['A']", ENVIRONMENT),
+        ("magi_ray.settings.sources", "import os\nos.environ['A']", ENVIRONMENT),
+        ("magi_ray.cli", "from os import getenv", ENVIRONMENT),
         ("magi_ray.cluster.driver", "import ray\nray.get(x)", "ray.get without a timeout"),
         ("magi_ray.cluster.driver", "import ray\nray.wait([x], timeout=None)", "ray.wait without a timeout"),
         ("magi_ray.cluster.driver", "from ray import get\nget(x)", "get without a timeout"),
@@ -198,7 +200,7 @@ def test_the_reader_of_imports_sees_what_is_wrong(module: str, source: str, faul
         ("magi_ray.manifest", "from magi_ray.settings import Settings\nfrom urllib.parse import unquote"),
         ("magi_ray.cluster.driver", "import ray\nray.get(x, timeout=5)\nray.wait([x], timeout=limit)\nq.get()"),
         ("magi_ray.render.driving.local", "import threading\nthreading.Thread(target=f, daemon=True)"),
-        ("magi_ray.settings", "import os\nos.environ['A']"),
+        ("magi_ray.settings.environment", "import os\nos.environ['A']"),
         ("magi_ray.cli", "from magi_ray import __version__\nfrom magi_ray.report import show"),
     ],
 )

@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from runs import MakeRun, by_progress, contents, flip, stage_commits
 from safetensors.torch import load_file, save_file
 from typed import Command, wait_until
+from wrapping import StoreWrapper, T
 
 from magi_ray.cli import cli
 from magi_ray.errors import (
@@ -158,7 +159,7 @@ from pathlib import Path
 from magi_ray.manifest import Defaults, manifest_of
 from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.session import DriveOptions
-from magi_ray.render.runs.record import create, prepare
+from magi_ray.render.runs.submission import create, prepare
 from magi_ray.settings import override, preset
 from magi_ray.storage.local import LocalStore
 
@@ -169,7 +170,7 @@ rows = [{"job_id": "long", "num_chunks": chunks,
          "schedule": [{"start_chunk": i, "prompt": f"shot {i}"} for i in range(chunks)]}]
 store = LocalStore(folder)
 manifest = manifest_of(rows, Defaults.of(settings), base=Path("/"))
-run, files = prepare(manifest.parquet(), name="long.parquet", base=Path("/"), settings=settings)
+run, files = prepare(manifest, name="long.parquet", settings=settings)
 create(store, run, files)
 outcome = render_locally(store, run)
 assert len(outcome.published) == 1, outcome
@@ -233,22 +234,21 @@ def test_4_a_bad_row_is_named_before_any_weights_are_loaded(tmp_path: Path) -> N
 # 5 What is committed stays --------------------------------------------------------------------------------------
 
 
-class LateView:
+class LateView(StoreWrapper):
     """A store as somebody sees it who looked and then slept: the first ``looks`` at each record below ``prefix`` find
     none, though it is there by now."""
 
     def __init__(self, store: Store, prefix: str, looks: int) -> None:
-        self._store, self._prefix, self._looks = store, prefix, looks
+        super().__init__(store)
+        self._prefix, self._looks = prefix, looks
         self._looked: Counter[str] = Counter()
 
-    def get(self, key: str) -> bytes:
-        if key.startswith(self._prefix) and key.endswith(".json") and self._looked[key] < self._looks:
+    def around(self, verb: str, key: str, call: Callable[[], T]) -> T:
+        early = key.startswith(self._prefix) and key.endswith(".json") and self._looked[key] < self._looks
+        if verb == "get" and early:
             self._looked[key] += 1
             raise ObjectMissing(f"There was no {key} when we looked.")
-        return self._store.get(key)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
+        return call()
 
 
 @pytest.mark.parametrize("looks", [1, 2])

@@ -15,7 +15,7 @@ from typing import Any
 import boto3
 import pytest
 from rgw import Rgw
-from runs import MakeRun, by_progress, contents, stage_commits
+from runs import MakeRun, by_progress, contents, prepared, stage_commits
 from typed import Command, wait_until
 
 from magi_ray.errors import ManifestError, StoreUnavailable
@@ -24,7 +24,8 @@ from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.progress import RunProgress
 from magi_ray.render.driving.session import DriveOptions
 from magi_ray.render.runs.media import MediaFiles
-from magi_ray.render.runs.record import Run, create, prepare
+from magi_ray.render.runs.record import Run
+from magi_ray.render.runs.submission import create
 from magi_ray.render.upkeep.verify import verify
 from magi_ray.settings import preset
 from magi_ray.storage import keys, leases, opening
@@ -181,8 +182,7 @@ def test_a_run_whose_driver_was_killed_on_another_machine_is_resumed_when_its_le
 ) -> None:
     write_manifest([{"job_id": "text", "prompt": "sea", "num_chunks": 12, **SMALL}], tmp_path / "m.parquet")
     settings = preset("magi-tiny", weights=tiny_weights)
-    data = (tmp_path / "m.parquet").read_bytes()
-    run, files = prepare(data, name="m.parquet", base=tmp_path, settings=settings)
+    run, files = prepared(tmp_path / "m.parquet", settings)
     memory, store = MemoryStore(), open_store(s3_address)
     create(memory, run, files)
     create(store, run, files)

@@ -20,7 +20,8 @@ from magi_ray.commands.common import out
 from magi_ray.errors import MediaError
 from magi_ray.manifest import Defaults, manifest_of
 from magi_ray.render.driving.local import render_locally
-from magi_ray.render.runs.record import Run, create, prepare
+from magi_ray.render.runs.record import Run
+from magi_ray.render.runs.submission import create, prepare
 from magi_ray.render.upkeep.gc import Item
 from magi_ray.report import garbage_table
 from magi_ray.settings import Settings
@@ -35,7 +36,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory, settings: Settings) -> tu
     """A store with one finished run."""
     folder = tmp_path_factory.mktemp("upkeep")
     manifest = manifest_of(ROWS, Defaults.of(settings), base=folder)
-    run, files = prepare(manifest.parquet(), name="m.parquet", base=folder, settings=settings)
+    run, files = prepare(manifest, name="m.parquet", settings=settings)
     store = LocalStore(folder / "magi-ray-store")
     create(store, run, files)
     render_locally(store, run)

@@ -12,7 +12,20 @@ from typing import NoReturn
 
 import ray
 
-from magi_ray.settings import prepare_ray_environment
+from magi_ray.settings.environment import set_defaults
+
+# What Ray reads when it starts.
+_RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anybody
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # actors without a GPU still see what the machine has
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # a worker's death is told by us, in one line
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # `uv run magi-ray` must not wrap every worker in `uv run`
+}
+
+
+def prepare_ray_environment() -> None:
+    """Set what Ray reads from the environment when it starts. What the user has set stays."""
+    set_defaults(_RAY_ENVIRONMENT)
 
 
 @contextmanager

@@ -48,11 +48,11 @@ def prepared(
 
     require_manifest(manifest, typed)
     # Rows first: this takes a moment, what follows loads torch.
-    read_manifest(manifest, Defaults.of(settings))
+    checked = read_manifest(manifest, Defaults.of(settings))
     store = store_to_write(store_uri)
-    from magi_ray.render.runs.record import prepare
+    from magi_ray.render.runs.submission import prepare
 
-    run, files = prepare(manifest.read_bytes(), name=str(manifest), base=manifest.parent, settings=settings)
+    run, files = prepare(checked, name=str(manifest), settings=settings)
     for note in run.manifest.notes:
         say(f"note: {note}", style="yellow")
     return store, run, files

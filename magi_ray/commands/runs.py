@@ -80,7 +80,8 @@ def submit(
     if dry_run:
         show_plan(typed, store, run, as_json=as_json)
         return
-    from magi_ray.render.runs.record import create, read_run, with_takes
+    from magi_ray.render.runs.record import read_run, with_takes
+    from magi_ray.render.runs.submission import create
 
     check(store)
     if create(store, run, files):
@@ -134,10 +135,10 @@ def drive(
     start. Ctrl-C and SIGTERM stop it. A run that was paused or cancelled stays so."""
     from magi_ray.commands.drivers import noting
     from magi_ray.render.driving import requests as control
-    from magi_ray.storage.retrying import PATIENCE_S
+    from magi_ray.storage.retrying import RUN_PATIENCE_S
 
     # Nobody waits here: an outage may last.
-    store = store_to_read(store_uri, patience_s=PATIENCE_S)
+    store = store_to_read(store_uri, patience_s=RUN_PATIENCE_S)
     run = open_named_run(store, run_id, "drive", store_uri, weights=weights)
     again = command_line("resume", run, store_uri)
     if resumed:
@@ -262,10 +263,10 @@ def render(
         manifest = manifest_of([row], Defaults.of(settings), base=Path.cwd(), name="the options of render")
     store = store_to_write(store_uri)
     from magi_ray.render.driving import requests as control
-    from magi_ray.render.runs.record import create, prepare
+    from magi_ray.render.runs.submission import create, prepare
 
     with as_options():
-        run, files = prepare(manifest.parquet(), name=out.name, base=Path.cwd(), settings=settings)
+        run, files = prepare(manifest, name=out.name, settings=settings)
     check(store)
     if create(store, run, files):
         note_made_weights(settings)

@@ -3,7 +3,7 @@
 <root>/
 ├── stages/<kk>/<key>/                 one denoising stage; <key> is the stage's identity, <kk> its first two digits
 │   ├── commit.json                    create-only, written last; without it (or with a damaged payload) nothing counts
-│   ├── state-<write>.safetensors      the window: latents in flight and their step counts
+│   ├── state-<write>.safetensors      the window: the latents in flight
 │   └── chunk-<write>.safetensors      the clean latent this stage completed, if any
 ├── segments/<kk>/<key>/
 │   ├── commit.json
@@ -15,43 +15,58 @@
 │   ├── commit.json
 │   └── prefix-<write>.safetensors     the latents of one row's image or video
 ├── media/<kk>/<sha256>                a row's image or video as submitted, under the digest of its bytes
-├── probes/                            what ``check_store`` wrote; empty
+├── probes/                            what a check of the store writes, and deletes again
 └── runs/<run>/
     ├── run.json                       create-only: what was submitted
     ├── manifest.parquet               the manifest as submitted
     ├── epoch/<000001>.json            create-only: each driver takes the next one; the highest is the run's driver
-    ├── lease.json                     swapped: the driver that renders the run now, and its beat
-    ├── wanted.json                    overwritten: what people want of the run: that it pauses, or is cancelled
-    ├── jobs/<job_id>/lease.json       swapped: the group that denoises the row now, and its beat
-    ├── takes/<0001>.json              create-only: one row, to be rendered anew from a chunk on
+    ├── lease.json                     swapped: the driver that renders the run now, with a count that it raises
+    ├── wanted.json                    overwritten: that the run should pause, or be cancelled
+    ├── jobs/<job_id>/lease.json       swapped: the group that denoises the row now, likewise
+    ├── takes/<0001>.json              create-only: a row that is to be rendered anew from a chunk on
     ├── progress.json                  overwritten as the run goes on; may be lost
     ├── results.parquet                one row per video
     ├── errors.parquet                 one row per failure
     └── videos/<job_id>.mp4  <job_id>.json     the video and what made it
 
-<write> is the id of one attempt to write, so no two attempts share a payload's name.
+<write> is the id of one attempt to write, so no two attempts share a payload's name. "Swapped" is compare-and-swap,
+"create-only" put-if-absent. Stores also keep things under names that begin with a dot, which no key does.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Literal
 
 CommitKind = Literal["stage", "segment", "text", "prefix"]
 
-_FOLDERS: dict[CommitKind, str] = {"stage": "stages", "segment": "segments", "text": "texts", "prefix": "prefixes"}
-_SUFFIXES: dict[CommitKind, str] = {
-    "stage": "safetensors",
-    "segment": "mp4",
-    "text": "safetensors",
-    "prefix": "safetensors",
-}
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
+@dataclass(frozen=True, kw_only=True)
+class CommitLayout:
+    """How commits of one kind are stored. ``roles``: of the payloads that one may have."""
+
+    folder: str
+    suffix: str
+    roles: frozenset[str]
+
+
+# Stages stand before segments: garbage collection reads in this order, and stages tell which segments are needed.
+COMMITS: Mapping[CommitKind, CommitLayout] = {
+    "stage": CommitLayout(folder="stages", suffix="safetensors", roles=frozenset({"state", "chunk"})),
+    "segment": CommitLayout(folder="segments", suffix="mp4", roles=frozenset({"segment"})),
+    "text": CommitLayout(folder="texts", suffix="safetensors", roles=frozenset({"text"})),
+    "prefix": CommitLayout(folder="prefixes", suffix="safetensors", roles=frozenset({"prefix"})),
+}
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _PART = re.compile(r"[A-Za-z0-9._=-]{1,255}")
 
 RUNS = "runs/"
+MEDIA = "media/"
+PROBES = "probes/"
 
 
 def check_key(key: str) -> str:
@@ -67,7 +82,7 @@ def check_key(key: str) -> str:
 
 
 def is_key(name: str) -> bool:
-    """False for what others put into a folder or bucket under names that no key has."""
+    """False for what other programs put into a folder or bucket under names that no key has."""
     with suppress(ValueError):
         return bool(check_key(name))
     return False
@@ -75,7 +90,7 @@ def is_key(name: str) -> bool:
 
 def commits(kind: CommitKind) -> str:
     """Prefix of everything of one kind."""
-    return f"{_FOLDERS[kind]}/"
+    return f"{COMMITS[kind].folder}/"
 
 
 def commit_folder(kind: CommitKind, key: str) -> str:
@@ -88,26 +103,33 @@ def commit(kind: CommitKind, key: str) -> str:
 
 
 def commit_of(name: str) -> str:
-    """The key of the commit that ``name`` belongs to; '' for what others put there."""
+    """The key of the commit that ``name`` belongs to; '' for what other programs put there."""
     parts = name.split("/")
     return parts[2] if len(parts) == 4 and _SHA256.fullmatch(parts[2]) else ""
 
 
 def run_of(name: str) -> str:
-    """The run whose folder ``name`` is in; '' for what others put there, or a manifest: by itself that is no run, it is
-    being submitted, or was when the submission died."""
+    """The run whose folder ``name`` is in; '' for what other programs put there, and for a manifest: one that stands
+    alone is being submitted, or its submission died."""
     run_id, _, rest = name.removeprefix(RUNS).partition("/")
     return run_id if rest not in ("", "manifest.parquet") else ""
 
 
-def payload_name(kind: CommitKind, payload: str, write_id: str) -> str:
-    """The name of one payload beside its commit; ``payload``: 'state', 'chunk', 'segment', …"""
-    return f"{payload}-{write_id}.{_SUFFIXES[kind]}"
+def payload_name(kind: CommitKind, role: str, write_id: str) -> str:
+    """The name of one payload beside its commit. Raises ValueError for a role that such a commit does not have."""
+    if role not in COMMITS[kind].roles:
+        raise ValueError(f"a {kind} has {', '.join(sorted(COMMITS[kind].roles))}, but no {role}")
+    return f"{role}-{write_id}.{COMMITS[kind].suffix}"
+
+
+def probe(write_id: str) -> str:
+    """Prefix of what one check of the store writes."""
+    return f"{PROBES}{write_id}/"
 
 
 def media(sha256: str) -> str:
     """An image or video that a row begins with. Raises ValueError for what is not a sha256."""
-    return f"media/{_spread(sha256)}"
+    return f"{MEDIA}{_spread(sha256)}"
 
 
 def run(run_id: str) -> str:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from magi_ray.errors import InputError, MagiRayError, ObjectMissing, StoreError, StoreUnavailable, Superseded
+from magi_ray.errors import MagiRayError, ObjectMissing, StoreError, StoreUnavailable, Superseded
 from magi_ray.settings import Frozen
-from magi_ray.storage.records import canonical_json, new_write_id
-from magi_ray.storage.retrying import FAREWELL_S, hurried
+from magi_ray.storage.records import canonical_json, new_write_id, require_readable
+from magi_ray.storage.retrying import SHUTDOWN_PATIENCE_S, with_patience
 from magi_ray.storage.store import Store
 from magi_ray.system import Flag, Owner, System
 
@@ -184,7 +184,7 @@ class Lease:
         """Let go. Losing it meanwhile is fine, and where the store is out of reach the lease ends by itself."""
         # Not ours any more from here on, since nobody knows when the swap will land.
         lost, self._lost = self._lost, Superseded(f"{self.key} was released.")
-        self._store = hurried(self._store, FAREWELL_S)
+        self._store = with_patience(self._store, SHUTDOWN_PATIENCE_S)
         with contextlib.suppress(StoreUnavailable):
             while lost is None:
                 free = self._record.model_copy(update={"holder": None, "write_id": new_write_id()})
@@ -299,11 +299,7 @@ def _parse(data: bytes) -> LeaseRecord | None:
     """None for bytes that are no record."""
     try:
         body = json.loads(data)
-        if body["version"] > FORMAT_VERSION:
-            raise InputError(
-                f"The store holds leases of format {body['version']}, but this magi-ray reads up to {FORMAT_VERSION}.",
-                remedy="Install the magi-ray that wrote them, or a newer one.",
-            )
+        require_readable("A lease", body["version"], FORMAT_VERSION)
         return LeaseRecord.model_validate(body)
     except (ValueError, KeyError, TypeError, ValidationError):
         return None

@@ -1,4 +1,4 @@
-"""A store in this process's memory, for tests and simulations."""
+"""A store in this process's memory: of ``magi_ray.load``, and of tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the address a user gives to the store behind it."""
+"""The store behind the address that a user gives."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from urllib.parse import unquote, urlsplit
 from magi_ray.errors import InputError
 from magi_ray.storage.keys import check_key
 from magi_ray.storage.local import LocalStore
-from magi_ray.storage.retrying import PATIENCE_S, RetryingStore
+from magi_ray.storage.retrying import RUN_PATIENCE_S, RetryingStore
 from magi_ray.storage.store import Store
+
+MEDIA_PATIENCE_S = 15.0  # somebody waits for the submission
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
-def open_store(uri: str, *, patience_s: float = PATIENCE_S) -> Store:
+def open_store(uri: str, *, patience_s: float = RUN_PATIENCE_S) -> Store:
     """The store at ``uri``: a path, ``file:///…`` or ``s3://bucket/prefix``. Nothing is read or written yet; see
     ``check_store``.
 
@@ -48,14 +50,13 @@ def open_store(uri: str, *, patience_s: float = PATIENCE_S) -> Store:
 def open_object(uri: str) -> tuple[Store, str]:
     """The bucket of any object, for reading it, and its key there: ``uri`` is s3://bucket/key, as anybody wrote it.
 
-    Raises InputError for what is no name of a bucket.
+    Raises InputError for what cannot be the name of a bucket.
     """
     bucket, _, key = uri.partition("://")[2].partition("/")
     _check_bucket(uri, bucket)
     from magi_ray.storage.s3 import ForeignBucket  # here, as below
 
-    # Somebody waits, as for every submission.
-    return RetryingStore(ForeignBucket(bucket), patience_s=15.0), key
+    return RetryingStore(ForeignBucket(bucket), patience_s=MEDIA_PATIENCE_S), key
 
 
 def _check_bucket(uri: str, bucket: str) -> None:

@@ -1,8 +1,7 @@
-"""What a store really does, found out by doing it. Many servers speak S3; not all keep what a store promises."""
+"""What a store really does, found by trying it. Many servers speak S3; not all keep what a store promises."""
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 import threading
 from collections import Counter
@@ -14,11 +13,13 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from magi_ray.errors import StoreDenied, StoreError, StoreUnavailable
+from magi_ray.storage import keys
 from magi_ray.storage.records import new_write_id
-from magi_ray.storage.retrying import RetryingStore
+from magi_ray.storage.retrying import RetryingStore, with_patience
 from magi_ray.storage.store import Store
 
-PATIENCE_S = 10.0  # somebody waits for the answer
+PROBE_PATIENCE_S = 10.0  # somebody waits for the answer
+CLEAN_UP_PATIENCE_S = 1.0
 # Writers in each race. Few arrive closer together, and large objects take longer: in some 5 to 9 of 10 races with 4
 # writers Swift let several win, in 4 of 10 with 16.
 RACES = (4, 4, 4, 4, 4, 4, 16, 16)
@@ -52,17 +53,17 @@ def check_store(store: Store) -> None:
     writes. Called before anything is computed."""
     faults = [finding for finding in _findings(store, _NEEDED) if not finding.ok]
     if faults:
-        told = [f"{fault.name}: {fault.seen} {fault.why}" for fault in faults]
+        lines = [f"{fault.name}: {fault.seen} {fault.why}" for fault in faults]
         raise StoreError(
-            "\n".join([f"The store at {store.uri} cannot be used.", *told]),
+            "\n".join([f"The store at {store.uri} cannot be used.", *lines]),
             remedy="Use a folder with POSIX semantics, or a server with atomic conditional puts: AWS S3, Ceph RGW, …",
             next_command=f"magi-ray doctor --store {store.uri}",
         )
 
 
 def _findings(store: Store, checks: tuple[_Check, ...]) -> list[Finding]:
-    store = _hurried(store, PATIENCE_S)
-    folder = f"probes/{new_write_id()}/"
+    store = with_patience(store, PROBE_PATIENCE_S)
+    folder = keys.probe(new_write_id())
     findings: list[Finding] = []
     try:
         for check in checks:
@@ -82,16 +83,10 @@ def _findings(store: Store, checks: tuple[_Check, ...]) -> list[Finding]:
                 )
         return findings
     finally:
-        with suppress(StoreError):  # what stays is gc's
-            store = _hurried(store, 1.0)
+        with suppress(StoreError):  # gc deletes what stays
+            store = with_patience(store, CLEAN_UP_PATIENCE_S)
             for key in store.list(folder):
                 store.delete(key)
-
-
-def _hurried(store: Store, patience_s: float) -> Store:
-    if isinstance(store, RetryingStore):
-        return dataclasses.replace(store, patience_s=min(store.patience_s, patience_s))
-    return store
 
 
 def _created_twice(store: Store, folder: str) -> str:
@@ -164,11 +159,11 @@ def _not_overwritten(store: Store, folder: str) -> str:
 
 
 def _not_listed(store: Store, folder: str) -> str:
-    keys = [f"{folder}list/{name}" for name in ("a-b", "a.b", "a/b", "ab")]
-    for key in reversed(keys):
+    written = [f"{folder}list/{name}" for name in ("a-b", "a.b", "a/b", "ab")]
+    for key in reversed(written):
         store.put(key, b"")
     found = list(store.list(f"{folder}list/"))
-    return "" if found == keys else f"of {len(keys)} objects just written the list gave {found}."
+    return "" if found == written else f"of {len(written)} objects just written the list gave {found}."
 
 
 def _not_deleted(store: Store, folder: str) -> str:

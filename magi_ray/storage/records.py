@@ -2,7 +2,7 @@
 
 A commit is one small JSON that names its payloads with size and sha256, says what the result is (``pre_image``, whose
 digest is usually the key) and what made it (``provenance``). It is created only if absent, so a late worker cannot
-replace a result, and its payloads have names of their own attempt, so it cannot overwrite them either.
+replace a result, and each attempt names its payloads anew, so it cannot overwrite them either.
 
 Repair. A commit that is unreadable, or whose payload is gone or altered, is replaced with one atomic ``put`` by the
 next attempt that made the result again. (Deleting it first was rejected: a slow second repairer would delete the first
@@ -53,7 +53,7 @@ class Payload(Frozen):
 
 
 class Commit(Frozen):
-    """One durable result. ``payloads`` by role: 'state', 'chunk', 'segment', 'text', 'prefix'."""
+    """One durable result. ``payloads`` by role (``keys.COMMITS``)."""
 
     version: int = FORMAT_VERSION
     kind: CommitKind
@@ -65,11 +65,12 @@ class Commit(Frozen):
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one spelling of ``value``: keys sorted, no spaces, UTF-8. Raises ValueError for NaN and infinity."""
-    return _spelled(value, None)
+    """``value`` as JSON with keys sorted, no spaces, in UTF-8: equal values have equal bytes. Raises ValueError for NaN
+    and infinity."""
+    return _json(value, indent=None)
 
 
-def _spelled(value: Any, indent: int | None) -> bytes:
+def _json(value: Any, *, indent: int | None) -> bytes:
     # Once there and back first, so that tuples and numbers as keys are what a reader will find: lists and strings.
     plain = json.loads(json.dumps(value, allow_nan=False))
     separators = (",", ":") if indent is None else None
@@ -81,30 +82,20 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-def seal(body: Mapping[str, Any], *, under: str = "sha256", indent: int | None = None) -> bytes:
-    """``body`` as JSON with its own digest as the field ``under``, so that no altered byte of it goes unseen."""
-    return _spelled({**body, under: digest(body)}, indent)
+def seal(body: Mapping[str, Any]) -> bytes:
+    """``body`` as canonical JSON with its own digest as the field ``sha256``, so that no altered byte goes unseen."""
+    return canonical_json({**body, "sha256": digest(body)})
 
 
-def unseal(data: bytes, *, under: str = "sha256", indent: int | None = None) -> dict[str, Any]:
+def unseal(data: bytes) -> dict[str, Any]:
     """The body that ``seal`` was given. Raises ObjectDamaged for bytes that ``seal`` did not write."""
-    try:
-        content = json.loads(data)
-        body = {name: value for name, value in content.items() if name != under}
-        recorded, found = content[under], digest(body)
-        spelled = _spelled(content, indent)
-    except (ValueError, KeyError, AttributeError, RecursionError) as exc:
-        raise ObjectDamaged(f"its {len(data)} bytes are no record with a digest of its own") from exc
-    if recorded != found:
-        raise ObjectDamaged(f"its content has sha256 {found}, but says that it has {recorded}")
-    if spelled != data:
-        raise ObjectDamaged(f"its {len(data)} bytes are not spelled as they were written")
-    return body
+    return _unsealed(data, field="sha256", indent=None)
 
 
 def record_bytes(body: Mapping[str, Any]) -> bytes:
-    """The JSON of a run or of a video: people read it, and it is sealed."""
-    return seal(body, under="seal", indent=1)
+    """The record of a run or a video. As ``seal``, but indented, since people read it; the digest is the field
+    ``seal``."""
+    return _json({**body, "seal": digest(body)}, indent=1)
 
 
 def read_record(data: bytes) -> dict[str, Any]:
@@ -116,7 +107,31 @@ def read_record(data: bytes) -> dict[str, Any]:
         content = json.loads(data)
         if isinstance(content, dict) and content.get("format") == 1 and "seal" not in content:
             return content
-    return unseal(data, under="seal", indent=1)
+    return _unsealed(data, field="seal", indent=1)
+
+
+def _unsealed(data: bytes, *, field: str, indent: int | None) -> dict[str, Any]:
+    try:
+        content = json.loads(data)
+        body = {name: value for name, value in content.items() if name != field}
+        recorded, found = content[field], digest(body)
+        written = _json(content, indent=indent)
+    except (ValueError, KeyError, AttributeError, RecursionError) as exc:
+        raise ObjectDamaged(f"its {len(data)} bytes are no record with a digest of its own") from exc
+    if recorded != found:
+        raise ObjectDamaged(f"its content has sha256 {found}, but says that it has {recorded}")
+    if written != data:
+        raise ObjectDamaged(f"its {len(data)} bytes are not spelled as they were written")
+    return body
+
+
+def require_readable(what: str, found: int, up_to: int) -> None:
+    """Raises InputError where ``what`` has a newer format than the one that is known here."""
+    if found > up_to:
+        raise InputError(
+            f"{what} has format {found}, but this magi-ray reads up to {up_to}.",
+            remedy="Install the magi-ray that wrote it, or a newer one.",
+        )
 
 
 def new_write_id() -> str:
@@ -159,7 +174,7 @@ def write_commit(
     if not store.put_if_absent(keys.commit(kind, key), data):
         winner = verified_commit(store, kind, key)
         if winner is not None and winner.write_id != write_id:
-            # Nobody else knows these names: the commit that would have told was never created.
+            # Nobody else knows these names: the commit that would hold them was never created.
             for name in objects:
                 store.delete(name)
             return winner
@@ -177,11 +192,12 @@ def read_commit(store: Store, kind: CommitKind, key: str) -> Commit | None:
     Raises InputError when a newer magi-ray wrote it.
     """
     try:
-        data = store.get(keys.commit(kind, key))
-    except ObjectMissing:
+        body = unseal(store.get(keys.commit(kind, key)))
+        require_readable(keys.commit(kind, key), body["version"], FORMAT_VERSION)
+        commit = Commit.model_validate(body)
+    except (ObjectMissing, ObjectDamaged, KeyError, TypeError, ValidationError):
         return None
-    commit = _parse(data)
-    return commit if commit is not None and (commit.kind, commit.key) == (kind, key) else None
+    return commit if (commit.kind, commit.key) == (kind, key) else None
 
 
 def verified_commit(store: Store, kind: CommitKind, key: str) -> Commit | None:
@@ -255,20 +271,6 @@ def _damaged(store: Store, commit: Commit, payload: Payload, what: str) -> Objec
         f"{keys.commit_folder(commit.kind, commit.key)}{payload.name} in {store.uri} {what}.",
         remedy="Resume or retry makes it again; check the disk if this happens often.",
     )
-
-
-def _parse(data: bytes) -> Commit | None:
-    """None for bytes that are no whole commit."""
-    try:
-        body = unseal(data)
-        if body["version"] > FORMAT_VERSION:
-            raise InputError(
-                f"The store holds records of format {body['version']}, but this magi-ray reads up to {FORMAT_VERSION}.",
-                remedy="Install the magi-ray that wrote them, or a newer one.",
-            )
-        return Commit.model_validate(body)
-    except (ObjectDamaged, KeyError, TypeError, ValidationError):
-        return None
 
 
 def _put(store: Store, key: str, content: bytes | Path) -> None:

@@ -1,8 +1,8 @@
-"""A store that is asked again while it is busy or gone, up to a stated patience.
+"""A store that tries calls again while the one behind it is busy or gone, up to a stated patience.
 
-Only StoreUnavailable is answered by another try. After it nobody knows whether the write landed, so a later "no" of
-``put_if_absent`` or ``swap`` may be the echo of one's own success. It is settled by reading the object: exactly our
-bytes (they hold an id of the write) are ours, others are not, and what cannot be read is asked again, never assumed.
+Only StoreUnavailable leads to another try. After it nobody knows whether the write landed, so a later "no" of
+``put_if_absent`` or ``swap`` may come from our own success. Reading the object settles it: exactly our bytes (they hold
+an id of the write) are ours, others are not, and while it cannot be read, both stay possible: it is tried again.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from typing import TypeVar
 from magi_ray.errors import ObjectMissing, StoreUnavailable
 from magi_ray.storage.store import Entry, Store
 
-PATIENCE_S = 120.0
-# For what is said at the end, and spares others a wait.
-FAREWELL_S = 5.0
+RUN_PATIENCE_S = 120.0  # an outage may last, and nobody waits
+SHUTDOWN_PATIENCE_S = 5.0  # for a last write that only spares others a wait
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
 
@@ -31,22 +30,24 @@ def full_jitter(longest_s: float) -> float:
     return random.SystemRandom().uniform(0.0, longest_s)
 
 
-def hurried(store: Store, patience_s: float) -> Store:
-    """``store`` with less patience, for what may fail: a farewell nobody waits for."""
-    return replace(store, patience_s=patience_s) if isinstance(store, RetryingStore) else store
+def with_patience(store: Store, patience_s: float) -> Store:
+    """``store``, which now tries a call for at most ``patience_s`` seconds."""
+    if isinstance(store, RetryingStore):
+        return replace(store, patience_s=min(store.patience_s, patience_s))
+    return store
 
 
 @dataclass(frozen=True)
 class RetryingStore:
-    """``inner``, tried again for ``patience_s`` seconds from a call's first try; a listing starts anew with every key
-    it gives. Pauses are drawn by ``jitter(longest pause)``; the longest doubles from 0.2 to 10 s. A try that runs when
-    the patience ends is let finish. Then the last error is raised, with how long and how often it was tried.
+    """``inner``, tried again for ``patience_s`` seconds from a call's first try, or from the last key that a listing
+    gave. Pauses are drawn by ``jitter(longest pause)``; the longest doubles from 0.2 to 10 s. A try that is under way
+    when the patience ends is not cut short. Then the last error is raised, with how long and how often it was tried.
 
     ``swap`` gives None also when it succeeded and somebody has swapped since: in both cases the version is not ours.
     """
 
     inner: Store
-    patience_s: float = PATIENCE_S
+    patience_s: float = RUN_PATIENCE_S
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
     jitter: Callable[[float], float] = full_jitter
@@ -56,7 +57,7 @@ class RetryingStore:
         return self.inner.uri
 
     def put(self, key: str, data: bytes) -> None:
-        self._patiently(lambda: self.inner.put(key, data))
+        self._retried(lambda: self.inner.put(key, data))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         patience, in_doubt = _Patience(self), False
@@ -74,16 +75,16 @@ class RetryingStore:
                 patience.wait(exc)
 
     def put_file(self, key: str, path: Path) -> None:
-        self._patiently(lambda: self.inner.put_file(key, path))
+        self._retried(lambda: self.inner.put_file(key, path))
 
     def get(self, key: str) -> bytes:
-        return self._patiently(lambda: self.inner.get(key))
+        return self._retried(lambda: self.inner.get(key))
 
     def get_to_file(self, key: str, path: Path) -> None:
-        self._patiently(lambda: self.inner.get_to_file(key, path))
+        self._retried(lambda: self.inner.get_to_file(key, path))
 
     def get_versioned(self, key: str) -> tuple[bytes, str]:
-        return self._patiently(lambda: self.inner.get_versioned(key))
+        return self._retried(lambda: self.inner.get_versioned(key))
 
     def swap(self, key: str, data: bytes, version: str) -> str | None:
         patience, in_doubt = _Patience(self), False
@@ -100,7 +101,7 @@ class RetryingStore:
                 patience.wait(exc)
 
     def exists(self, key: str) -> bool:
-        return self._patiently(lambda: self.inner.exists(key))
+        return self._retried(lambda: self.inner.exists(key))
 
     def list(self, prefix: str, after: str = "") -> Iterator[str]:
         return self._resumed(lambda last: self.inner.list(prefix, last), lambda key: key, after)
@@ -109,15 +110,15 @@ class RetryingStore:
         return self._resumed(lambda last: self.inner.entries(prefix, last), lambda entry: entry.key, after)
 
     def delete(self, key: str) -> None:
-        self._patiently(lambda: self.inner.delete(key))
+        self._retried(lambda: self.inner.delete(key))
 
     def leftovers(self) -> Iterator[Entry]:
-        return iter(self._patiently(lambda: [*self.inner.leftovers()]))
+        return iter(self._retried(lambda: [*self.inner.leftovers()]))
 
     def sweep(self, name: str) -> None:
-        self._patiently(lambda: self.inner.sweep(name))
+        self._retried(lambda: self.inner.sweep(name))
 
-    def _patiently(self, call: Callable[[], T]) -> T:
+    def _retried(self, call: Callable[[], T]) -> T:
         patience = _Patience(self)
         while True:
             try:
@@ -139,7 +140,7 @@ class RetryingStore:
 
 
 class _Patience:
-    """What is left of it for one call."""
+    """How long and how often one call has been tried."""
 
     def __init__(self, store: RetryingStore) -> None:
         self._store, self._began, self._tries = store, store.clock(), 0

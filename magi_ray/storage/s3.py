@@ -275,11 +275,7 @@ class S3Store:
         if message := exc.response.get("Error", {}).get("Message"):
             said += f", {message}"
         if code == "NoSuchBucket":
-            return StoreError(
-                said,
-                remedy=f"There is no bucket {self.bucket}: make it, with the server's own tools or so:",
-                next_command=f"aws s3 mb s3://{self.bucket}",
-            )
+            return self._no_bucket(said)
         if _is_missing(exc):
             return ObjectMissing(f"There is no object {key} in {self.uri}")
         if code == "QuotaExceeded":
@@ -297,12 +293,22 @@ class S3Store:
             return StoreError(said, remedy="Set AWS_REGION to the bucket's region.")
         return StoreError(said, remedy="Check AWS_ENDPOINT_URL and AWS_REGION; is there an S3 server at that address?")
 
+    def _no_bucket(self, said: str) -> StoreError:
+        return StoreError(
+            said,
+            remedy=f"There is no bucket {self.bucket}: make it, with the server's own tools or so:",
+            next_command=f"aws s3 mb s3://{self.bucket}",
+        )
+
 
 class ForeignBucket(S3Store):
     """A bucket to read from, whose keys are named as others like."""
 
     def _name(self, key: str) -> str:
         return key
+
+    def _no_bucket(self, said: str) -> StoreError:
+        return StoreError(said, remedy="correct the address")
 
 
 _NO_CREDENTIALS = (

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import ray
-from magi_ray.cluster.driver import Deadlines, _Driver
 from ray import exceptions
 
 from magi_ray import errors
 from magi_ray.cluster.failures import classify, own_error, worker_is_gone
 from magi_ray.errors import FailureClass, MagiRayError, ManifestError, Problem, StoreError, WorkerLost
-from magi_ray.render.driving.scheduler import Abandon
 
 
 def kinds(of: type[MagiRayError] = MagiRayError) -> Iterator[type[MagiRayError]]:
@@ -122,11 +118,3 @@ def test_an_error_that_cannot_be_sent_is_a_bug_with_a_message(ray_here: None) ->
     failure, message = classify(raised.value)
     assert failure is FailureClass.CODE
     assert "it went wrong" in message
-
-
-def test_a_worker_whose_loss_the_scheduler_has_yet_to_hear_of_is_not_asked_to_stop() -> None:
-    # Its row fails for another reason, and an event before its own says so.
-    session: Any = SimpleNamespace(run=None, scheduler=None)
-    driver = _Driver(session, Deadlines(), {})
-    driver._obey(Abandon(worker="denoise-0", job_id="a"))
-    assert driver._workers == {}

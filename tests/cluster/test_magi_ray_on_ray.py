@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from on_ray import SMALL, wait_until
-from runs import MakeRun, contents, stage_commits
+from runs import MakeRun, contents, prepared, stage_commits
 from typed import Command
 
 from magi_ray.cli import cli
@@ -21,7 +21,8 @@ from magi_ray.commands.common import FAILED_ROWS, INTERRUPTED
 from magi_ray.commands.drivers import log_path
 from magi_ray.manifest import write_manifest
 from magi_ray.render.driving.local import render_locally
-from magi_ray.render.runs.record import Run, create, open_run, prepare
+from magi_ray.render.runs.record import Run, open_run
+from magi_ray.render.runs.submission import create
 from magi_ray.settings import preset
 from magi_ray.storage import keys
 from magi_ray.storage.local import LocalStore
@@ -63,8 +64,7 @@ def rendering(command: Command, store: LocalStore) -> Callable[[], bool]:
 def undisturbed(folder: Path, weights: Path) -> tuple[Run, dict[str, bytes]]:
     """The run that ``magi-ray submit m.parquet`` makes, and what it becomes without Ray."""
     store = MemoryStore()
-    data = (folder / "m.parquet").read_bytes()
-    run, files = prepare(data, name="m.parquet", base=folder, settings=preset("magi-tiny", weights=weights))
+    run, files = prepared(folder / "m.parquet", preset("magi-tiny", weights=weights))
     create(store, run, files)
     render_locally(store, run)
     return run, contents(store, run)
@@ -135,8 +135,7 @@ def test_whoever_leaves_a_run_on_ray_leaves_it_rendering_and_cancel_ends_all_of_
 
 def submitted(store: LocalStore, folder: Path, weights: Path) -> str:
     """The run that ``magi-ray submit m.parquet`` makes, without rendering it."""
-    data = (folder / "m.parquet").read_bytes()
-    run, files = prepare(data, name="m.parquet", base=folder, settings=preset("magi-tiny", weights=weights))
+    run, files = prepared(folder / "m.parquet", preset("magi-tiny", weights=weights))
     create(store, run, files)
     return run.run_id
 

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from on_ray import SMALL, wait_until
 from rgw import Rgw
-from runs import MakeRun, contents, stage_commits
+from runs import MakeRun, contents, prepared, stage_commits
 from typed import Command
 
 from magi_ray.cluster.workers import render_on_ray
 from magi_ray.errors import StoreDenied
 from magi_ray.manifest import write_manifest
 from magi_ray.render.driving.local import render_locally
-from magi_ray.render.runs.record import create, prepare
+from magi_ray.render.runs.submission import create
 from magi_ray.settings import preset
 from magi_ray.storage import keys
 from magi_ray.storage.memory import MemoryStore
@@ -36,8 +36,7 @@ def test_a_worker_and_the_server_killed_in_mid_run_cost_only_time(
     rgw: Rgw, s3_address: str, tiny_weights: Path, tmp_path: Path
 ) -> None:
     write_manifest(ROWS, tmp_path / "m.parquet")
-    data, settings = (tmp_path / "m.parquet").read_bytes(), preset("magi-tiny", weights=tiny_weights)
-    run, files = prepare(data, name="m.parquet", base=tmp_path, settings=settings)
+    run, files = prepared(tmp_path / "m.parquet", preset("magi-tiny", weights=tiny_weights))
     memory, store = MemoryStore(), open_store(s3_address)
     create(memory, run, files)
     create(store, run, files)

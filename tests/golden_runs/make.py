@@ -23,7 +23,8 @@ from typing import Any
 
 from magi_ray.manifest import Defaults, manifest_of
 from magi_ray.render.driving.local import render_locally
-from magi_ray.render.runs.record import create, open_run, prepare
+from magi_ray.render.runs.record import open_run
+from magi_ray.render.runs.submission import create, prepare
 from magi_ray.settings import override, preset
 from magi_ray.storage.local import LocalStore
 
@@ -45,7 +46,7 @@ def make(folder: Path) -> None:
     small = {"runtime": {"video_size_h": 32, "video_size_w": 32, "num_steps": 8}, "encoder": {"preset": "ultrafast"}}
     settings = override(preset("magi-tiny"), small)
     manifest = manifest_of(ROWS, Defaults.of(settings), base=Path("/"))
-    run, files = prepare(manifest.parquet(), name="golden.parquet", base=Path("/"), settings=settings)
+    run, files = prepare(manifest, name="golden.parquet", settings=settings)
     create(store, run, files)
     if importlib.util.find_spec("magi_ray.render.plans.takes"):
         from magi_ray.render.plans.takes import add_take

@@ -818,6 +818,16 @@ def test_the_columns_explained_are_the_columns_there_are() -> None:
     assert [name for name in COLUMNS if f"| `{name}`" not in explained and f"`{name}` |" not in explained] == []
 
 
+def test_every_column_has_a_type_and_rules() -> None:
+    from magi_ray.manifest import COLUMNS
+    from magi_ray.manifest.parquet import CONTROLS
+    from magi_ray.manifest.rules import Cells, Entry
+
+    assert set(Cells.model_fields) == set(COLUMNS)
+    assert set(Entry.model_fields) == {"start_chunk", "prompt", *CONTROLS}
+    assert [field.name for field in COLUMNS["schedule"].value_type] == list(Entry.model_fields)
+
+
 def test_a_hundred_thousand_rows_are_checked_in_seconds() -> None:
     rows = [CAT | {"job_id": f"cat-{n}", "seed": n, "tags": {"n": str(n)}, "note": n} for n in range(100_000)]
     data = of(*rows).parquet()

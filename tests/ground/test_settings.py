@@ -304,7 +304,7 @@ def test_steps_must_fit_window_and_ranges() -> None:
     runtime = RuntimeConfig(window_size=4, noise2clean_kvrange=(5, 4, 3))
 
     assert list(step_problems(12, runtime)) == []
-    assert [problem.split("; ")[1] for problem in step_problems(10, runtime)] == ["use 12", "use 12"]
+    assert [problem.remedy for problem in step_problems(10, runtime)] == ["use 12", "use 12"]
     assert list(step_problems(8, runtime.model_copy(update={"noise2clean_kvrange": ()}))) == []
 
 

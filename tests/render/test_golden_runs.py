@@ -14,7 +14,7 @@ import av
 import pytest
 
 from magi_ray.render.driving.local import render_locally
-from magi_ray.render.runs.record import list_runs, open_run
+from magi_ray.render.runs.record import all_runs, open_run
 from magi_ray.render.upkeep.gc import garbage
 from magi_ray.render.upkeep.verify import verify
 from magi_ray.storage import keys
@@ -40,7 +40,7 @@ def test_a_run_of_an_earlier_version_is_resumed_and_nothing_of_it_is_rendered_ag
     committed = {key: store.get(key) for key in store.list("") if not key.startswith(keys.RUNS)}
     assert verify(store).damages == []
 
-    assert list_runs(store) == [expected["run_id"]]
+    assert all_runs(store) == ([expected["run_id"]], [])
     run = open_run(store, expected["run_id"], weights=tiny_weights)
     assert {job_id: list(plan.stage_keys) for job_id, plan in run.plans.items()} == expected["stage_keys"]
     assert set(expected["committed"]) <= {key for plan in run.plans.values() for key in plan.stage_keys}

@@ -20,7 +20,8 @@ from magi_ray.render.driving.requests import clear, request
 from magi_ray.render.driving.scheduler import BUDGETS, ONE_OF_EACH, RowFailed
 from magi_ray.render.plans import identity
 from magi_ray.render.plans.row_plan import RowPlan
-from magi_ray.render.runs.record import Run, create
+from magi_ray.render.runs.record import Run
+from magi_ray.render.runs.submission import create
 from magi_ray.render.upkeep import gc
 from magi_ray.storage import keys
 from magi_ray.storage.leases import BEAT_S, TTL_S, acquire

@@ -6,13 +6,13 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
-from typing import TypeVar
+
+from wrapping import StoreWrapper, T
 
 from magi_ray.errors import StoreUnavailable
 from magi_ray.storage.store import Entry, Store
 
-T = TypeVar("T")
-
+WRITES = ("put", "put_if_absent", "swap", "delete", "sweep")
 ANSWERS = ("409 ConditionalRequestConflict", "500 InternalError", "503 SlowDown", "no answer")
 
 
@@ -21,7 +21,7 @@ def is_payload(key: str) -> bool:
     return "-" in key.rpartition("/")[2]
 
 
-class FaultyStore:
+class FaultyStore(StoreWrapper):
     """``inner`` with faults, each of which strikes a call with its probability:
 
     failed    nothing happens; StoreUnavailable (409, 5xx, no answer).  A listing breaks off somewhere.
@@ -50,7 +50,7 @@ class FaultyStore:
         sleep: Callable[[float], None] = lambda pause_s: None,
         clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.calls = 0
         self.struck: dict[str, int] = dict.fromkeys(("failed", "lost", "late", "slow", "torn"), 0)
         self._chances = {"failed": failed, "lost": lost, "late": late, "slow": slow, "torn": torn}
@@ -60,81 +60,26 @@ class FaultyStore:
         self._torn: dict[str, float] = {}
         self._lock = threading.RLock()  # a call and what lands with it are one
 
-    @property
-    def uri(self) -> str:
-        return self.inner.uri
-
     def calm(self) -> None:
         with self._lock:
             self._chances = dict.fromkeys(self._chances, 0.0)
             self._land(everything=True)
 
-    def put(self, key: str, data: bytes) -> None:
-        self._call(key, lambda: self.inner.put(key, data), writes=True, late=self._late_put(key))
-
-    def put_if_absent(self, key: str, data: bytes) -> bool:
-        return self._call(key, lambda: self.inner.put_if_absent(key, data), writes=True, late=True)
-
-    def put_file(self, key: str, path: Path) -> None:
-        data = path.read_bytes()  # now, since a late one lands when the file is gone
-        with self._lock:
-            if self._strikes("torn"):
-                self._torn[f"{key}?{self.calls}"] = self._clock()
-                raise StoreUnavailable(f"{self.uri} failed on {key}: the upload broke off")
-        self._call(key, lambda: self.inner.put(key, data), writes=True, late=self._late_put(key))
-
-    def get(self, key: str) -> bytes:
-        return self._call(key, lambda: self.inner.get(key))
-
-    def get_to_file(self, key: str, path: Path) -> None:
-        self._call(key, lambda: self.inner.get_to_file(key, path))
-
-    def get_versioned(self, key: str) -> tuple[bytes, str]:
-        return self._call(key, lambda: self.inner.get_versioned(key))
-
-    def swap(self, key: str, data: bytes, version: str) -> str | None:
-        return self._call(key, lambda: self.inner.swap(key, data, version), writes=True, late=True)
-
-    def exists(self, key: str) -> bool:
-        return self._call(key, lambda: self.inner.exists(key))
-
-    def list(self, prefix: str, after: str = "") -> Iterator[str]:
-        return self._broken_off(prefix, lambda: list(self.inner.list(prefix, after)))
-
-    def entries(self, prefix: str, after: str = "") -> Iterator[Entry]:
-        return self._broken_off(prefix, lambda: list(self.inner.entries(prefix, after)))
-
-    def delete(self, key: str) -> None:
-        self._call(key, lambda: self.inner.delete(key), writes=True)
-
-    def leftovers(self) -> Iterator[Entry]:
-        def found() -> list[Entry]:
-            torn = [Entry(key=name, size=0, age_s=self._clock() - at) for name, at in self._torn.items()]
-            return [*self.inner.leftovers(), *torn]
-
-        return self._broken_off("leftovers", found)
-
-    def sweep(self, name: str) -> None:
-        def remove() -> None:
-            if self._torn.pop(name, None) is None:
-                self.inner.sweep(name)
-
-        self._call(name, remove, writes=True)
-
-    def _call(self, key: str, act: Callable[[], T], *, writes: bool = False, late: bool = False) -> T:
+    def around(self, verb: str, key: str, call: Callable[[], T]) -> T:
         with self._lock:
             self._begin()
             if self._strikes("failed"):
                 raise self._error(key)
+            late = verb in ("put_if_absent", "swap") or (verb == "put" and self._late_put(key))
             if late and self._strikes("late"):
-                self._coming.append((self.calls + self._random.randint(1, self._late_calls), act))
+                self._coming.append((self.calls + self._random.randint(1, self._late_calls), call))
                 raise self._error(key)
-            result = act()
-            if writes and self._strikes("lost"):
+            result = call()
+            if verb in WRITES and self._strikes("lost"):
                 raise self._error(key)
             return result
 
-    def _broken_off(self, prefix: str, find: Callable[[], list[T]]) -> Iterator[T]:
+    def around_listing(self, verb: str, prefix: str, find: Callable[[], list[T]]) -> Iterator[T]:
         with self._lock:
             self._begin()
             found = find()
@@ -142,6 +87,25 @@ class FaultyStore:
         yield from found[:end]
         if end is not None:
             raise self._error(prefix)
+
+    def put_file(self, key: str, path: Path) -> None:
+        data = path.read_bytes()  # now, since a late one lands when the file is gone
+        with self._lock:
+            if self._strikes("torn"):
+                self._torn[f"{key}?{self.calls}"] = self._clock()
+                raise StoreUnavailable(f"{self.uri} failed on {key}: the upload broke off")
+        self.put(key, data)
+
+    def leftovers(self) -> Iterator[Entry]:
+        torn = [Entry(key=name, size=0, age_s=self._clock() - at) for name, at in self._torn.items()]
+        return self.around_listing("leftovers", "leftovers", lambda: [*self.inner.leftovers(), *torn])
+
+    def sweep(self, name: str) -> None:
+        def remove() -> None:
+            if self._torn.pop(name, None) is None:
+                self.inner.sweep(name)
+
+        self.around("sweep", name, remove)
 
     def _begin(self) -> None:
         self.calls += 1

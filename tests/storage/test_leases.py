@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wrapping import StoreWrapper, T
 
 from magi_ray.errors import StoreUnavailable, Superseded
 from magi_ray.storage import keys
@@ -28,6 +29,7 @@ from magi_ray.storage.leases import (
     renewing,
 )
 from magi_ray.storage.memory import MemoryStore
+from magi_ray.storage.store import Store
 from magi_ray.system import Owner, System, gone
 
 KEY = keys.row_lease("run", "row")
@@ -59,15 +61,15 @@ class Clock(System):
         self.during()
 
 
-class Tripwire(MemoryStore):
+class Tripwire(StoreWrapper):
     """``before[verb]`` runs once, before the next call of that verb; ``lose[verb]``: what of it gets lost, once."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(MemoryStore())
         self.before: dict[str, Callable[[], object]] = {}
         self.lose: dict[str, str] = {}
 
-    def _trip(self, verb: str, call: Callable[[], Any]) -> Any:
+    def around(self, verb: str, key: str, call: Callable[[], T]) -> T:
         if act := self.before.pop(verb, None):
             act()
         match self.lose.pop(verb, None):
@@ -77,12 +79,6 @@ class Tripwire(MemoryStore):
                 call()
                 raise StoreUnavailable("timed out")
         return call()
-
-    def swap(self, key: str, data: bytes, version: str) -> str | None:
-        return self._trip("swap", lambda: MemoryStore.swap(self, key, data, version))
-
-    def put_if_absent(self, key: str, data: bytes) -> bool:
-        return self._trip("put_if_absent", lambda: MemoryStore.put_if_absent(self, key, data))
 
 
 @pytest.fixture
@@ -95,11 +91,11 @@ def clock() -> Clock:
     return Clock()
 
 
-def take(store: MemoryStore, who: Owner, clock: Clock, **options: Any) -> Lease:
+def take(store: Store, who: Owner, clock: Clock, **options: Any) -> Lease:
     return acquire(store, KEY, who, **({"epoch": 1, "system": clock} | options))
 
 
-def holder(store: MemoryStore) -> Owner | None:
+def holder(store: Store) -> Owner | None:
     record = read_lease(store, KEY)
     assert record is not None
     return record.holder
@@ -350,7 +346,7 @@ def test_a_thread_that_keeps_a_lost_lease_ends_and_leaves_it_alone(store: Tripwi
 # Looking --------------------------------------------------------------------------------------------------------
 
 
-def look(store: MemoryStore, clock: Clock, watch_s: float) -> tuple[Owner, bool | None] | None:
+def look(store: Store, clock: Clock, watch_s: float) -> tuple[Owner, bool | None] | None:
     found = holding(store, KEY, watch_s=watch_s, system=clock)
     return found and (found.owner, found.beating)
 
@@ -440,7 +436,7 @@ def test_racing_drivers_get_numbers_without_a_gap(store: Tripwire) -> None:
     assert numbers == [1, 2]
 
 
-def drive(store: MemoryStore, who: Owner, clock: Clock, **options: Any) -> Lease:
+def drive(store: Store, who: Owner, clock: Clock, **options: Any) -> Lease:
     return become_driver(store, "run", who, system=clock, **options)
 
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from wrapping import StoreWrapper, T
 
 from magi_ray.errors import InputError, ObjectDamaged
 from magi_ray.storage import keys
@@ -18,11 +19,14 @@ from magi_ray.storage.records import (
     payload_to_file,
     read_commit,
     read_payload,
+    read_record,
+    record_bytes,
     seal,
     unseal,
     verified_commit,
     write_commit,
 )
+from magi_ray.storage.store import Store
 
 PRE_IMAGE = {"stage": 3, "caption": "ein Boot, grün"}
 KEY = digest(PRE_IMAGE)
@@ -34,7 +38,7 @@ def store() -> MemoryStore:
     return MemoryStore()
 
 
-def _write(store: MemoryStore, write_id: str = "one", **changes: Any) -> Commit:
+def _write(store: Store, write_id: str = "one", **changes: Any) -> Commit:
     arguments: dict[str, Any] = {
         "kind": "stage",
         "key": KEY,
@@ -93,21 +97,16 @@ def test_payloads_without_a_commit_are_nothing_and_do_not_stand_in_the_way(store
 
 
 def test_the_commit_is_written_after_all_its_payloads() -> None:
-    class Ordered(MemoryStore):
-        written: list[str]
+    written: list[str] = []
 
-        def put(self, key: str, data: bytes) -> None:
-            self.written.append(key.rpartition("/")[2])
-            super().put(key, data)
+    class Watched(StoreWrapper):
+        def around(self, verb: str, key: str, call: Callable[[], T]) -> T:
+            if verb.startswith("put"):
+                written.append(key.rpartition("/")[2])
+            return call()
 
-        def put_if_absent(self, key: str, data: bytes) -> bool:
-            self.written.append(key.rpartition("/")[2])
-            return super().put_if_absent(key, data)
-
-    store = Ordered()
-    store.written = []
-    _write(store)
-    assert store.written == ["state-one.safetensors", "chunk-one.safetensors", "commit.json"]
+    _write(Watched(MemoryStore()))
+    assert written == ["state-one.safetensors", "chunk-one.safetensors", "commit.json"]
 
 
 def test_the_first_commit_stays_and_a_second_writer_gets_it(store: MemoryStore) -> None:
@@ -257,20 +256,31 @@ def test_every_key_is_one_that_stores_accept_and_stands_in_the_drawing() -> None
         assert keys.check_key(keys.video("run", job_id)) == f"runs/run/videos/{job_id}.mp4"
         assert keys.check_key(keys.video_record("run", job_id)) == f"runs/run/videos/{job_id}.json"
     assert keys.check_key(keys.media(KEY)) == f"media/{KEY[:2]}/{KEY}"
-    for kind in ("stage", "segment", "text", "prefix"):
+    assert keys.check_key(keys.probe("x") + "list/a") == "probes/x/list/a"
+    assert keys.PROBES in keys.__doc__
+    for kind, layout in keys.COMMITS.items():
         keys.check_key(keys.commit(kind, KEY))
         assert keys.commits(kind) in keys.__doc__
-        assert keys.payload_name(kind, kind, "<write>") in keys.__doc__.replace("state-", "stage-")
+        for role in layout.roles:
+            assert keys.payload_name(kind, role, "<write>") in keys.__doc__
 
 
-@pytest.mark.parametrize("indent", [None, 1])
-def test_every_flipped_or_missing_byte_of_a_sealed_record_is_found(indent: int | None) -> None:
+def test_every_kind_of_commit_has_a_layout_and_takes_only_its_own_payloads() -> None:
+    assert tuple(keys.COMMITS) == get_args(keys.CommitKind)
+    with pytest.raises(ValueError, match="a segment has segment, but no state"):
+        keys.payload_name("segment", "state", "one")
+
+
+@pytest.mark.parametrize(("write", "read"), [(seal, unseal), (record_bytes, read_record)])
+def test_every_flipped_or_missing_byte_of_a_sealed_record_is_found(
+    write: Callable[[dict[str, Any]], bytes], read: Callable[[bytes], dict[str, Any]]
+) -> None:
     body = {"format": 2, "name": "grün", "seconds": 0.1, "rows": [1, {"a": None}]}
-    data = seal(body, under="seal", indent=indent)
-    assert unseal(data, under="seal", indent=indent) == body
+    data = write(body)
+    assert read(data) == body
     for damaged in (*_flips(data), data[:-1], data + b"\n", b"", b"[]", b"{}", b"\xff"):
         with pytest.raises(ObjectDamaged):
-            unseal(damaged, under="seal", indent=indent)
+            read(damaged)
 
 
 def test_a_writer_whose_payloads_were_collected_while_it_slept_writes_them_again() -> None:

@@ -10,6 +10,7 @@ from random import Random
 import pytest
 from contract import StoreContract
 from faulty import FaultyStore
+from wrapping import StoreWrapper, T
 
 from magi_ray.errors import ObjectMissing, StoreDenied, StoreUnavailable
 from magi_ray.storage.local import LocalStore
@@ -66,54 +67,36 @@ class TestRetryingStoreOfALocalStore(TestRetryingStore):
         return LocalStore(tmp_path / "store")
 
 
-class Scripted(MemoryStore):
+class Scripted(StoreWrapper):
     """Fails as told: each call takes the next word of ``script``; when it is used up all goes well.
 
-    "down": nothing happens. "lost": it happens and the answer is lost. "denied". A callable is called, then "down".
+    "down": nothing happens. "lost": it happens and the answer is lost. "denied". A callable is called with the store
+    behind, then "down".
     """
 
-    def __init__(self, *script: str | Callable[[MemoryStore], object]) -> None:
-        super().__init__()
+    def __init__(self, *script: str | Callable[[Store], object]) -> None:
+        super().__init__(MemoryStore())
         self.script = list(script)
 
-    def _then(self, act: Callable[[], object]) -> object:
+    def around(self, verb: str, key: str, call: Callable[[], T]) -> T:
         word = self.script.pop(0) if self.script else "well"
         if word == "denied":
             raise StoreDenied("no permission")
-        result = act() if word in ("well", "lost") else None
+        if word == "well":
+            return call()
+        if word == "lost":
+            call()
         if callable(word):
-            plain, self.script = self.script, []
-            word(self)
-            self.script = plain
-        if word != "well":
-            raise StoreUnavailable("a/key: 503 SlowDown", remedy="wait")
-        return result
-
-    def put(self, key, data):
-        return self._then(lambda: super(Scripted, self).put(key, data))
-
-    def put_if_absent(self, key, data):
-        return self._then(lambda: super(Scripted, self).put_if_absent(key, data))
-
-    def get(self, key):
-        return self._then(lambda: super(Scripted, self).get(key))
-
-    def get_versioned(self, key):
-        return self._then(lambda: (MemoryStore.get(Plain(self), key), MemoryStore.get_versioned(Plain(self), key)[1]))
-
-    def swap(self, key, data, version):
-        return self._then(lambda: super(Scripted, self).swap(key, data, version))
+            word(self.inner)
+        raise StoreUnavailable("a/key: 503 SlowDown", remedy="wait")
 
 
-class Plain(MemoryStore):
-    """The same objects, without faults."""
-
-    def __init__(self, of: MemoryStore) -> None:
-        self.__dict__ = dict(of.__dict__)
+def by_another(data: bytes = b"theirs") -> Callable[[Store], object]:
+    return lambda store: store.put("a/key", data)
 
 
-def by_another(data: bytes = b"theirs") -> Callable[[MemoryStore], object]:
-    return lambda store: MemoryStore.put(store, "a/key", data)
+def deleted(store: Store) -> None:
+    store.delete("a/key")
 
 
 @pytest.mark.parametrize(
@@ -133,13 +116,13 @@ def test_a_lost_answer_to_a_creation_is_settled_by_what_the_object_holds(script:
     store = Scripted(*script)
     assert patient(store).put_if_absent("a/key", b"ours") is created
     assert store.script == []
-    assert Plain(store).get("a/key") == (b"ours" if created else b"theirs")
+    assert store.inner.get("a/key") == (b"ours" if created else b"theirs")
 
 
 def test_a_creation_that_was_lost_and_deleted_meanwhile_is_made_again() -> None:
-    store = Scripted("lost", "well", lambda store: MemoryStore.delete(store, "a/key"))
+    store = Scripted("lost", "well", deleted)
     assert patient(store).put_if_absent("a/key", b"ours")
-    assert Plain(store).get("a/key") == b"ours"
+    assert store.inner.get("a/key") == b"ours"
 
 
 def test_what_is_certain_is_not_read_again() -> None:
@@ -160,8 +143,8 @@ def test_what_is_certain_is_not_read_again() -> None:
         (["lost", "well", "down", "down"], True),
         ([by_another()], False),
         (["lost", by_another()], False),
-        (["lost", lambda store: MemoryStore.delete(store, "a/key")], False),
-        ([lambda store: MemoryStore.delete(store, "a/key")], False),
+        (["lost", deleted], False),
+        ([deleted], False),
     ],
     ids=["lost", "down", "ours, unreadable", "theirs", "ours, then theirs", "ours, then deleted", "deleted"],
 )

@@ -42,8 +42,8 @@ def prefix_pixels(store: Store, plan: RowPlan) -> Pixels:
             height=height,
             fps=runtime.fps,
             max_frames=prefix.max_frames,
-            part=prefix.take,
+            part=prefix.clip_end,
             fit=prefix.fit,
         )
     whole = media.latents * FRAMES_PER_LATENT
-    return frames[:whole] if prefix.take == "start" else frames[-whole:]
+    return frames[:whole] if prefix.clip_end == "start" else frames[-whole:]

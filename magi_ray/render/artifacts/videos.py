@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from magi_ray.errors import InputError, ObjectDamaged, ObjectMissing
+from magi_ray.errors import ObjectDamaged, ObjectMissing
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.storage import keys
-from magi_ray.storage.records import holds, read_record
+from magi_ray.storage.records import holds, read_record, require_readable
 from magi_ray.storage.store import Store
 
 FORMAT = 2  # of the record
@@ -23,11 +23,7 @@ def read_video_record(store: Store, run_id: str, job_id: str) -> dict[str, Any] 
         record = read_record(store.get(keys.video_record(run_id, job_id)))
     except (ObjectMissing, ObjectDamaged):
         return None
-    if record["format"] > FORMAT:
-        raise InputError(
-            f"Video {job_id} of run {run_id} has format {record['format']}, but this magi-ray reads up to {FORMAT}.",
-            remedy="Install the magi-ray that wrote it, or a newer one.",
-        )
+    require_readable(f"Video {job_id} of run {run_id}", record["format"], FORMAT)
     # Without a seal (format 1) a damaged record may have lost a field.
     return record if record.keys() >= {"stage_keys", "bytes", "sha256"} else None
 

@@ -21,7 +21,7 @@ from magi_ray.render.driving.progress import Phase, RunProgress
 from magi_ray.render.driving.scheduler import Command, RowFailed, RunState
 from magi_ray.render.runs.record import Run
 from magi_ray.storage import keys
-from magi_ray.storage.retrying import FAREWELL_S, hurried
+from magi_ray.storage.retrying import SHUTDOWN_PATIENCE_S, with_patience
 from magi_ray.storage.store import Store
 from magi_ray.system import System
 
@@ -103,7 +103,7 @@ class RunReports:
     def stop(self) -> None:
         """The run stops before its end; whoever looks should not wait for it."""
         with suppress(MagiRayError):  # the error that stopped the run matters more
-            self._store = hurried(self._store, FAREWELL_S)
+            self._store = with_patience(self._store, SHUTDOWN_PATIENCE_S)
             self._write_progress("stopped")
             if not self._errors_written:
                 self._write_errors()

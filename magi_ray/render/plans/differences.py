@@ -1,7 +1,7 @@
-"""Edits: in what the plans of two videos differ, in words. No store, no tensors.
+"""In what the plans of two videos differ, in words. No store, no tensors.
 
-What is compared are the pre-images that identities are hashes of, so nothing is named that changes no pixel, and
-nothing that changes one goes unnamed.
+The pre-images are compared that identities are hashes of, so nothing is named that changes no pixel, and nothing that
+changes one goes unnamed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NAMES = {
     "vae": "weights of the VAE",
     "text_encoder": "weights of T5",
     "special_token_table": "file of the special tokens",
-    "noise.law": "law of the noise",
+    "noise.law": "noise",
     "noise.seed": "seed",
     "max_length": "model.caption_max_length",
     "dtype": "text.dtype",
@@ -79,7 +79,7 @@ def _beginning(media: Media | None) -> str:
 
 
 def _text_image(plan: RowPlan) -> dict[str, Any]:
-    """What embeddings are a function of beside their captions, under the names of the settings."""
+    """What embeddings depend on beside their captions, under the names of the settings."""
     image = {"dtype": "float32"} | identity.text_pre_image("", plan.settings, plan.digests)
     numeric = image.pop("numeric")
     return image | {"t5_device": numeric["device"], "numeric": {"cpu_threads": numeric["cpu_threads"]}}

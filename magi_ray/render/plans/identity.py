@@ -1,4 +1,4 @@
-"""Identity: what a result is a function of, written down and hashed. No tensors.
+"""Identity: what a result depends on, written down and hashed. No tensors.
 
 A video is a chain: the key of stage s holds the key of stage s − 1, so two renders share exactly the stages up to
 the first thing that differs. The pre-image is stored beside the hash, so that a difference can be named.
@@ -7,16 +7,16 @@ Priority, tags, output path, host, retries and our own version are not in it: th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from magi_ray.settings import AS_THE_RUN, ChunkControl, Settings
+from magi_ray.settings import AS_THE_RUN, ChunkControl, RunSettings, Settings
 from magi_ray.storage.records import digest
 from magi_ray.timeline import Timeline
 
 FORMAT = 1
-NOISE_LAW = "magi-ray/noise/v1"  # sampling.noise.NOISE_LAW, which is behind an import of torch
+NOISE_VERSION = "magi-ray/noise/v1"  # as in sampling.noise, which imports torch
 
 # What of the published config reaches the latents. The rest (paths, ports, fps, number of frames) does not,
 # or is in the key under a name of its own (seed, size, stage).
@@ -38,7 +38,7 @@ class Digests:
 
 
 def text_pre_image(caption: str, settings: Settings, digests: Digests) -> dict[str, Any]:
-    """What the embedding of a cleaned ``caption`` is a function of."""
+    """What the embedding of a cleaned ``caption`` depends on."""
     # Only what is not published is named, so that embeddings from before this setting keep their keys.
     dtype = {} if settings.text.dtype == "float32" else {"dtype": settings.text.dtype}
     return dtype | {
@@ -52,11 +52,11 @@ def text_pre_image(caption: str, settings: Settings, digests: Digests) -> dict[s
 
 
 def prefix_pre_image(kind: str, media_sha256: str, settings: Settings, digests: Digests) -> dict[str, Any]:
-    """What the latent of an image or video prefix is a function of. ``settings`` carries the row's size and fps."""
+    """What the latent of an image or video prefix depends on. ``settings`` carries the row's size and fps."""
     runtime = settings.runtime
     # Which frames of a clip that does not divide into latent frames are left over: those far from the join.
-    law = {"left_over": "at the start"} if kind == "video" and settings.prefix.take == "end" else {}
-    return law | {
+    left_over = {"left_over": "at the start"} if kind == "video" and settings.prefix.clip_end == "end" else {}
+    return left_over | {
         "format": FORMAT,
         "kind": kind,
         "media": media_sha256,
@@ -70,32 +70,36 @@ def prefix_pre_image(kind: str, media_sha256: str, settings: Settings, digests: 
     }
 
 
-def stage_pre_image(
-    settings: Settings,
-    digests: Digests,
-    timeline: Timeline,
-    *,
-    caption_digests: Sequence[str],
-    controls: Mapping[int, ChunkControl],
-    takes: Sequence[int],
-    prefix_digest: str | None,
-    stage: int,
-    previous: str | None,
-) -> dict[str, Any]:
-    """What the window after ``stage``, and the chunk it completes, are a function of.
+@dataclass(frozen=True, kw_only=True)
+class VideoInputs:
+    """What the stages of one video depend on.
 
-    settings: carries the row's own size, steps and seed.  caption_digests: one per denoised chunk.
-    controls: of the chunks that differ from the run.  takes: the chunk from which each of them renders anew.
-    previous: key of the stage before, None for the first.
+    settings: with the row's own size, fps, seed, steps and prefix.  caption_digests: one per denoised chunk.
+    controls: of the denoised chunks that differ from ``settings``, in no other.
+    takes: the chunk from which each of them renders the video anew.  prefix_digest: None for text alone.
     """
+
+    settings: Settings
+    digests: Digests
+    timeline: Timeline
+    caption_digests: tuple[str, ...]
+    controls: Mapping[int, ChunkControl]
+    takes: tuple[int, ...]
+    prefix_digest: str | None
+
+
+def stage_pre_image(video: VideoInputs, stage: int, *, previous: str | None) -> dict[str, Any]:
+    """What the window after ``stage``, and the chunk it completes, depend on. ``previous``: key of the stage before,
+    None for the first."""
+    settings, digests = video.settings, video.digests
     runtime, engine = settings.runtime.model_dump(mode="json"), settings.engine.model_dump(mode="json")
-    chunk = timeline.entering(stage)
+    chunk = video.timeline.entering(stage)
     entering = None
     if chunk is not None:
-        duration = timeline.duration_index(chunk) if settings.special_tokens.duration else None
-        own = controls.get(chunk, AS_THE_RUN).model_dump(mode="json", exclude_none=True)
-        entering = {"chunk": chunk, "caption": caption_digests[chunk], "duration": duration} | own
-        if take := sum(first <= chunk for first in takes):
+        duration = video.timeline.duration_index(chunk) if settings.special_tokens.duration else None
+        own = video.controls.get(chunk, AS_THE_RUN).model_dump(mode="json", exclude_none=True)
+        entering = {"chunk": chunk, "caption": video.caption_digests[chunk], "duration": duration} | own
+        if take := sum(first <= chunk for first in video.takes):
             entering["take"] = take
     return {
         "format": FORMAT,
@@ -108,18 +112,26 @@ def stage_pre_image(
         "negative_prompt": settings.negative_prompt,
         "numeric": settings.numeric.model_dump(mode="json"),
         "size": [settings.runtime.video_size_h, settings.runtime.video_size_w],
-        "noise": {"law": NOISE_LAW, "seed": settings.runtime.seed},
-        "prefix": prefix_digest,
+        "noise": {"law": NOISE_VERSION, "seed": settings.runtime.seed},
+        "prefix": video.prefix_digest,
         "stage": stage,
         "entering": entering,
         "previous": previous,
     }
 
 
+def stage_keys(video: VideoInputs) -> tuple[str, ...]:
+    """The key of every stage, in order."""
+    keys: list[str] = []
+    for stage in range(video.timeline.num_stages):
+        keys.append(digest(stage_pre_image(video, stage, previous=keys[-1] if keys else None)))
+    return tuple(keys)
+
+
 def segment_pre_image(
     chunk_sha256: str, dropped_frames: int, settings: Settings, digests: Digests, encoder: str, first_frame: int
 ) -> dict[str, Any]:
-    """What the encoded segment of one chunk is a function of.
+    """What the encoded segment of one chunk depends on.
 
     chunk_sha256: digest of the stored clean latent.  dropped_frames: leading frames that belong to a video prefix.
     encoder: identity of the ffmpeg binary.  first_frame: the segment's place in the video, which its timestamps hold.
@@ -142,10 +154,11 @@ def segment_pre_image(
 def run_digest(manifest_digest: str, media: Mapping[str, str], settings: Settings, digests: Digests) -> str:
     """What makes two submissions the same run: rows, contents of their media, settings and weights."""
     # Paths of weights and numbers of workers may differ between machines; contents may not.
-    values = settings.model_dump(mode="json", exclude={"weights", "name", "decoders"})
+    values = settings.model_dump(mode="json", exclude=set(RunSettings.model_fields))
     for paths in ("load", "t5_pretrained", "vae_pretrained"):
         del values["runtime"][paths]
-    if values["black_frames"] == "fail":
-        del values["black_frames"]  # runs from before this setting keep their ids
+    # Which rows fail is part of a run. Only what is not the default, so that runs from before it keep their ids.
+    if settings.black_frames != "fail":
+        values["black_frames"] = settings.black_frames
     inputs = {"manifest": manifest_digest, "media": dict(media), "settings": values, "digests": asdict(digests)}
     return digest({"format": FORMAT} | inputs)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from magi_ray.manifest import Caption, Row
 from magi_ray.models.text.prompt import clean_caption
 from magi_ray.render.plans import identity
-from magi_ray.render.plans.identity import Digests
+from magi_ray.render.plans.identity import Digests, VideoInputs
 from magi_ray.sampling.window import forwards_per_stage
 from magi_ray.settings import AS_THE_RUN, ChunkControl, RuntimeConfig, Settings, override
 from magi_ray.storage.records import digest
@@ -30,42 +30,22 @@ class Media:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowPlan:
-    """One video to be. Small, picklable, and a function of the row, the settings and the weights alone.
+class RowPlan(VideoInputs):
+    """One video to be rendered. Small, picklable, and determined by the row, the settings and the weights alone.
 
-    settings: with the row's own size, fps, seed, steps and prefix.  captions: cleaned, one per denoised chunk.
-    controls: of the denoised chunks that differ from ``settings``, in no other.
-    takes: the chunk from which each of them renders the video anew.
-    stage_keys: identity of every stage, in order.
+    captions: cleaned, one per denoised chunk.  stage_keys: identity of every stage, in order.
     """
 
     row: int
     job_id: str
     priority: int
-    settings: Settings
-    digests: Digests
-    timeline: Timeline
     captions: tuple[str, ...]
-    caption_digests: tuple[str, ...]
-    controls: Mapping[int, ChunkControl]
-    takes: tuple[int, ...]
     media: Media | None
-    prefix_digest: str | None
     stage_keys: tuple[str, ...]
 
     def pre_image(self, stage: int) -> dict[str, Any]:
         """What ``stage_keys[stage]`` is the hash of."""
-        return identity.stage_pre_image(
-            self.settings,
-            self.digests,
-            self.timeline,
-            caption_digests=self.caption_digests,
-            controls=self.controls,
-            takes=self.takes,
-            prefix_digest=self.prefix_digest,
-            stage=stage,
-            previous=self.stage_keys[stage - 1] if stage else None,
-        )
+        return identity.stage_pre_image(self, stage, previous=self.stage_keys[stage - 1] if stage else None)
 
     @property
     def forwards_per_stage(self) -> int:
@@ -98,28 +78,11 @@ def plan_row(
     per_chunk = _entries_per_chunk(row, timeline.num_chunks)
     cleaned = {entry.prompt: clean_caption(entry.prompt) for entry in row.captions}
     captions = tuple(cleaned[entry.prompt] for entry in per_chunk)
-    controls = _controls(per_chunk, settings.runtime)
     embedded = {c: digest(identity.text_pre_image(c, settings, digests)) for c in set(captions)}
-    caption_digests = tuple(embedded[caption] for caption in captions)
     prefix_digest = None
     if media is not None:
         prefix_digest = digest(identity.prefix_pre_image(media.kind, media.sha256, settings, digests))
-
-    stage_keys: list[str] = []
-    for stage in range(timeline.num_stages):
-        image = identity.stage_pre_image(
-            settings,
-            digests,
-            timeline,
-            caption_digests=caption_digests,
-            controls=controls,
-            takes=takes,
-            prefix_digest=prefix_digest,
-            stage=stage,
-            previous=stage_keys[-1] if stage_keys else None,
-        )
-        stage_keys.append(digest(image))
-    return RowPlan(
+    plan = RowPlan(
         row=row.number,
         job_id=row.job_id,
         priority=row.priority,
@@ -127,13 +90,14 @@ def plan_row(
         digests=digests,
         timeline=timeline,
         captions=captions,
-        caption_digests=caption_digests,
-        controls=controls,
+        caption_digests=tuple(embedded[caption] for caption in captions),
+        controls=_controls(per_chunk, settings.runtime),
         takes=takes,
         media=media,
         prefix_digest=prefix_digest,
-        stage_keys=tuple(stage_keys),
+        stage_keys=(),
     )
+    return replace(plan, stage_keys=identity.stage_keys(plan))
 
 
 def plan_rows(

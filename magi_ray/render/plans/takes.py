@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from magi_ray.errors import InputError, ObjectDamaged
 from magi_ray.storage import keys
-from magi_ray.storage.records import new_write_id, seal, unseal
+from magi_ray.storage.records import new_write_id, require_readable, seal, unseal
 from magi_ray.storage.store import Store
 
 FORMAT = 1
@@ -28,11 +28,7 @@ def read_takes(store: Store, run_id: str) -> dict[str, tuple[int, ...]]:
                 f"Take {number} of run {run_id} in {store.uri} is damaged.",
                 remedy=f"Delete {keys.take(run_id, number)} there and ask for the take again.",
             ) from exc
-        if take["format"] > FORMAT:
-            raise InputError(
-                f"Take {number} of run {run_id} has format {take['format']}, but this magi-ray reads up to {FORMAT}.",
-                remedy="Install the magi-ray that wrote it, or a newer one.",
-            )
+        require_readable(f"Take {number} of run {run_id}", take["format"], FORMAT)
         takes[take["job_id"]] = (*takes.get(take["job_id"], ()), take["from_chunk"])
     return takes
 

@@ -34,12 +34,11 @@ class MediaFiles(dict[str, Path]):
             except StoreUnavailable:
                 raise
             except ObjectMissing:
-                self._fetched[location] = MediaError("does not exist", remedy="upload it, or correct the address")
+                remedy = "upload it, or correct the address"
+                self._fetched[location] = MediaError.about(location, "does not exist", remedy=remedy)
             except (InputError, StoreError) as exc:
-                # One that comes with a command to type is of stores: make that bucket.
-                remedy = "correct the address" if exc.next_command else exc.remedy
-                message = exc.message.removesuffix(".")
-                self._fetched[location] = MediaError(f"cannot be read ({message})", remedy=remedy)
+                reason = f"cannot be read ({exc.message})"
+                self._fetched[location] = MediaError.about(location, reason, remedy=exc.remedy)
         found = self._fetched[location]
         if isinstance(found, MediaError):
             raise found

@@ -11,7 +11,7 @@ from magi_ray.forward import Forward
 from magi_ray.models.dit.model import DiT, load_dit
 from magi_ray.models.files import published_folder
 from magi_ray.models.text.special_tokens import SpecialTokenTable, null_caption, prepend_special_tokens
-from magi_ray.render.artifacts.latents import load_clean_chunk, load_tensor, load_window, pack, convert_out_of_memory
+from magi_ray.render.artifacts.latents import convert_out_of_memory, load_clean_chunk, load_tensor, load_window, pack
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.tasks.denoise import Denoiser, Pack
 from magi_ray.sampling.noise import chunk_noise

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress, islice
 
-from magi_ray import manifest
 from magi_ray.errors import InputError, ObjectDamaged, ObjectMissing
 from magi_ray.events import RowInventory
+from magi_ray.manifest import Row
 from magi_ray.render.artifacts.commits import segment_pre_image
 from magi_ray.render.artifacts.videos import read_video_record
 from magi_ray.render.driving.inventory import take_inventory_of_run
@@ -92,7 +92,7 @@ class _Forecaster:
         self._failures = read_failures(store, run.run_id)
         self._computed: dict[str, str] = {}  # stage key: the row that it is computed for
 
-    def of(self, held: RowInventory, row: manifest.Row) -> Forecast:
+    def of(self, held: RowInventory, row: Row) -> Forecast:
         """What becomes of ``row``, of which the store holds ``held``."""
         plan = self._run.plans[row.job_id]
         left: list[int] = []
@@ -126,7 +126,7 @@ class _Forecaster:
             forwards_left=len(left) * plan.forwards_per_stage,
         )
 
-    def _why_stages(self, held: RowInventory, plan: RowPlan, row: manifest.Row, absent: list[int]) -> list[str]:
+    def _why_stages(self, held: RowInventory, plan: RowPlan, row: Row, absent: list[int]) -> list[str]:
         """Why stages of ``plan`` are to be computed. ``absent``: those that are not there."""
         done = held.stages_done
         told: list[str] = []
@@ -152,7 +152,7 @@ class _Forecaster:
                 told += self._encoded_anew(before, plan)
         return told
 
-    def _why_segments(self, held: RowInventory, plan: RowPlan, row: manifest.Row) -> list[str]:
+    def _why_segments(self, held: RowInventory, plan: RowPlan, row: Row) -> list[str]:
         """Why chunks are to be decoded, though all latents are there."""
         chunk = min(set(range(held.num_chunks)) - held.segments_done)
         image = segment_pre_image(self._store, plan, chunk, self._encoder)
@@ -184,7 +184,7 @@ class _Submitted:
     """An earlier run, its rows not planned. rows, takes: by job_id."""
 
     record: RunRecord
-    rows: Mapping[str, manifest.Row]
+    rows: Mapping[str, Row]
     takes: Mapping[str, tuple[int, ...]]
 
     def plans(self, job_id: str) -> Iterator[_Earlier]:
@@ -207,7 +207,7 @@ class _Archive:
         """Newest first."""
         return (earlier for run in self._runs for earlier in run.plans(job_id))
 
-    def nearest(self, plan: RowPlan, row: manifest.Row) -> _Earlier | None:
+    def nearest(self, plan: RowPlan, row: Row) -> _Earlier | None:
         """The plan for another video of that job_id that shares most stages with ``plan``; of several, the newest."""
         runs = [run for run in self._runs if row.job_id in run.rows]
         # Planning takes milliseconds: those that cannot share a stage are left out, but for one.
@@ -223,7 +223,7 @@ class _Archive:
         """Whether this very video was."""
         return any(earlier.plan.stage_keys == plan.stage_keys for earlier in self.plans(plan.job_id))
 
-    def alike(self, plan: RowPlan, row: manifest.Row) -> _Earlier | None:
+    def alike(self, plan: RowPlan, row: Row) -> _Earlier | None:
         """``nearest`` among rows of other job_ids that begin as ``row`` does."""
         same = ((run, job_id) for run, job_id in self._beginnings.get(_beginning(row), ()) if job_id != row.job_id)
         found = (next(run.plans(job_id)) for run, job_id in islice(same, MAX_RUNS))
@@ -255,6 +255,6 @@ def _nearest(plan: RowPlan, candidates: Iterable[_Earlier]) -> _Earlier | None:
     return max(candidates, key=lambda earlier: stages_shared(earlier.plan, plan), default=None)
 
 
-def _beginning(row: manifest.Row) -> Hashable:
+def _beginning(row: Row) -> Hashable:
     """What rows have in common that may share their first stage; to be found without planning them."""
     return row.seed, row.width, row.height, row.num_steps, row.captions[0].prompt

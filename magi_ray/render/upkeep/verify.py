@@ -13,7 +13,7 @@ from magi_ray.errors import InputError, MagiRayError, MediaError, ObjectDamaged,
 from magi_ray.media.encoder import encoder_identity, find_ffmpeg
 from magi_ray.render.artifacts.commits import segment_pre_image
 from magi_ray.render.artifacts.videos import read_video_record
-from magi_ray.render.runs.record import Run, all_runs, list_runs, open_run
+from magi_ray.render.runs.record import Run, all_runs, open_run
 from magi_ray.storage import keys
 from magi_ray.storage.keys import CommitKind
 from magi_ray.storage.records import Payload, digest, measure, read_commit, read_record, unseal
@@ -252,7 +252,7 @@ def _explained(store: Store, damages: list[Damage]) -> Iterator[Damage]:
     """``damages`` with who needs each, and what mends it. Only now: it takes planning every run of the store."""
     folders = {_folder(damage.key) for damage in damages}
     needed: dict[str, list[tuple[str, str]]] = {}
-    for run_id in list_runs(store):
+    for run_id in all_runs(store)[0]:
         with suppress(InputError, StoreError):
             for kind, key, job_id in needs(store, open_run(store, run_id)):
                 folder = keys.media(key) if kind == "media" else keys.commit_folder(kind, key)

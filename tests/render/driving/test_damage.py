@@ -19,7 +19,8 @@ from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.progress import RunProgress
 from magi_ray.render.driving.session import DriveOptions
 from magi_ray.render.plans.takes import add_take
-from magi_ray.render.runs.record import Run, create, open_run, prepare
+from magi_ray.render.runs.record import Run, open_run
+from magi_ray.render.runs.submission import create, prepare
 from magi_ray.render.tasks.finish import FfmpegJoiner, Finisher
 from magi_ray.settings import Settings
 from magi_ray.storage import keys
@@ -69,7 +70,7 @@ class Death(BaseException):
 def disturbed(settings: Settings) -> tuple[Run, dict[str, bytes], dict[str, bytes]]:
     """A run whose fifth chunk looks far back: what it renders undisturbed, and the store when it died at stage 6."""
     manifest = manifest_of([FAR], Defaults.of(settings), base=Path("/"))
-    run, files = prepare(manifest.parquet(), name="far.parquet", base=Path("/"), settings=settings)
+    run, files = prepare(manifest, name="far.parquet", settings=settings)
     store, dead = MemoryStore(), MemoryStore()
     create(store, run, files)
     create(dead, run, files)

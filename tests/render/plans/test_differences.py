@@ -209,7 +209,7 @@ def test_every_field_that_a_stage_is_a_function_of_has_its_sentence(settings: Se
             return image | {"format": 0, "noise": image["noise"] | {"law": "torch"}}
 
     assert stage_changes(Older(**vars(before)), before, 0) == [
-        "format of identities 0 → 1", "law of the noise torch → magi-ray/noise/v1",
+        "format of identities 0 → 1", "noise torch → magi-ray/noise/v1",
     ]  # fmt: skip
     told |= {"format", "noise.law"}
 

@@ -19,7 +19,9 @@ from magi_ray.media.reader import read_video
 from magi_ray.render.artifacts.latents import load_clean_chunk
 from magi_ray.render.artifacts.prefix import prefix_pixels
 from magi_ray.render.driving.local import render_locally
-from magi_ray.render.runs.record import create, damaged_runs, list_runs, open_run, require_same_weights
+from magi_ray.render.runs.record import all_runs, open_run
+from magi_ray.render.runs.submission import create
+from magi_ray.render.runs.weights import require_same_weights
 from magi_ray.settings import Settings, WeightPaths, override
 from magi_ray.storage import keys
 from magi_ray.storage.memory import MemoryStore
@@ -175,7 +177,7 @@ def test_a_run_that_does_not_exist_is_an_error_that_names_those_that_do(make_run
     with pytest.raises(RunNotFound) as caught:
         open_run(store, "x")
     assert run.run_id in caught.value.remedy
-    assert list_runs(store) == [run.run_id]
+    assert all_runs(store) == ([run.run_id], [])
 
 
 def test_a_run_of_a_newer_format_is_refused(make_run: MakeRun) -> None:
@@ -223,10 +225,10 @@ def test_a_damaged_run_says_so_and_submitting_it_again_mends_it(
     if isinstance(caught.value, ObjectDamaged):
         assert caught.value.next_command == "magi-ray submit MANIFEST --store memory:"
     if damaged is keys.run_record:
-        assert (list_runs(store), damaged_runs(store)) == ([], [run.run_id])
+        assert all_runs(store) == ([], [run.run_id])
     make_run(store, [TEXT])
     assert open_run(store, run.run_id).plans == run.plans
-    assert (list_runs(store), damaged_runs(store)) == ([run.run_id], [])
+    assert all_runs(store) == ([run.run_id], [])
 
 
 def test_an_intact_run_is_not_written_again(make_run: MakeRun) -> None:
@@ -241,14 +243,14 @@ def test_one_damaged_run_does_not_hide_the_others(make_run: MakeRun) -> None:
     store = MemoryStore()
     one, two = (make_run(store, [TEXT | {"seed": seed}]).run_id for seed in (1, 2))
     flip(store, keys.run_record(one))
-    assert (list_runs(store), damaged_runs(store)) == ([two], [one])
+    assert all_runs(store) == ([two], [one])
 
 
 def test_a_run_that_is_being_submitted_is_no_damaged_run(make_run: MakeRun) -> None:
     store = MemoryStore()
     run = make_run(store, [TEXT])
     store.delete(keys.run_record(run.run_id))
-    assert (list_runs(store), damaged_runs(store)) == ([], [])
+    assert all_runs(store) == ([], [])
 
 
 @pytest.mark.parametrize("run_id", ["", "..", "a b", "ü", "x/../y"])

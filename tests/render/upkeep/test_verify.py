@@ -13,7 +13,8 @@ from magi_ray.manifest import Defaults, manifest_of
 from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.session import DriveOptions
 from magi_ray.render.plans.takes import add_take
-from magi_ray.render.runs.record import Run, create, prepare
+from magi_ray.render.runs.record import Run
+from magi_ray.render.runs.submission import create, prepare
 from magi_ray.render.upkeep.verify import Damage, verify
 from magi_ray.settings import Settings
 from magi_ray.storage import keys
@@ -33,7 +34,7 @@ def rendered(settings: Settings) -> tuple[Run, dict[str, bytes]]:
     """A rendered run, and all objects of its store."""
     store = MemoryStore()
     manifest = manifest_of(ROWS, Defaults.of(settings), base=Path("/"))
-    run, files = prepare(manifest.parquet(), name="m.parquet", base=Path("/"), settings=settings)
+    run, files = prepare(manifest, name="m.parquet", settings=settings)
     create(store, run, files)
     render_locally(store, run)
     return run, {key: store.get(key) for key in store.list("")}

@@ -1,0 +1,208 @@
+"""Manifests read, made of plain rows, and written: a table whose rows are checked becomes a ``Manifest``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from magi_ray.errors import InputError, Problem
+from magi_ray.manifest import parquet, sources
+from magi_ray.manifest.messages import column_problem, file_problem, refusal
+from magi_ray.manifest.parquet import COLUMNS, CONTROLS, SCHEMA, VERSION
+from magi_ray.manifest.rows import Caption, Defaults, Manifest, Row, plain
+from magi_ray.manifest.rules import PREFIX_COLUMNS, Cells, Context, Entry, check, location, notes
+from magi_ray.settings import AS_THE_RUN, ChunkControl, PrefixSettings
+
+
+def read_manifest(path: Path, defaults: Defaults) -> Manifest:
+    """The manifest at ``path``; relative media paths start from its folder.
+
+    Raises ManifestError, which carries every problem of every row.
+    """
+    name = str(path)
+    try:
+        data = path.read_bytes()
+    except OSError as exc:
+        reason = "does not exist" if isinstance(exc, FileNotFoundError) else f"cannot be read ({exc.strerror})"
+        raise refusal(name, [file_problem(name, reason, "give the path of a Parquet manifest")]) from exc
+    context = _context(defaults, path.parent)
+    return _of_table(parquet.decode(data, name), context, name=name, next_command=f"magi-ray manifest validate {path}")
+
+
+def parse_manifest(
+    data: bytes, defaults: Defaults, *, base: Path, name: str, media_must_exist: bool = True
+) -> Manifest:
+    """The manifest in ``data``, the bytes of a Parquet file. ``base``: where relative media paths start.
+    ``name``: what errors call it. ``media_must_exist=False`` is for a run that is resumed: its rows were checked
+    when it was submitted, and a file that went away since then is the trouble of one row.
+
+    Raises ManifestError.
+    """
+    context = _context(defaults, base, media_must_exist=media_must_exist)
+    return _of_table(parquet.decode(data, name), context, name=name)
+
+
+def manifest_of(
+    rows: Sequence[Mapping[str, Any]], defaults: Defaults, *, base: Path, name: str = "the rows"
+) -> Manifest:
+    """The manifest made of ``rows``, a dict of plain values each, keys as in ``COLUMNS``. Raises ManifestError."""
+    context = _context(defaults, base)
+    cells, table, problems = _checked(rows, context)
+    if problems:
+        raise refusal(name, problems, rows=len(rows))
+    return _manifest(cells, table, context)
+
+
+def write_manifest(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Writes ``rows`` (as for ``manifest_of``) to a Parquet file. Their types are checked, the rules are not.
+
+    Raises ManifestError: a value has the wrong type. InputError: the file cannot be written.
+    """
+    _, table, problems = _checked(rows, None)
+    if problems:
+        raise refusal("the rows", problems, rows=len(rows))
+    parquet.write(table, path)
+
+
+def build_manifest(source: Path, out: Path, *, defaults: Defaults | None) -> int:
+    """Builds the Parquet manifest ``out`` from ``source`` (.jsonl, .csv, .yaml, .yml); gives the number of rows.
+
+    The values get the types of their columns. In CSV an empty cell is null, a schedule or tags are JSON in their
+    cell, and unknown columns stay text. Relative media paths start from the folder of ``out``.
+    ``defaults=None`` writes rows that break rules as well; types are always checked.
+
+    Raises ManifestError, whose problems name the line of ``source`` too; nothing is written then.
+    InputError: ``out`` cannot be written.
+    """
+    if out.suffix != ".parquet":
+        raise InputError(f"{out} does not end in .parquet.", remedy="Name the manifest to write, e.g. -o rows.parquet.")
+    lines, rows = sources.load(source)
+    _, table, problems = _checked(rows, None if defaults is None else _context(defaults, out.parent))
+    if problems:
+        located = [
+            replace(found, rule=f"{found.rule} ({source.name}:{lines[found.row - 1]})") if found.row else found
+            for found in problems
+        ]
+        again = f"magi-ray manifest build {source} -o {out}"
+        raise refusal(str(source), located, rows=len(rows), next_command=again)
+    parquet.write(table, out)
+    return len(rows)
+
+
+def _context(defaults: Defaults, base: Path, *, media_must_exist: bool = True) -> Context:
+    return Context(defaults=defaults, base=base.absolute(), media_must_exist=media_must_exist)
+
+
+def _checked(rows: Sequence[Mapping[str, Any]], context: Context | None) -> tuple[list[Cells], pa.Table, list[Problem]]:
+    """The cells and the table of plain rows, and what is wrong with them; types alone without a context."""
+    problems = [] if context is None else list(_missing(len(rows), {name for row in rows for name in row}))
+    cells, broken = check(rows, context, unusable={problem.column for problem in problems})
+    table, unfit = parquet.tabulate(rows, skip={problem.column for problem in broken})
+    return cells, table, [*problems, *unfit, *broken]
+
+
+def _of_table(table: pa.Table, context: Context, *, name: str, next_command: str = "") -> Manifest:
+    """The manifest in ``table``. Raises ManifestError."""
+    problems = [*parquet.table_problems(table), *_missing(table.num_rows, set(table.column_names))]
+    unusable = {problem.column for problem in problems if problem.column in COLUMNS}
+    names = [column for column in COLUMNS if column in table.column_names and column not in unusable]
+    columns = [parquet.plain_values(table.column(column)) for column in names]
+    rows = (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
+    cells, broken = check(rows, context, unusable=unusable)
+    problems += broken
+    if problems:
+        raise refusal(name, problems, rows=table.num_rows, next_command=next_command)
+    return _manifest(cells, table, context)
+
+
+def _missing(rows: int, columns: set[str]) -> Iterator[Problem]:
+    if rows == 0:
+        yield file_problem("the manifest", "holds no rows", "write one row for each video")
+    elif "job_id" not in columns:
+        yield column_problem("job_id", "", "the column is missing", "give every row a name of its own")
+
+
+def _manifest(cells: Sequence[Cells], table: pa.Table, context: Context) -> Manifest:
+    """The manifest of ``cells``, which break no rule; ``table`` holds the unknown columns."""
+    unknown = {name: parquet.plain_values(table.column(name)) for name in parquet.unknown_columns(table)}
+    rows = [
+        _row(index + 1, written, {name: values[index] for name, values in unknown.items()}, context)
+        for index, written in enumerate(cells)
+    ]
+    return Manifest(rows=tuple(rows), digest=_digest(rows, cells), table=table, notes=tuple(notes(cells, unknown)))
+
+
+def _row(number: int, cells: Cells, extra: dict[str, Any], context: Context) -> Row:
+    """The row of ``cells`` that break no rule."""
+    defaults = context.defaults
+
+    def chosen(own: int | None, default: int) -> int:
+        return default if own is None else own
+
+    num_chunks = cells.num_chunks
+    if cells.seconds is None and num_chunks is None:
+        num_chunks = defaults.num_chunks
+    written = cells.video if cells.image is None else cells.image
+    own = {field: getattr(cells, column) for column, field in PREFIX_COLUMNS.items()}
+    own = {field: value for field, value in own.items() if value is not None}
+    assert cells.job_id is not None
+    return Row(
+        number=number,
+        job_id=cells.job_id,
+        captions=_captions(cells),
+        image=cells.image,
+        video=cells.video,
+        prefix_location=None if written is None else location(written, context.base),
+        prefix=PrefixSettings.model_validate(defaults.prefix.model_dump() | own) if own else defaults.prefix,
+        seconds=cells.seconds,
+        num_chunks=num_chunks,
+        width=chosen(cells.width, defaults.width),
+        height=chosen(cells.height, defaults.height),
+        fps=chosen(cells.fps, defaults.fps),
+        seed=chosen(cells.seed, defaults.seed),
+        num_steps=chosen(cells.num_steps, defaults.num_steps),
+        priority=chosen(cells.priority, 0),
+        tags={key: value for key, value in cells.tags or () if value is not None},
+        extra=extra,
+    )
+
+
+def _captions(cells: Cells) -> tuple[Caption, ...]:
+    if cells.schedule is None:
+        assert cells.prompt is not None
+        return (Caption(start_chunk=0, prompt=cells.prompt),)
+    return tuple(_caption(entry) for entry in cells.schedule)
+
+
+def _caption(entry: Entry) -> Caption:
+    assert entry.start_chunk is not None
+    assert entry.prompt is not None
+    own = {name: value for name in CONTROLS if (value := getattr(entry, name)) is not None}
+    control = ChunkControl(**own) if own else AS_THE_RUN
+    return Caption(start_chunk=entry.start_chunk, prompt=entry.prompt, control=control)
+
+
+def _digest(rows: Sequence[Row], cells: Sequence[Cells]) -> str:
+    """See ``Manifest.digest``. ``cells``: the values as written, without the run's defaults."""
+    content = []
+    for row, written in zip(rows, cells, strict=True):
+        captions = [
+            [caption.start_chunk, caption.prompt, *filter(None, [caption.control.model_dump(exclude_none=True)])]
+            for caption in row.captions
+        ]
+        whole = {
+            **vars(written), **row.extra, "prompt": captions, "schedule": None,
+            "priority": row.priority, "tags": row.tags,
+        }  # fmt: skip
+        content.append({key: value for key, value in whole.items() if value is not None})
+    canonical = json.dumps(
+        {"schema": SCHEMA, "version": VERSION, "rows": content},
+        sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=plain,
+    )  # fmt: skip
+    return hashlib.sha256(canonical.encode()).hexdigest()

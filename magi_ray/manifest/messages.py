@@ -1,0 +1,58 @@
+"""What is said of a manifest that cannot be used: problems, their lines, and the error that carries them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+
+from magi_ray.errors import ManifestError, Problem
+
+BUILD = "magi-ray manifest build rows.jsonl|rows.csv|rows.yaml -o rows.parquet"
+
+
+def explain(problems: Sequence[Problem], *, limit: int = 40) -> str:
+    """One line for each problem, rows in order; after ``limit`` lines, how many more there are in which columns.
+
+    For example: row 3 (job "sunset"), column width: 100 is not a multiple of 16; use 96 or 112
+    """
+    ordered = sorted(problems, key=lambda problem: problem.row)
+    listed = ordered if len(ordered) <= limit else ordered[: limit - 1]
+    lines = [_line(problem) for problem in listed]
+    if rest := ordered[len(listed) :]:
+        columns = Counter(problem.column or "the file" for problem in rest).most_common()
+        rows = len({problem.row for problem in rest})
+        lines.append(f"and {len(rest)} more in {rows} rows: " + ", ".join(f"{name} {count}" for name, count in columns))
+    return "\n".join(lines)
+
+
+def _line(problem: Problem) -> str:
+    job = f" (job {shown(problem.job_id)})" if problem.job_id else ""
+    row = f"row {problem.row}{job}" if problem.row else ""
+    where = ", ".join(part for part in (row, f"column {problem.column}" if problem.column else "") if part)
+    what = f"{problem.value} {problem.rule}".strip()
+    return (f"{where}: " if where else "") + f"{what}; {problem.remedy}"
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: text in quotes, at most 60 characters."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:56]} …" + ('"' if text.endswith('"') else "")
+
+
+def file_problem(value: str, rule: str, remedy: str) -> Problem:
+    return column_problem("", value, rule, remedy)
+
+
+def column_problem(column: str, value: str, rule: str, remedy: str) -> Problem:
+    return Problem(row=0, job_id="", column=column, value=value, rule=rule, remedy=remedy)
+
+
+def refusal(name: str, problems: Sequence[Problem], *, rows: int = 0, next_command: str = "") -> ManifestError:
+    """The error for the manifest that people call ``name``. rows: how many it has."""
+    problems = sorted(problems, key=lambda problem: problem.row)
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    bad = len({problem.row for problem in problems if problem.row})
+    of = f" in {bad} of {rows} rows" if bad and rows else ""
+    message = f"{name} cannot be used: {count}{of}.\n{explain(problems)}"
+    return ManifestError(message, problems, next_command=next_command)

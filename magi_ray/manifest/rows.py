@@ -1,0 +1,153 @@
+"""The values of a manifest without problems: its rows, what a row leaves out, and the manifest itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import pyarrow as pa
+
+from magi_ray.manifest.parquet import encode, unknown_columns
+from magi_ray.settings import AS_THE_RUN, ChunkControl, Frozen, PrefixSettings, RuntimeConfig, Settings
+from magi_ray.timeline import FRAMES_PER_LATENT, LATENTS_PER_CHUNK, chunks_for_seconds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caption:
+    """``prompt`` and ``control`` hold from chunk ``start_chunk`` (from 0) until the next caption begins."""
+
+    start_chunk: int
+    prompt: str
+    control: ChunkControl = AS_THE_RUN
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One valid row, the run's defaults filled in.
+
+    number: from 1.  captions: at least one, the first at chunk 0, strictly rising.
+    image, video: as written, at most one of them; prefix_location: where it lies, an absolute path or an s3:// URI.
+    prefix: the run's, with the row's own values.
+    seconds (> 0), num_chunks (≥ 1): exactly one is set.  width, height: pixels, multiples of 16.  fps: 1…120.
+    seed: 0…2^63−1.  num_steps: fits the run's window and KV ranges.  priority: higher first.
+    extra: the columns magi-ray does not know, for the results.
+    """
+
+    number: int
+    job_id: str
+    captions: tuple[Caption, ...]
+    image: str | None
+    video: str | None
+    prefix_location: str | None
+    prefix: PrefixSettings
+    seconds: float | None
+    num_chunks: int | None
+    width: int
+    height: int
+    fps: int
+    seed: int
+    num_steps: int
+    priority: int
+    tags: dict[str, str]
+    extra: dict[str, Any]
+
+    @property
+    def mode(self) -> Literal["t2v", "i2v", "v2v"]:
+        """What the video starts from: text alone, an image, a video."""
+        return "i2v" if self.image is not None else "v2v" if self.video is not None else "t2v"
+
+    def chunks(self, prefix_latents: int) -> int:
+        """Chunks to denoise, once the latent frames of the prefix are known."""
+        if self.num_chunks is not None:
+            return self.num_chunks
+        assert self.seconds is not None
+        return chunks_for_seconds(self.seconds, self.fps, prefix_latents)
+
+
+class Defaults(Frozen):
+    """What a row takes where its column is null or absent, and the ``runtime`` its num_steps must fit."""
+
+    width: int
+    height: int
+    fps: int
+    seed: int
+    num_steps: int
+    num_chunks: int
+    runtime: RuntimeConfig
+    prefix: PrefixSettings
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """The run's values. num_frames rounds up to whole chunks; frames of a prefix are not counted."""
+        runtime = settings.runtime
+        return cls(
+            width=runtime.video_size_w,
+            height=runtime.video_size_h,
+            fps=runtime.fps,
+            seed=runtime.seed,
+            num_steps=runtime.num_steps,
+            num_chunks=max(1, math.ceil(runtime.num_frames // FRAMES_PER_LATENT / LATENTS_PER_CHUNK)),
+            runtime=runtime,
+            prefix=settings.prefix,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A manifest without problems.
+
+    digest: sha256 over the rows as written, before the run's defaults, in their order: job_id, captions (a prompt is
+    a schedule of one), every other value that is not null, unknown columns included. Neither the file's bytes nor the
+    order of its columns count. Media count by the words that name them: where they lie on this machine says nothing,
+    and what is in them is hashed with the prefix of each video.
+    table: the whole table with its own types, so that unknown columns can travel on unchanged.
+    notes: what is allowed but probably not meant, a sentence each.
+    """
+
+    rows: tuple[Row, ...]
+    digest: str
+    table: pa.Table
+    notes: tuple[str, ...]
+
+    @property
+    def unknown(self) -> pa.Table:
+        """The columns magi-ray does not know, types and all, a line for each row."""
+        return self.table.select(unknown_columns(self.table))
+
+    def parquet(self) -> bytes:
+        """The manifest as a file: what a run keeps."""
+        return encode(self.table)
+
+
+def table_for_show(manifest: Manifest) -> list[dict[str, Any]]:
+    """The rows as JSON values, defaults filled in, for people and for ``--json``. Unknown columns come last."""
+    return [
+        {
+            "row": row.number,
+            "job_id": row.job_id,
+            "mode": row.mode,
+            "captions": {str(caption.start_chunk): caption.prompt for caption in row.captions},
+            "controls": {
+                str(caption.start_chunk): caption.control.model_dump(mode="json", exclude_none=True)
+                for caption in row.captions
+                if caption.control != AS_THE_RUN
+            },
+            "from": row.image if row.image is not None else row.video,
+            "length": f"{row.seconds:g} s" if row.seconds is not None else f"{row.num_chunks} chunks",
+            "size": f"{row.width}×{row.height}",
+            "fps": row.fps,
+            "seed": row.seed,
+            "num_steps": row.num_steps,
+            "priority": row.priority,
+            "tags": row.tags,
+            "extra": json.loads(json.dumps(row.extra, default=plain)),
+        }
+        for row in manifest.rows
+    ]
+
+
+def plain(value: Any) -> str:
+    """The text of what JSON has no form for: bytes, dates, decimals of unknown columns."""
+    return value.hex() if isinstance(value, bytes) else str(value)

@@ -1,0 +1,448 @@
+"""The rules of rows: strict pydantic models of a row's cells, and what is asked across rows.
+
+A rule that compares cells stands at the last of them, and waits until the others break no rule of their own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from stat import S_ISREG
+from typing import Annotated, Any
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from magi_ray.errors import Problem
+from magi_ray.manifest.messages import shown
+from magi_ray.manifest.parquet import COLUMNS, CONTROLS
+from magi_ray.manifest.rows import Defaults
+from magi_ray.settings import nearest, step_problems
+from magi_ray.timeline import FRAMES_PER_LATENT, LATENTS_PER_CHUNK, SIZE_MULTIPLE, chunks_for_seconds
+
+MAX_FPS = 120
+MAX_SEED = 2**63 - 1
+_JOB_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
+    """What the rules need beside a row's own cells. number: the row's, from 1.  base: absolute; where relative media
+    paths start."""
+
+    defaults: Defaults
+    base: Path
+    media_must_exist: bool
+    number: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Broken:
+    """A broken rule. value: as shown; None: the cell's.  column: None: the cell's own."""
+
+    rule: str
+    remedy: str
+    value: str | None = None
+    column: str | None = None
+
+
+Rule = Callable[[Any, Context, Mapping[str, Any]], Iterable[Broken]]
+
+
+def rules(*asked: Rule) -> AfterValidator:
+    """Each rule gets the cell, the context, and those of the cells above that break no rule. Without a context types
+    alone are checked."""
+
+    def ask(cell: Any, info: ValidationInfo) -> Any:
+        if info.context is not None:
+            broken: list[Broken] = []
+            for rule in asked:
+                broken.extend(rule(cell, info.context, info.data))
+            if broken:
+                raise PydanticCustomError("rules", "rules are broken", {"cell": cell, "broken": broken})
+        return cell
+
+    return AfterValidator(ask)
+
+
+# Rules of one cell
+
+
+def _is_a_name(job_id: str | None, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+    if job_id is None:
+        yield Broken(value="", rule="is missing", remedy="give every row a name of its own")
+        return
+    names_a_folder = job_id in (".", "..")
+    if _JOB_ID.fullmatch(job_id) and not names_a_folder:
+        return
+    better = re.sub(r"[^A-Za-z0-9._-]+", "-", job_id)[:128].strip("-.") or f"row-{context.number}"
+    rule = "names a folder" if names_a_folder else "is not 1 to 128 letters, digits, dots, hyphens or underscores"
+    yield Broken(rule=rule, remedy=f"use for example {shown(better)}")
+
+
+def _is_described(prompt: str | None, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+    if prompt is None or not prompt.strip():
+        yield Broken(rule="is blank", remedy="describe what is to be seen")
+
+
+def _is_a_start(start: int | None, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+    if start is None:
+        yield Broken(rule="is not a number", remedy="write the chunk at which it begins")
+
+
+def _sees_itself(kv_range: list[int | None], context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+    if not kv_range:
+        yield Broken(rule="is empty", remedy="leave it null, or write how many chunks are seen")
+    if any(chunks is None or chunks < 1 for chunks in kv_range):
+        rule = "has a value below 1, but a chunk always sees itself"
+        yield Broken(rule=rule, remedy="use 1 for the chunk alone, 2 for one more, and so on")
+
+
+def _guides(of_run: str) -> Rule:
+    """The scales of a guidance that the run has. of_run: which they replace."""
+
+    def rule(scales: list[float | None], context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+        runtime = context.defaults.runtime
+        if runtime.cfg_number != 3:
+            rule = f"asks for guidance, but this model has none (cfg_number {runtime.cfg_number})"
+            yield Broken(rule=rule, remedy="leave it null, or use a base model")
+            return
+        if len(scales) != len(runtime.cfg_t_range):
+            rule = f"has {len(scales)} values, but cfg_t_range has {len(runtime.cfg_t_range)}"
+            yield Broken(rule=rule, remedy=f"write one for each of {shown(list(runtime.cfg_t_range))}")
+        if any(scale is None or not math.isfinite(scale) or scale < 0 for scale in scales):
+            remedy = f"write numbers, as the run's {shown(list(getattr(runtime, of_run)))}"
+            yield Broken(rule="has a value that is not a number from 0 on", remedy=remedy)
+
+    return rule
+
+
+def _can_be_read(written: str, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+    scheme = _scheme(written)
+    url = urlsplit(written) if scheme else None
+    if not written.strip():
+        yield Broken(rule="is blank", remedy="write where the file lies, or leave the cell null")
+    elif scheme not in ("", "file", "s3"):
+        yield Broken(rule=f"has the scheme {scheme}, which is not read", remedy="use a path, file:// or s3://")
+    elif url is not None and scheme == "s3" and (not url.netloc or not url.path.strip("/")):
+        yield Broken(rule="does not name a bucket and a key", remedy="write s3://bucket/key")
+    elif url is not None and scheme == "file" and url.netloc not in ("", "localhost"):
+        rule = f"names the machine {url.netloc}, but only files of this one are read"
+        yield Broken(rule=rule, remedy="write file:///absolute/path")
+    elif scheme != "s3" and context.media_must_exist:
+        yield from _is_a_file(Path(location(written, context.base)))
+
+
+def _is_a_file(path: Path) -> Iterator[Broken]:
+    try:
+        if not S_ISREG(path.stat().st_mode):
+            yield Broken(rule="is not a file", remedy="write the path of a file")
+    except (FileNotFoundError, NotADirectoryError):
+        yield Broken(rule="does not exist", remedy=f"put the file at {path}, or correct the path")
+    except (OSError, ValueError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        yield Broken(rule=f"cannot be read ({reason})", remedy="correct the path")
+
+
+def _scheme(written: str) -> str:
+    found = _URI.match(written)
+    return found[1].lower() if found else ""
+
+
+def location(written: str, base: Path) -> str:
+    """Where a medium that breaks no rule lies: an absolute path, or an s3:// URI as it is."""
+    scheme = _scheme(written)
+    if scheme == "s3":
+        return written
+    return str(base / (unquote(urlsplit(written).path) if scheme == "file" else written))
+
+
+def _one_of(*known: str) -> Rule:
+    def rule(value: str, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+        if value not in known:
+            close = difflib.get_close_matches(value.strip().lower(), known, n=1, cutoff=0.5)
+            yield Broken(rule=f"is none of {', '.join(known)}", remedy=f"use {close[0] if close else known[0]}")
+
+    return rule
+
+
+def _between(low: int, high: int, high_shown: str) -> Rule:
+    def rule(value: int, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+        if not low <= value <= high:
+            yield Broken(rule=f"is not between {low} and {high_shown}", remedy="use a number between them")
+
+    return rule
+
+
+def _holds_a_latent(frames: int, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+    if frames < FRAMES_PER_LATENT:
+        rule = f"is shorter than one latent frame, which is {FRAMES_PER_LATENT} frames"
+        yield Broken(rule=rule, remedy=f"use {FRAMES_PER_LATENT} or more, or an image")
+
+
+def _is_a_length(seconds: float, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+    if not (math.isfinite(seconds) and seconds > 0):
+        yield Broken(rule="is not a length", remedy="write a number above 0, for example 2.5")
+
+
+def _is_some_chunks(num_chunks: int, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+    if num_chunks < 1:
+        yield Broken(rule="is below 1", remedy="write how many chunks of 24 frames to make")
+
+
+def _is_a_multiple(size: int, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+    if size < SIZE_MULTIPLE or size % SIZE_MULTIPLE:
+        yield Broken(rule=f"is not a multiple of {SIZE_MULTIPLE}", remedy=nearest(max(size, 1)))
+
+
+def _fits_the_run(num_steps: int, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+    if num_steps < 1:
+        yield Broken(rule="is below 1", remedy=f"use the run's {context.defaults.num_steps}")
+        return
+    for problem in step_problems(num_steps, context.defaults.runtime):
+        yield Broken(rule=problem.rule, remedy=problem.remedy)
+
+
+def _is_complete(tags: list[tuple[str, str | None]], context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+    if len(dict(tags)) < len(tags):
+        for key, count in Counter(key for key, _ in tags).items():
+            if count > 1:
+                yield Broken(value=shown(key), rule="is there twice", remedy="keep one of them")
+    for key, value in tags:
+        if value is None:
+            yield Broken(value=shown(key), rule="has no value", remedy="give it one, or leave the tag out")
+
+
+# Rules that compare cells
+
+
+def _not_beside(column: str) -> Rule:
+    """A row has ``column`` or this one."""
+
+    def rule(cell: object, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+        other = above.get(column)
+        if cell is not None and other is not None:
+            this = {"image": "video", "seconds": "num_chunks"}[column]
+            begins = "a row begins from one or the other" if column == "image" else "a row has one or the other"
+            yield Broken(
+                column=column,
+                value=shown(other),
+                rule=f"stands beside {this} {shown(cell)}, but {begins}",
+                remedy="leave one of the two empty",
+            )
+
+    return rule
+
+
+def _captions(schedule: list[Entry] | None, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+    """A row has a prompt or a schedule."""
+    if "prompt" not in above:
+        return
+    prompt = above["prompt"]
+    if prompt is None and schedule is None:
+        rule = "is missing, and there is no schedule either"
+        yield Broken(column="prompt", value="", rule=rule, remedy="write one of the two")
+    elif prompt is not None and schedule is not None:
+        rule = "stands beside a schedule, but a row has one or the other"
+        remedy = "keep prompt for one caption, schedule for several"
+        yield Broken(column="prompt", value=shown(prompt), rule=rule, remedy=remedy)
+    elif prompt is not None:
+        for broken in _is_described(prompt, context, above):
+            yield replace(broken, column="prompt", value=shown(prompt))
+    elif not schedule:
+        yield Broken(value="[]", rule="is empty", remedy="write at least the caption that begins at chunk 0")
+
+
+def _rises(schedule: list[Entry] | None, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+    before: int | None = None
+    for place, entry in enumerate(schedule or (), 1):
+        start = entry.start_chunk or 0
+        value = f"start_chunk {start}"
+        if before is None and start != 0:
+            rule = f"of entry {place} is not 0"
+            yield Broken(value=value, rule=rule, remedy="begin the first caption at chunk 0")
+        elif before is not None and start <= before:
+            rule = f"of entry {place} does not come after start_chunk {before} of the entry before it"
+            yield Broken(value=value, rule=rule, remedy="sort the entries, one caption per chunk")
+        before = start
+
+
+def _divides_the_steps(schedule: list[Entry] | None, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+    if schedule is None or "num_steps" not in above:
+        return
+    runtime = context.defaults.runtime
+    steps = runtime.num_steps if above["num_steps"] is None else above["num_steps"]
+    for place, entry in enumerate(schedule, 1):
+        if entry.kv_range is not None and steps % len(entry.kv_range):
+            rule = f"of entry {place} has {len(entry.kv_range)} values, but the {steps} steps are not divisible by that"
+            example = list(runtime.noise2clean_kvrange) or [5, 4, 3, 2]
+            remedy = f"write as many as noise2clean_kvrange has, for example {shown(example)}"
+            yield Broken(value=f"kv_range {shown(entry.kv_range)}", rule=rule, remedy=remedy)
+
+
+def _ends_in_time(schedule: list[Entry] | None, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+    """Captions begin within the video."""
+    if not schedule or not {"video", "seconds", "num_chunks", "fps"} <= above.keys():
+        return
+    if above["seconds"] is not None:
+        fps = context.defaults.fps if above["fps"] is None else above["fps"]
+        # How many frames a clip takes from its first chunk is known once it is read; at most all but one latent.
+        taken = LATENTS_PER_CHUNK - 1 if above["video"] is not None else 0
+        chunks = chunks_for_seconds(above["seconds"], fps, taken)
+    else:
+        chunks = context.defaults.num_chunks if above["num_chunks"] is None else above["num_chunks"]
+    last = max(entry.start_chunk or 0 for entry in schedule)
+    if last >= chunks:
+        rule = f"lies beyond the last chunk of the video, {chunks - 1}"
+        remedy = f"begin at {chunks - 1} or before, or make the video longer"
+        yield Broken(value=f"start_chunk {last}", rule=rule, remedy=remedy)
+
+
+# The cells
+
+Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Medium = Annotated[str, rules(_can_be_read)]
+Size = Annotated[Int, rules(_is_a_multiple)]
+# Arrow has a map as pairs, in which a key may come twice.
+Tags = Annotated[
+    list[tuple[str, str | None]],
+    BeforeValidator(lambda tags: list(tags.items()) if isinstance(tags, dict) else tags),
+    rules(_is_complete),
+]
+
+
+class Entry(BaseModel):
+    """An entry of a schedule."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", validate_default=True)
+
+    start_chunk: Annotated[Int | None, rules(_is_a_start)] = None
+    prompt: Annotated[str | None, rules(_is_described)] = None
+    kv_range: Annotated[list[Int | None], rules(_sees_itself)] | None = None
+    text_scales: Annotated[list[float | None], rules(_guides("text_scales"))] | None = None
+    prev_chunk_scales: Annotated[list[float | None], rules(_guides("prev_chunk_scales"))] | None = None
+
+
+class Cells(BaseModel):
+    """The cells of a row as written; a missing one is null, a column that magi-ray does not know is left aside."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", validate_default=True)
+
+    job_id: Annotated[str | None, rules(_is_a_name)] = None
+    prompt: str | None = None
+    image: Medium | None = None
+    video: Annotated[Medium | None, rules(_not_beside("image"))] = None
+    prefix_from: Annotated[str, rules(_one_of("start", "end"))] | None = None
+    prefix_frames: Annotated[Int, rules(_holds_a_latent)] | None = None
+    fit: Annotated[str, rules(_one_of("crop", "pad", "fit"))] | None = None
+    include_prefix: bool | None = None
+    seconds: Annotated[float, rules(_is_a_length)] | None = None
+    num_chunks: Annotated[Annotated[Int, rules(_is_some_chunks)] | None, rules(_not_beside("seconds"))] = None
+    width: Size | None = None
+    height: Size | None = None
+    fps: Annotated[Int, rules(_between(1, MAX_FPS, str(MAX_FPS)))] | None = None
+    seed: Annotated[Int, rules(_between(0, MAX_SEED, "2^63 - 1"))] | None = None
+    num_steps: Annotated[Int, rules(_fits_the_run)] | None = None
+    priority: Int | None = None
+    tags: Tags | None = None
+    schedule: Annotated[list[Entry] | None, rules(_captions, _rises, _divides_the_steps, _ends_in_time)] = None
+
+
+# Columns that say of one row what the run's table [prefix] says of all.
+PREFIX_COLUMNS = {"prefix_from": "take", "prefix_frames": "max_frames", "fit": "fit", "include_prefix": "include"}
+
+_TYPES: Mapping[pa.DataType, str] = {
+    pa.string(): "text",
+    pa.int64(): "a whole number below 2^63",
+    pa.float64(): "a number",
+    pa.bool_(): "true or false",
+    COLUMNS["tags"]: "a map from text to text",
+    COLUMNS["schedule"]: f"a list of {{start_chunk, prompt}}, each with or without {', '.join(CONTROLS)}",
+}
+_UNUSABLE = object()  # of no column's type
+
+
+def check(
+    rows: Iterable[Mapping[str, Any]], context: Context | None, *, unusable: Collection[str] = ()
+) -> tuple[list[Cells], list[Problem]]:
+    """The cells of all rows, and all that is wrong with them; cells of rows with problems are missing.
+
+    context: its number does not count; None: only types are checked.  unusable: columns of which something is said
+    already; nothing more is said of them, nor of what depends on them.
+    """
+    cells: list[Cells] = []
+    problems: list[Problem] = []
+    first: dict[str, int] = {}
+    order = {column: place for place, column in enumerate(COLUMNS)}
+    hidden = dict.fromkeys(unusable, _UNUSABLE)
+    for number, row in enumerate(rows, 1):
+        row = {**row, **hidden}
+        found: list[Problem] = []
+        try:
+            cells.append(Cells.model_validate(row, context=context and replace(context, number=number)))
+        except ValidationError as exc:
+            found += _problems(exc, number, row)
+        job_id = row.get("job_id")
+        if context is not None and isinstance(job_id, str) and first.setdefault(job_id, number) != number:
+            rule, remedy = f"is the job_id of row {first[job_id]} too", "give every row a name of its own"
+            found.append(_problem(number, job_id, "job_id", shown(job_id), rule, remedy))
+        problems += sorted(
+            (problem for problem in found if problem.column not in unusable), key=lambda problem: order[problem.column]
+        )
+    return cells, problems
+
+
+def _problems(error: ValidationError, number: int, row: Mapping[str, Any]) -> Iterator[Problem]:
+    faults = error.errors(include_url=False, include_input=False)
+    mistyped = {str(fault["loc"][0]) for fault in faults if fault["type"] != "rules"}
+    for column in mistyped:
+        wanted = COLUMNS[column]
+        remedy = "put the value in quotes" if wanted == pa.string() else "correct the value"
+        yield _problem(number, row.get("job_id"), column, shown(row[column]), f"must be {_TYPES[wanted]}", remedy)
+    for fault in faults:
+        column, inside = str(fault["loc"][0]), fault["loc"][1:]
+        if column in mistyped:
+            continue
+        cell = shown(fault["ctx"]["cell"])
+        for broken in fault["ctx"]["broken"]:
+            value, rule = cell if broken.value is None else broken.value, broken.rule
+            if inside:  # an entry of the schedule: its place, its field
+                value, rule = f"{inside[1]} {value}", f"of entry {int(inside[0]) + 1} {rule}"
+            yield _problem(number, row.get("job_id"), broken.column or column, value, rule, broken.remedy)
+
+
+def _problem(row: int, job_id: object, column: str, value: str, rule: str, remedy: str) -> Problem:
+    name = job_id if isinstance(job_id, str) else ""
+    return Problem(row=row, job_id=name, column=column, value=value, rule=rule, remedy=remedy)
+
+
+def notes(cells: Sequence[Cells], unknown: Iterable[str]) -> Iterator[str]:
+    """What is allowed but probably not meant. unknown: names of the columns that magi-ray does not know."""
+    for name in unknown:
+        close = difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.7)
+        if close:
+            yield f"Column {name} is not one of ours and only travels into the results. Did you mean {close[0]}?"
+    for column in PREFIX_COLUMNS:
+        what = "an image or a clip" if column == "fit" else "a clip"
+        idle = [
+            number
+            for number, row in enumerate(cells, 1)
+            if getattr(row, column) and row.video is None and (column != "fit" or row.image is None)
+        ]
+        if idle:
+            yield f"Row {_first(idle)} says {column}, which counts only where a video begins from {what}."
+    remote = [number for number, row in enumerate(cells, 1) if _scheme(row.image or row.video or "") == "s3"]
+    if remote:
+        yield f"Row {_first(remote)} begins from an s3:// URI, which is read only when it is submitted."
+
+
+def _first(numbers: Sequence[int]) -> str:
+    return f"{numbers[0]}{f' ({len(numbers)} rows)' if len(numbers) > 1 else ''}"

@@ -1,0 +1,155 @@
+"""Submitting: ``prepare`` finds everything that can be wrong before anything is written; ``create`` writes the run's
+own copy of the manifest, settings and media."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from magi_ray.errors import MediaError, ObjectDamaged, Problem
+from magi_ray.manifest import Manifest, Row
+from magi_ray.manifest.messages import refusal
+from magi_ray.media.reader import count_frames, read_image
+from magi_ray.render.plans.identity import run_digest
+from magi_ray.render.plans.row_plan import Media
+from magi_ray.render.runs import memory, preflight
+from magi_ray.render.runs.media import MediaFiles
+from magi_ray.render.runs.record import Run, RunRecord, read_run
+from magi_ray.render.runs.weights import make_weights, weight_digests
+from magi_ray.settings import Settings
+from magi_ray.storage import keys
+from magi_ray.storage.records import holds, record_bytes
+from magi_ray.storage.store import Store
+from magi_ray.timeline import FRAMES_PER_LATENT
+
+
+def prepare(manifest: Manifest, *, name: str, settings: Settings) -> tuple[Run, MediaFiles]:
+    """The run that ``manifest``, checked against these ``settings``, asks for, and the media files it needs.
+
+    name: of the manifest.  Nothing is written but made weights, and media that lie in S3, for as long as the second of
+    the two lives.
+    Raises ManifestError with every row whose media cannot be used; SettingsError, WeightsError, MediaError as
+    ``preflight.check``; StoreUnavailable when media cannot be fetched now.
+    """
+    media, files, notes = _inspect_media(manifest, name)
+    manifest = replace(manifest, notes=(*manifest.notes, *notes))
+    make_weights(settings)
+    # Before the digests, which read every byte: a shard cut short is told in a second.
+    preflight.check(settings)
+    digests = weight_digests(settings)
+    digest = run_digest(manifest.digest, {job: medium.sha256 for job, medium in media.items()}, settings, digests)
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).stem).strip(".-")[:40] or "run"
+    record = RunRecord(
+        run_id=f"{stem}-{digest[:10]}",
+        name=name,
+        created_unix=time.time(),
+        magi_ray=version("magi-ray"),
+        manifest_digest=manifest.digest,
+        manifest_sha256=hashlib.sha256(manifest.parquet()).hexdigest(),
+        settings=settings,
+        digests=digests,
+        media=media,
+    )
+    run = Run.planned(record, manifest, takes={})
+    memory.require(run.plans.values(), memory.available(settings))
+    return run, files
+
+
+def create(store: Store, run: Run, files: Mapping[str, Path]) -> bool:
+    """Write ``run`` into ``store``: media and manifest first, ``run.json`` last. False if it was there already.
+
+    What is there and intact stays; what is damaged or gone is written anew.
+    """
+    submitted = store.exists(keys.run_record(run.run_id))
+    for sha256, path in files.items():
+        # Those of a new run in any case: a collection under way may have listed them as garbage, and leaves alone
+        # what was written since.
+        if not (submitted and holds(store, keys.media(sha256), sha256)):
+            store.put_file(keys.media(sha256), path)
+    damaged = False
+    if submitted:
+        try:
+            read_run(store, run.run_id)
+            return False
+        except ObjectDamaged:
+            damaged = True
+    store.put(keys.run_manifest(run.run_id), run.manifest.parquet())
+    data = record_bytes(run.record.model_dump(mode="json"))
+    if damaged:
+        store.put(keys.run_record(run.run_id), data)
+    created = not damaged and store.put_if_absent(keys.run_record(run.run_id), data)
+    # Garbage collection knows only now that this run needs them.
+    for sha256, path in files.items():
+        if not store.exists(keys.media(sha256)):
+            store.put_file(keys.media(sha256), path)
+    return created
+
+
+def _inspect_media(manifest: Manifest, name: str) -> tuple[dict[str, Media], MediaFiles, list[str]]:
+    """What each row begins from, opened once so that an unreadable file is found now, by job_id; the files by sha256;
+    and notes. Raises ManifestError, StoreUnavailable."""
+    media: dict[str, Media] = {}
+    files = MediaFiles()
+    notes: list[str] = []
+    problems: list[Problem] = []
+    for row in manifest.rows:
+        if row.prefix_location is None:
+            continue
+        try:
+            path = files.here(row.prefix_location)
+            found, note = _inspect(row, path)
+        except MediaError as exc:
+            # Which file is said already; one that was fetched has a name that means nothing.
+            problems.append(_problem(row, _kind(row), row.image or row.video, exc.reason, exc.remedy))
+            continue
+        except OSError as exc:
+            rule = f"cannot be read ({exc.strerror})"
+            problems.append(_problem(row, _kind(row), row.image or row.video, rule, "give a readable file"))
+            continue
+        # Seconds after a clip become chunks only now that the clip's length is known.
+        last, chunks = row.captions[-1].start_chunk, row.chunks(found.latents)
+        if last >= chunks:
+            rule = f"is beyond the video's last chunk, {chunks - 1}"
+            problems.append(_problem(row, "schedule", last, rule, "make the video longer or leave that caption out"))
+        media[row.job_id] = found
+        files[found.sha256] = path
+        notes += [note] if note else []
+    if problems:
+        raise refusal(name, problems, next_command=f"magi-ray manifest validate {name}")
+    return media, files, notes
+
+
+def _inspect(row: Row, path: Path) -> tuple[Media, str]:
+    """What the row begins from, and what should be said of it. Raises MediaError, OSError."""
+    latents, note = 1, ""
+    if row.image is not None:
+        read_image(path, width=row.width, height=row.height, fit=row.prefix.fit)
+    else:
+        wanted = row.prefix.max_frames
+        frames = count_frames(path, fps=row.fps, max_frames=wanted)
+        latents = frames // FRAMES_PER_LATENT
+        if not latents:
+            reason = f"has {frames} frames at {row.fps} fps, but a prefix needs at least {FRAMES_PER_LATENT}"
+            raise MediaError.about(path, reason, remedy="give a longer clip, or an image")
+        if frames < wanted:
+            note = (
+                f"Row {row.number} begins from {frames} frames: its clip has no more at {row.fps} fps, "
+                f"and {wanted} were asked."
+            )
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return Media(kind=_kind(row), sha256=sha256, latents=latents), note
+
+
+def _kind(row: Row) -> Literal["image", "video"]:
+    return "image" if row.image is not None else "video"
+
+
+def _problem(row: Row, column: str, value: object, rule: str, remedy: str) -> Problem:
+    return Problem(row=row.number, job_id=row.job_id, column=column, value=str(value), rule=rule, remedy=remedy)
