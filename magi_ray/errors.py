@@ -19,7 +19,7 @@ MagiRayError
 └── WorkerLost                a worker died or stopped answering                        (class "infrastructure")
 
 Every error says what is wrong (``message``), how to mend it (``remedy``) and what to type next (``next_command``).
-All survive pickling, because Ray will try.
+All survive pickling: Ray sends them between processes.
 """
 
 from __future__ import annotations

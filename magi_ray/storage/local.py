@@ -1,9 +1,9 @@
 """A store in a folder, on a local disk or one that all machines mount.
 
 An object is first written whole under ``<root>/.tmp/``, flushed to the disk, and then given its name in one step:
-``rename`` to overwrite, ``link`` to create only, which fails if the name is taken. A crash leaves at most a nameless
-file in ``.tmp``, which no key can reach; ``leftovers`` lists them. To swap, a file in ``.locks`` is locked while the
-object is compared and renamed; the system lets go of it however the process ends.
+``rename`` to overwrite, ``link`` to create only, which fails if the name is taken. A crash leaves at most a file in
+``.tmp``, which no key can reach; ``leftovers`` lists them. To swap, a file in ``.locks`` is locked while the object is
+compared and renamed; the system releases the lock however the process ends.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ LARGE_BYTES = 9 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing a store does or does not. ``seen``: in words what it did; ``why``: what would go wrong without it;
-    ``needed``: without it the store is refused."""
+    """One thing a store does or does not do. seen: what it did.  why: what would go wrong without it.  needed: without
+    it the store is refused."""
 
     name: str
     ok: bool
@@ -40,7 +40,7 @@ class Finding:
 
 
 def probe(store: Store, *, thorough: bool = False) -> list[Finding]:
-    """Everything ``check_store`` wants, and what is good to have. thorough: a large file too (9 MiB there and back).
+    """Everything ``check_store`` needs, and what is good to have. thorough: also a large file (9 MiB up and down).
 
     Writes below ``probes/`` and deletes it again. Raises StoreError kinds when nothing can be found out.
     """
@@ -49,8 +49,8 @@ def probe(store: Store, *, thorough: bool = False) -> list[Finding]:
 
 
 def check_store(store: Store) -> None:
-    """Raises StoreError with the reason if ``store`` is not good enough, and else leaves it as it was: some 80 small
-    writes. Called before anything is computed."""
+    """Raises StoreError with the reason if ``store`` is not good enough. Makes some 80 small writes and deletes them
+    again. Called before anything is computed."""
     faults = [finding for finding in _findings(store, _NEEDED) if not finding.ok]
     if faults:
         lines = [f"{fault.name}: {fault.seen} {fault.why}" for fault in faults]
@@ -174,13 +174,13 @@ def _not_deleted(store: Store, folder: str) -> str:
 
 
 @runtime_checkable
-class _OverANetwork(Protocol):
+class _ChecksPuts(Protocol):
     def refuses_damage(self, key: str) -> bool: ...
 
 
 def _damage_kept(store: Store, folder: str) -> str | None:
     inner = store.inner if isinstance(store, RetryingStore) else store
-    if not isinstance(inner, _OverANetwork):
+    if not isinstance(inner, _ChecksPuts):
         return None
     return "" if inner.refuses_damage(folder + "damaged") else "a put with a wrong Content-MD5 was accepted."
 

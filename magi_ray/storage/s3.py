@@ -5,8 +5,8 @@ Where it is and who asks, boto3 reads itself, in every process: AWS_ENDPOINT_URL
 With an endpoint of one's own the bucket stands in the path of the address, with AWS in its host name.
 
 Creating once is a put with ``If-None-Match: *``, swapping one with ``If-Match`` and the ETag that was read; both are
-single puts, since not every server honours conditions on multipart uploads. Their answers: 412 "no", 409 and 500
-"ask again". Puts carry the MD5 of their bytes, so that a server refuses what was damaged on the way.
+single puts, since not every server honours conditions on multipart uploads. The answer 412 means no, 409 and 500 mean
+try again. Puts carry the MD5 of their bytes, so that a server refuses what was damaged on the way.
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ class S3Store:
 
 
 class ForeignBucket(S3Store):
-    """A bucket to read from, whose keys are named as others like."""
+    """A bucket to read from, whose keys need not be ones of ours."""
 
     def _name(self, key: str) -> str:
         return key

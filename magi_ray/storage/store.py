@@ -28,7 +28,7 @@ class Store(Protocol):
 
     @property
     def uri(self) -> str:
-        """Where it is, in the words the user would give."""
+        """Its address, as a user would write it."""
         ...
 
     def put(self, key: str, data: bytes) -> None:
@@ -52,7 +52,7 @@ class Store(Protocol):
         ...
 
     def get_versioned(self, key: str) -> tuple[bytes, str]:
-        """``get``, and the version that ``swap`` wants to hear. Raises ObjectMissing."""
+        """``get``, and the version to give to ``swap``. Raises ObjectMissing."""
         ...
 
     def swap(self, key: str, data: bytes, version: str) -> str | None:
@@ -66,7 +66,7 @@ class Store(Protocol):
     def exists(self, key: str) -> bool: ...
 
     def list(self, prefix: str, after: str = "") -> Iterator[str]:
-        """Every key that begins with the string ``prefix`` ('' for all) and comes behind ``after``, in the order of the
+        """Every key that begins with the string ``prefix`` ('' for all) and comes after ``after``, in the order of
         strings."""
         ...
 
@@ -79,7 +79,7 @@ class Store(Protocol):
         ...
 
     def leftovers(self) -> Iterator[Entry]:
-        """What killed writers left behind and no key reaches; ``key`` is a name for ``sweep`` alone."""
+        """What killed writers left behind under no key; ``Entry.key`` is a name for ``sweep`` alone."""
         ...
 
     def sweep(self, name: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from magi_ray.settings import (
     PRESETS,
     PUBLISHED,
     TINY,
+    PixelSettings,
+    RunSettings,
     RuntimeConfig,
     Settings,
     WeightPaths,
@@ -25,6 +29,7 @@ from magi_ray.settings import (
     published,
     step_problems,
 )
+from magi_ray.settings.environment import set_defaults
 
 JOBS = Path(__file__).parents[2] / "jobs"
 
@@ -298,6 +303,32 @@ def test_settings_survive_json() -> None:
     base = preset("magi-tiny")
 
     assert Settings.model_validate_json(base.model_dump_json()) == base
+
+
+def test_which_end_of_a_clip_is_called_take_wherever_people_and_records_name_it() -> None:
+    base = preset("magi-tiny")
+    changed = override(base, {"prefix": {"take": "end"}})
+
+    assert (base.prefix.clip_end, changed.prefix.clip_end) == ("start", "end")
+    assert changed.model_dump(mode="json")["prefix"]["take"] == "end"
+    assert Settings.model_validate_json(changed.model_dump_json()) == changed
+    assert override(base, changed.model_dump()) == changed
+    for wrong, words in (({"tak": "end"}, "Did you mean take?"), ({"clip_end": "end"}, "unknown field")):
+        with pytest.raises(SettingsError, match=re.escape(words)):
+            override(base, {"prefix": wrong})
+
+
+def test_every_setting_changes_pixels_or_does_not() -> None:
+    assert not PixelSettings.model_fields.keys() & RunSettings.model_fields.keys()
+    assert PixelSettings.model_fields.keys() | RunSettings.model_fields.keys() == Settings.model_fields.keys()
+    assert RunSettings.model_fields.keys() == {"name", "weights", "decoders", "black_frames"}
+
+
+def test_a_variable_that_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"RAY_A": "mine"})
+    set_defaults({"RAY_A": "ours", "RAY_B": "ours"})
+
+    assert os.environ == {"RAY_A": "mine", "RAY_B": "ours"}
 
 
 def test_steps_must_fit_window_and_ranges() -> None:

@@ -3,12 +3,12 @@
 A run needs the stages, captions, prefixes and media of its plan, and the segments of its chunks. Everything under
 ``runs/`` stays, whatever it is.
 
-Of a commit that goes, ``commit.json`` goes first. So a reader finds a whole commit or none at every moment, also where
-collection is killed between the two: payloads without a commit are nothing, and the next collection takes them. The
+``commit.json`` is deleted before the payloads beside it. So readers find a whole commit or none at every moment, even
+if collection is killed between the two: payloads without a commit are nothing, and the next collection takes them. The
 other order would leave commits that look damaged. A writer that wakes late cannot do harm, since it writes the same
-bytes under the same key: its commit finds its payloads, or writes them again (``records.write_commit``). What is
-deleted under somebody who has just come to need it (``garbage`` looks for new runs as it goes, but not after every
-object) is rendered again; nothing is ever wrong.
+bytes under the same key: its commit finds its payloads, or writes them again (``records.write_commit``). ``garbage``
+looks for new runs as it goes, but not after every object: what one of them has just come to need may be deleted, and
+is then rendered again; nothing is ever wrong.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ from magi_ray.storage.records import Commit, read_commit
 from magi_ray.storage.store import Entry, Store
 
 MIN_AGE_S = 7 * 86400.0
-# How often new runs and takes are looked for while the store is listed.
-LOOK_S = 10.0
+REFRESH_S = 10.0  # how often new runs and takes are looked for while the store is listed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One object that nobody needs. ``size`` in bytes.  ``reason``: why, in words.  leftover: it has no key, but a
-    name for ``Store.sweep``."""
+    """One object that nobody needs. size: bytes.  reason: why it goes.  leftover: ``key`` is a name for
+    ``Store.sweep``."""
 
     key: str
     size: int
@@ -64,27 +63,12 @@ def garbage(
     needed = _Needed(store, frozenset(forget), clock)
     for run_id in forget:
         _require_resting(store, run_id, watch_s)
-    # Stages first: they tell which segments are needed.
-    for kind in ("stage", "segment", "text", "prefix"):
+    for kind in keys.COMMITS:
         for item in _commits(store, kind, needed, min_age_s):
             if item.age_s >= min_age_s:
-                # What came after the stages were read may be needed by one of them, and must still be too young here.
-                if 0 < min_age_s <= clock() - began:
-                    raise InputError(
-                        f"Collecting has taken {clock() - began:.0f} s, but what is {min_age_s:.0f} s old may go.",
-                        remedy="Collect again, with a longer minimum age: --min-age.",
-                    )
+                _require_in_time(clock() - began, min_age_s)
                 yield item
-    for entry in store.entries("media/"):
-        if entry.age_s >= min_age_s and not needed.media(entry.key.rpartition("/")[2]):
-            yield _item(entry, "no run begins from this image or clip")
-    for entry in store.entries("probes/"):
-        if entry.age_s >= min_age_s:
-            yield _item(entry, "left behind by a check of the store")
-    for entry in store.leftovers():
-        if entry.age_s >= min_age_s:
-            reason = "half written by a process that died"
-            yield Item(key=entry.key, size=entry.size, age_s=entry.age_s, reason=reason, leftover=True)
+    yield from (item for item in _others(store, needed) if item.age_s >= min_age_s)
 
 
 def collect(store: Store, items: Iterable[Item]) -> tuple[int, int]:
@@ -103,45 +87,46 @@ def collect(store: Store, items: Iterable[Item]) -> tuple[int, int]:
 
 
 class _Needed:
-    """What the runs of the store need. Asks the store again every LOOK_S."""
+    """What the runs of the store need. Asks the store again every REFRESH_S."""
 
     def __init__(self, store: Store, forget: Collection[str], clock: Callable[[], float]) -> None:
         self._store, self._forget, self._clock = store, forget, clock
-        self._planned: dict[str, int] = {}  # run → its takes
+        self._planned: dict[str, int] = {}  # run: number of its takes
         self._keys: dict[str, set[str]] = {kind: set() for kind in ("stage", "text", "prefix", "media")}
         self._chunks: set[str] = set()
-        self._blind = False
-        self._look()
+        self._unreadable_stage = False
+        self._refresh()
 
     def commit(self, kind: CommitKind, key: str, found: Commit | None) -> bool:
         """Whether the commit ``found`` under ``key`` (None: unreadable) is needed."""
-        self._look_again()
+        self._refresh_if_due()
         if kind == "segment":
             # A stage that cannot be read does not tell which segment is its own.
-            return found is not None and (self._blind or found.pre_image["chunk"] in self._chunks)
+            return found is not None and (self._unreadable_stage or found.pre_image["chunk"] in self._chunks)
         return key in self._keys[kind]
 
     def media(self, sha256: str) -> bool:
-        self._look_again()
+        """Whether an image or clip is needed."""
+        self._refresh_if_due()
         return sha256 in self._keys["media"]
 
-    def note(self, stage: Commit | None) -> None:
-        """A needed stage was read; None: it is there, and cannot be."""
+    def add_chunk_of(self, stage: Commit | None) -> None:
+        """The chunk of a needed stage, whose segment is needed too; None: the stage is there, but unreadable."""
         if stage is None:
-            self._blind = True
+            self._unreadable_stage = True
         elif "chunk" in stage.payloads:
             self._chunks.add(stage.payloads["chunk"].sha256)
 
-    def _look_again(self) -> None:
-        if self._clock() - self._looked >= LOOK_S:
+    def _refresh_if_due(self) -> None:
+        if self._clock() - self._refreshed >= REFRESH_S:
             before = frozenset(self._keys["stage"])
-            self._look()
+            self._refresh()
             for key in sorted(self._keys["stage"] - before):  # the listing may be past them
                 if self._store.exists(keys.commit("stage", key)):
-                    self.note(read_commit(self._store, "stage", key))
+                    self.add_chunk_of(read_commit(self._store, "stage", key))
 
-    def _look(self) -> None:
-        self._looked = self._clock()
+    def _refresh(self) -> None:
+        self._refreshed = self._clock()
         takes: dict[str, int] = {}
         for key in self._store.list(keys.RUNS):
             if run_id := keys.run_of(key):
@@ -172,7 +157,7 @@ class _Needed:
 
 
 def _commits(store: Store, kind: CommitKind, needed: _Needed, min_age_s: float) -> Iterator[Item]:
-    """What is garbage among the commits of one kind and what lies beside them."""
+    """What is garbage among the commits of one kind and the objects beside them."""
     for key, found in groupby(store.entries(keys.commits(kind)), lambda entry: keys.commit_of(entry.key)):
         if not key:
             continue
@@ -181,12 +166,14 @@ def _commits(store: Store, kind: CommitKind, needed: _Needed, min_age_s: float) 
         commit = read_commit(store, kind, key) if there else None
         if needed.commit(kind, key, commit):
             if there and kind == "stage":
-                needed.note(commit)
+                needed.add_chunk_of(commit)
             if there and commit is None:
                 continue  # damaged: it is made again, or mended by whoever knows more
-            named = set() if commit is None else {payload.name for payload in commit.payloads.values()}
+            named = {keys.commit(kind, key)}
+            if commit is not None:
+                named |= {keys.commit_folder(kind, key) + payload.name for payload in commit.payloads.values()}
             for entry in entries:
-                if entry.key.rpartition("/")[2] not in named | {"commit.json"}:
+                if entry.key not in named:
                     yield _item(entry, "no commit names it: its writer died, or another was quicker")
         # Somebody who has written here lately may not be done.
         elif min(entry.age_s for entry in entries) >= min_age_s:
@@ -199,6 +186,26 @@ def _commits(store: Store, kind: CommitKind, needed: _Needed, min_age_s: float) 
             yield from (_item(entry, reason) for entry in entries)
 
 
+def _others(store: Store, needed: _Needed) -> Iterator[Item]:
+    """What is garbage beside the commits, of any age."""
+    for entry in store.entries(keys.MEDIA):
+        if not needed.media(entry.key.rpartition("/")[2]):
+            yield _item(entry, "no run begins from this image or clip")
+    for entry in store.entries(keys.PROBES):
+        yield _item(entry, "left behind by a check of the store")
+    for entry in store.leftovers():
+        yield _item(entry, "half written by a process that died", leftover=True)
+
+
+def _require_in_time(taken_s: float, min_age_s: float) -> None:
+    # What came after the stages were read may be needed by one of them, and must still be too young here.
+    if 0 < min_age_s <= taken_s:
+        raise InputError(
+            f"Collecting has taken {taken_s:.0f} s, but what is {min_age_s:.0f} s old may be deleted.",
+            remedy="Collect again, with a longer minimum age: --min-age.",
+        )
+
+
 def _require_resting(store: Store, run_id: str, watch_s: float) -> None:
     held = holding(store, keys.run_lease(run_id), watch_s=watch_s)
     if held is not None and held.beating is not False:
@@ -209,5 +216,5 @@ def _require_resting(store: Store, run_id: str, watch_s: float) -> None:
         )
 
 
-def _item(entry: Entry, reason: str) -> Item:
-    return Item(key=entry.key, size=entry.size, age_s=entry.age_s, reason=reason)
+def _item(entry: Entry, reason: str, *, leftover: bool = False) -> Item:
+    return Item(key=entry.key, size=entry.size, age_s=entry.age_s, reason=reason, leftover=leftover)

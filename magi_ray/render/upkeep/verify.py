@@ -3,13 +3,14 @@ memory or on the disk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from typing import Literal
 
-from magi_ray.errors import InputError, MagiRayError, MediaError, ObjectDamaged, ObjectMissing, StoreError
+from magi_ray.errors import InputError, MediaError, ObjectDamaged, ObjectMissing, StoreError
 from magi_ray.media.encoder import encoder_identity, find_ffmpeg
 from magi_ray.render.artifacts.commits import segment_pre_image
 from magi_ray.render.artifacts.videos import read_video_record
@@ -19,13 +20,11 @@ from magi_ray.storage.keys import CommitKind
 from magi_ray.storage.records import Payload, digest, measure, read_commit, read_record, unseal
 from magi_ray.storage.store import Store
 
-KINDS: tuple[CommitKind, ...] = ("stage", "segment", "text", "prefix")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Damage:
-    """One object that is not what was committed. ``what``: is wrong, with both numbers.  needed_by: the rows that need
-    it, as (run, job_id); job_id is '' where the whole run does.  remedy, next_command: what mends it."""
+    """One object that is not what was committed. what: is wrong with it, with both numbers.  needed_by: the rows that
+    need it, as (run, job_id); job_id is '' where the whole run does.  remedy, next_command: how to mend it."""
 
     key: str
     what: str
@@ -36,7 +35,7 @@ class Damage:
 
 @dataclass(kw_only=True)
 class Report:
-    """objects, bytes: read and compared.  loose: payloads that no commit names, which are nobody's and no error.
+    """objects, bytes: read and compared.  loose: payloads that no commit names, which is no error.
     notes: what could not be checked, and why."""
 
     objects: int = 0
@@ -54,34 +53,22 @@ def verify(
     on_progress: called with the objects and bytes read so far.
     Raises RunNotFound, StoreError when the store itself fails.
     """
-    work = _Verifier(store, on_progress)
+    verifier = _Verifier(store, on_progress)
     if run_ids is None:
-        for kind in KINDS:
-            work.all_commits(kind)
-        for key in store.list("media/"):
-            work.media(key)
-        for runs in all_runs(store):
-            for run_id in runs:
-                work.run(run_id)
+        verifier.everything()
     else:
         for run_id in run_ids:
-            work.run(run_id)
-            with suppress(ObjectDamaged):
-                run = open_run(store, run_id)
-                for needed, key in dict.fromkeys((kind, key) for kind, key, _ in needs(store, run)):
-                    if needed == "media":
-                        work.media(keys.media(key))
-                    else:
-                        work.commit(needed, key)
-    if work.report.damages:
-        work.report.damages = list(_explained(store, work.report.damages))
-    return work.report
+            verifier.run_and_its_needs(run_id)
+    report = verifier.report
+    if report.damages:
+        report.damages = list(_with_remedies(store, report.damages))
+    return report
 
 
 def needs(store: Store, run: Run) -> Iterator[tuple[CommitKind | Literal["media"], str, str]]:
     """(kind, key, job_id) of everything that the rows of ``run`` have or will have in the store.
 
-    Of segments, those whose chunk is there: encoded by this machine's ffmpeg, or by the one that the video names.
+    Of segments, those whose chunk is there: as this machine's ffmpeg encodes them, or the one that made the video.
     """
     try:
         here = encoder_identity(find_ffmpeg())
@@ -108,71 +95,82 @@ class _Verifier:
         self._store, self._on_progress = store, on_progress
         self.report = Report()
 
-    def all_commits(self, kind: CommitKind) -> None:
+    def everything(self) -> None:
+        for kind in keys.COMMITS:
+            self._all_commits(kind)
+        for key in self._store.list(keys.MEDIA):
+            self._check_twice(partial(self._media, key))
+        for runs in all_runs(self._store):
+            for run_id in runs:
+                self._run(run_id)
+
+    def run_and_its_needs(self, run_id: str) -> None:
+        self._run(run_id)
+        with suppress(ObjectDamaged):
+            run = open_run(self._store, run_id)
+            for kind, key in dict.fromkeys((kind, key) for kind, key, _ in needs(self._store, run)):
+                if kind == "media":
+                    self._check_twice(partial(self._media, keys.media(key)))
+                else:
+                    self._check_twice(partial(self._commit, kind, key, set()))
+
+    def _all_commits(self, kind: CommitKind) -> None:
         for key, found in groupby(self._store.list(keys.commits(kind)), keys.commit_of):
             if not key:
                 continue
-            folder = keys.commit_folder(kind, key)
-            names = {name.removeprefix(folder) for name in found} - {"commit.json"}
-            self.report.loose += len(names - self.commit(kind, key))
+            payloads = set(found) - {keys.commit(kind, key)}
+            named: set[str] = set()
+            self._check_twice(partial(self._commit, kind, key, named))
+            self.report.loose += len(payloads - named)
 
-    def commit(self, kind: CommitKind, key: str) -> set[str]:
-        """Check a commit and its payloads, if it is there; the names of its payloads."""
-        where = keys.commit(kind, key)
-        named: set[str] = set()
-
-        def look() -> Iterator[Damage]:
-            try:
-                commit = read_commit(self._store, kind, key)
-            except InputError as exc:
-                self._note(f"{where} was not checked: {exc.message}")
-                return
-            if commit is None:
-                with suppress(ObjectMissing):
-                    data = self._store.get(where)
-                    self._count(len(data))
-                    yield Damage(key=where, what=_sealed(data) or f"is not the commit of {kind} {key}")
-                return
-            self._count(0)
-            named.update(payload.name for payload in commit.payloads.values())
-            for payload in commit.payloads.values():
-                yield from self._payload(keys.commit_folder(kind, key) + payload.name, payload)
-
-        self._twice(look)
-        return named
-
-    def media(self, key: str) -> None:
-        sha256 = key.rpartition("/")[2]
-
-        def look() -> Iterator[Damage]:
-            with suppress(ObjectMissing):
-                found = measure(self._store, key)
-                self._count(found.size)
-                if found.sha256 != sha256:
-                    yield Damage(key=key, what=f"has sha256 {found.sha256}, but {sha256} is its name")
-
-        self._twice(look)
-
-    def run(self, run_id: str) -> None:
+    def _run(self, run_id: str) -> None:
         """The record, manifest, takes and videos of a run."""
-        self._twice(lambda: self._record(run_id))
+        self._check_twice(partial(self._record, run_id))
         for key in self._store.list(keys.takes(run_id)):
-            self._twice(lambda key=key: self._take(key))  # type: ignore[misc]
+            self._check_twice(partial(self._take, key))
         for key in self._store.list(keys.videos(run_id)):
             if key.endswith(".json"):
-                self._twice(lambda key=key: self._video(run_id, key))  # type: ignore[misc]
+                self._check_twice(partial(self._video, key))
+
+    def _check_twice(self, check: Callable[[], Iterator[Damage]]) -> None:
+        """Report only what a second check finds too: meanwhile it may have been mended, replaced or collected."""
+        with suppress(ObjectMissing):
+            if list(check()):
+                self.report.damages += list(check())
+
+    def _commit(self, kind: CommitKind, key: str, named: set[str]) -> Iterator[Damage]:
+        """A commit and its payloads, whose keys are added to ``named``; nothing where there is no commit."""
+        where = keys.commit(kind, key)
+        try:
+            commit = read_commit(self._store, kind, key)
+        except InputError as exc:
+            self._note(f"{where} was not checked: {exc.message}")
+            return
+        if commit is None:
+            data = self._get(where)
+            yield Damage(key=where, what=_seal_fault(data) or f"is not the commit of {kind} {key}")
+            return
+        self._count(0)
+        payloads = {keys.commit_folder(kind, key) + payload.name: payload for payload in commit.payloads.values()}
+        named.update(payloads)
+        for name, payload in payloads.items():
+            yield from self._payload(name, payload)
+
+    def _media(self, key: str) -> Iterator[Damage]:
+        expected, found = key.rpartition("/")[2], measure(self._store, key)
+        self._count(found.size)
+        if found.sha256 != expected:
+            yield Damage(key=key, what=f"has sha256 {found.sha256}, but {expected} is its name")
 
     def _record(self, run_id: str) -> Iterator[Damage]:
         where, manifest = keys.run_record(run_id), keys.run_manifest(run_id)
         try:
-            data = self._store.get(where)
-            self._count(len(data))
-            record = read_record(data)
+            record = read_record(self._get(where))
         except ObjectMissing:
             yield Damage(key=where, what="is missing")
             return
         except ObjectDamaged as exc:
-            yield Damage(key=where, what=_sentence(exc))
+            yield Damage(key=where, what=_fault(exc))
             return
         try:
             found = measure(self._store, manifest)
@@ -187,19 +185,15 @@ class _Verifier:
             yield Damage(key=manifest, what=f"has sha256 {found.sha256}, but {recorded} was submitted")
 
     def _take(self, key: str) -> Iterator[Damage]:
-        data = self._store.get(key)
-        self._count(len(data))
-        if wrong := _sealed(data):
-            yield Damage(key=key, what=wrong)
+        if fault := _seal_fault(self._get(key)):
+            yield Damage(key=key, what=fault)
 
-    def _video(self, run_id: str, where: str) -> Iterator[Damage]:
-        data = self._store.get(where)
-        self._count(len(data))
+    def _video(self, where: str) -> Iterator[Damage]:
         try:
-            record = read_record(data)
+            record = read_record(self._get(where))
             expected = Payload(name="", size=record["bytes"], sha256=record["sha256"])
         except ObjectDamaged as exc:
-            yield Damage(key=where, what=_sentence(exc))
+            yield Damage(key=where, what=_fault(exc))
             return
         except (KeyError, ValueError):  # of a format without a seal
             yield Damage(key=where, what="has lost the digest of its video")
@@ -218,11 +212,10 @@ class _Verifier:
         if unlike := expected.unlike(found):
             yield Damage(key=key, what=unlike)
 
-    def _twice(self, look: Callable[[], Iterator[Damage]]) -> None:
-        """Only what is wrong at a second look too: meanwhile it may have been mended, replaced or collected."""
-        with suppress(ObjectMissing):
-            if list(look()):
-                self.report.damages += list(look())
+    def _get(self, key: str) -> bytes:
+        data = self._store.get(key)
+        self._count(len(data))
+        return data
 
     def _count(self, size: int) -> None:
         self.report.objects += 1
@@ -235,60 +228,63 @@ class _Verifier:
             self.report.notes.append(note)
 
 
-def _sealed(data: bytes) -> str:
+def _seal_fault(data: bytes) -> str:
     """What is wrong with a sealed record; '' when nothing is."""
     try:
         unseal(data)
     except ObjectDamaged as exc:
-        return _sentence(exc)
+        return _fault(exc)
     return ""
 
 
-def _sentence(exc: MagiRayError) -> str:
+def _fault(exc: ObjectDamaged) -> str:
     return f"is damaged: {exc.message}"
 
 
-def _explained(store: Store, damages: list[Damage]) -> Iterator[Damage]:
-    """``damages`` with who needs each, and what mends it. Only now: it takes planning every run of the store."""
-    folders = {_folder(damage.key) for damage in damages}
-    needed: dict[str, list[tuple[str, str]]] = {}
+def _with_remedies(store: Store, damages: Collection[Damage]) -> Iterator[Damage]:
+    """``damages`` with who needs each, and how to mend it. Called at the end, since it plans every run of the store."""
+    needed_by = _rows_that_need(store, {_folder(damage.key) for damage in damages})
+    for damage in damages:
+        if damage.key.startswith(keys.RUNS):
+            run_id, *rest = damage.key.removeprefix(keys.RUNS).split("/")
+            rows = [(run_id, rest[1].rpartition(".")[0] if rest[0] == "videos" else "")]
+        else:
+            rows = needed_by.get(_folder(damage.key), [])
+        remedy, next_command = _mending(store, damage.key, rows)
+        yield replace(damage, needed_by=tuple(rows), remedy=remedy, next_command=next_command)
+
+
+def _rows_that_need(store: Store, folders: Collection[str]) -> dict[str, list[tuple[str, str]]]:
+    """The rows that need something in each of ``folders``, as (run, job_id)."""
+    found: dict[str, dict[tuple[str, str], None]] = {folder: {} for folder in folders}
     for run_id in all_runs(store)[0]:
         with suppress(InputError, StoreError):
             for kind, key, job_id in needs(store, open_run(store, run_id)):
                 folder = keys.media(key) if kind == "media" else keys.commit_folder(kind, key)
-                if folder in folders and (run_id, job_id) not in needed.setdefault(folder, []):
-                    needed[folder].append((run_id, job_id))
-    for damage in damages:
-        top, run_id, *rest = damage.key.split("/")
-        if top != "runs":
-            by = tuple(needed.get(_folder(damage.key), ()))
-        else:
-            by = ((run_id, rest[1].rpartition(".")[0] if rest[0] == "videos" else ""),)
-        yield replace(damage, needed_by=by, **_mending(store, damage.key, by))
+                if folder in found:
+                    found[folder][run_id, job_id] = None
+    return {folder: list(rows) for folder, rows in found.items()}
 
 
-def _mending(store: Store, key: str, by: tuple[tuple[str, str], ...]) -> dict[str, str]:
-    top = key.split("/")[0]
+def _mending(store: Store, key: str, needed_by: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """How to mend the object, and the command that does it."""
     at = f" --store {store.uri}"
-    if not by:
-        return {
-            "remedy": "No run needs it; whoever comes to need it makes it again. Garbage collection removes it.",
-            "next_command": f"magi-ray gc{at}",
-        }
-    run_id, job_id = by[0]
+    if not needed_by:
+        return (
+            "No run needs it; whoever comes to need it makes it again. Garbage collection removes it.",
+            f"magi-ray gc{at}",
+        )
+    run_id, job_id = needed_by[0]
     if key.startswith(keys.takes(run_id)):
-        return {"remedy": f"Delete {key} and ask for that take again.", "next_command": ""}
-    if top == "media" or not job_id:
-        return {
-            "remedy": f"Submit the manifest of run {run_id} again, with the same settings and files.",
-            "next_command": f"magi-ray submit MANIFEST{at}",
-        }
-    return {
-        "remedy": "Retrying the row makes it again, to the same bytes.",
-        "next_command": f"magi-ray retry {run_id} --job {job_id}{at}",
-    }
+        return f"Delete {key} and ask for that take again.", ""
+    if key.startswith(keys.MEDIA) or not job_id:
+        return (
+            f"Submit the manifest of run {run_id} again, with the same settings and files.",
+            f"magi-ray submit MANIFEST{at}",
+        )
+    return "Retrying the row makes it again, to the same bytes.", f"magi-ray retry {run_id} --job {job_id}{at}"
 
 
 def _folder(key: str) -> str:
     """Of a payload or commit, the folder that its key names; else the key."""
-    return key if key.startswith(("media/", "runs/")) else key.rpartition("/")[0] + "/"
+    return key if key.startswith((keys.MEDIA, keys.RUNS)) else key.rpartition("/")[0] + "/"
