@@ -5,7 +5,7 @@ Exit codes:
   1  failure                           6  paused, by somebody else
   2  usage or input                    7  the store denied access
   3  invalid manifest                  8  another process renders the run, or took it over
-  4  finished with failed rows       130  detached, interrupted
+  4  finished with failed rows       130  left rendering, or interrupted
 
 Heavy imports are inside the commands: a wrong manifest is explained before torch would have been found.
 """

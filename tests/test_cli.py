@@ -406,7 +406,7 @@ def test_a_run_that_another_machine_renders_is_told_as_such_until_nothing_is_hea
     monkeypatch.setattr(driver_monitor, "TTL_S", 0.5)
     watched = run("watch", run_id)
     assert watched.exit_code == 6
-    assert "Nothing has been heard of process 4711 on farm-7 for too long" in watched.stderr
+    assert "Nothing has been heard from process 4711 on farm-7 for too long" in watched.stderr
 
 
 def test_a_run_is_found_by_the_beginning_of_its_id_and_a_near_one_is_proposed(here: Path) -> None:

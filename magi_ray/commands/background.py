@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from magi_ray.commands.status_file import DriverExit, DriverStatus
     from magi_ray.render.driving.reports import Noted
 
-PROGRESS_INTERVAL_S = 0.5
+FOLLOW_REFRESH_S = 0.5
 # How long a process may take until its status file is there: Python starts, and reads its own files.
 STARTING_S = 60.0
 LOG_LINES_SHOWN = 12
@@ -115,7 +115,7 @@ class _DriverProcess:
                 if ended:
                     return self._exit()
                 with suppress(subprocess.TimeoutExpired):
-                    self._process.wait(PROGRESS_INTERVAL_S)
+                    self._process.wait(FOLLOW_REFRESH_S)
 
     def leave(self, message: str, as_json: bool) -> None:
         """It goes on; say so, and how to see it again."""

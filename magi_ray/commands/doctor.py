@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 )
 @json_option
 def doctor(store_uri: str | None, as_json: bool) -> None:
-    """Show what this machine has, and what a store really does. Exit code 1 if something needed is missing."""
+    """Show what this machine has, and test what a store really does. Exit code 1 if something needed is missing."""
     from magi_ray.report import findings_table
     from magi_ray.storage.probe import probe
 

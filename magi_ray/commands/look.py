@@ -17,7 +17,7 @@ from magi_ray.commands.stores import store_to_read
 if TYPE_CHECKING:
     from magi_ray.commands.run_status import RunStatus
 
-WATCH_INTERVAL_S = 1.0
+WATCH_REFRESH_S = 1.0
 
 
 @click.command(epilog=example("magi-ray status quickstart"))
@@ -25,7 +25,7 @@ WATCH_INTERVAL_S = 1.0
 @store_option
 @json_option
 def status(name: str, store_uri: str, as_json: bool) -> None:
-    """How far RUN is, video by video, and who renders it. RUN: its id, or the beginning of it."""
+    """Show how far RUN is and which process renders it. RUN is the id of a run, or the beginning of one."""
     from magi_ray.commands.driver_monitor import find_driver
     from magi_ray.commands.run_status import run_status
     from magi_ray.report import status_table
@@ -48,7 +48,7 @@ def status(name: str, store_uri: str, as_json: bool) -> None:
 @store_option
 @json_option
 def list_command(store_uri: str, as_json: bool) -> None:
-    """The runs in the store, oldest first."""
+    """List the runs in the store, oldest first."""
     from magi_ray.commands.run_status import run_summary
     from magi_ray.render.runs.record import all_runs
     from magi_ray.report import runs_table
@@ -86,9 +86,9 @@ def watch(name: str, store_uri: str, as_json: bool) -> None:
             show(found.progress)
             if found.driver is None:
                 break
-            time.sleep(WATCH_INTERVAL_S)
+            time.sleep(WATCH_REFRESH_S)
     if monitor.silent:
-        say(f"Nothing has been heard of {monitor.last} for too long; it is taken for dead.")
+        say(f"Nothing has been heard from {monitor.last} for too long; it is presumed dead.")
     if as_json:
         print_json(found.as_json())
     sys.exit(_say_at_rest(stored, found))

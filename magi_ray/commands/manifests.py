@@ -80,7 +80,7 @@ def show(
     settings: Settings,
     as_json: bool,
 ) -> None:
-    """The rows of MANIFEST with the run's defaults filled in."""
+    """Show the rows of MANIFEST with the defaults of a run filled in."""
     from magi_ray.manifest import Defaults, read_manifest, table_for_show
     from magi_ray.report import manifest_table
 

@@ -30,7 +30,7 @@ def run_argument(command: Callable[..., Any]) -> Callable[..., Any]:
 def store_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--store", "store_uri", default=DEFAULT_STORE, show_default=True, metavar="URI",
-        help="Where everything durable lives: a folder, file:///… or s3://bucket/prefix.",
+        help="Where runs, checkpoints and videos are kept: a folder, file:///… or s3://bucket/prefix.",
     )(command)  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def render_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     for option in (
         click.option(
-            "--max-failed-rows", type=click.IntRange(min=0), metavar="N", help="Stop when more rows than this failed."
+            "--max-failed-rows", type=click.IntRange(min=0), metavar="N", help="Stop when more than N rows have failed."
         ),
         click.option("--take-over", is_flag=True, help="Take the run over from the process that renders it now."),
         click.option("--dashboard/--no-dashboard", default=True, show_default=True, help="Serve the Ray dashboard."),

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 @json_option
 @click.pass_obj
 def plan(typed: list[str], manifest: Path, store_uri: str, settings: Settings, as_json: bool) -> None:
-    """What `submit` would do with every row of MANIFEST, why, and how many forwards it would cost. Writes nothing."""
+    """Show what `submit` would do with each row of MANIFEST, and why. Also how many forwards it would cost. Writes
+    nothing."""
     store, run, _ = prepared(typed, manifest, store_uri, settings)
     show_plan(typed, store, run, as_json=as_json)
 

@@ -45,7 +45,7 @@ def render(
     as_json: bool,
     **values: int | float | None,
 ) -> None:
-    """Render one video without a manifest, in this process. Interrupted and typed again, it goes on."""
+    """Render one video without a manifest, in this process. If it is interrupted, the same command goes on."""
     from magi_ray.manifest import Defaults, manifest_of
 
     require_place(out, typed)

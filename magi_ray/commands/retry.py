@@ -46,8 +46,8 @@ def retry(
     no_wait: bool,
     as_json: bool,
 ) -> None:
-    """Try rows of RUN again: all that failed, or some. A row that is done is read again, and what is damaged of it is
-    made again."""
+    """Try rows of RUN again: all that failed, or those that are named. A row that is done is read again, and what is
+    damaged of it is made again."""
     from magi_ray.render.driving.reports import read_failures
 
     if failed and job_ids:

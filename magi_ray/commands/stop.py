@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ASKED_S, TERMINATED_S, KILLED_S = 8.0, 2.5, 1.5
 # How long `cancel` tries to reach a bucket before it ends the driver without it.
 CANCEL_PATIENCE_S = 3.0
-PAUSE_INTERVAL_S = 1.0
+PAUSE_REFRESH_S = 1.0
 
 
 @click.command(epilog=example("magi-ray pause quickstart"))
@@ -35,11 +35,11 @@ PAUSE_INTERVAL_S = 1.0
 @store_option
 @click.option(
     "--timeout", "timeout_s", type=click.FloatRange(min=0), default=3600.0, show_default=True, metavar="S",
-    help="How many seconds to wait for the stages in work.",
+    help="How many seconds to wait for that.",
 )  # fmt: skip
 @json_option
 def pause(name: str, store_uri: str, timeout_s: float, as_json: bool) -> None:
-    """Stop RUN when its stages in work are committed: at most one forward is lost. `magi-ray resume` goes on."""
+    """Stop RUN as soon as its stages in work are committed. At most one forward is lost; `magi-ray resume` goes on."""
     from magi_ray.commands.driver_monitor import DriverMonitor
     from magi_ray.render.driving import requests
     from magi_ray.render.driving.reports import read_noted
@@ -64,7 +64,7 @@ def pause(name: str, store_uri: str, timeout_s: float, as_json: bool) -> None:
         while (driver := monitor.look()) is not None and time.monotonic() < deadline:
             if (reported := read_noted(stored.store, stored.run_id)) is not None:
                 show(reported.progress)
-            time.sleep(PAUSE_INTERVAL_S)
+            time.sleep(PAUSE_REFRESH_S)
     if as_json:
         print_json({"run_id": stored.run_id, "paused": driver is None, "next_command": stored.command("resume")})
     if driver is not None:
@@ -81,7 +81,7 @@ def pause(name: str, store_uri: str, timeout_s: float, as_json: bool) -> None:
 @store_option
 @json_option
 def cancel(name: str, store_uri: str, as_json: bool) -> None:
-    """Stop RUN now: within 15 s nothing of it is left running. What was committed is kept."""
+    """Stop RUN now. Within 15 s nothing of it is left running; what was committed is kept."""
     store = store_to_read(store_uri, patience_s=CANCEL_PATIENCE_S)
     try:
         _cancel(store, name, store_uri, as_json=as_json)

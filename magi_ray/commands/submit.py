@@ -50,7 +50,7 @@ def submit(
 ) -> None:
     """Render every row of MANIFEST into a video. What exists already is not rendered again.
 
-    A background process renders, and this one follows it: Ctrl-C leaves it running, `magi-ray watch` follows it again.
+    A background process renders and this one follows it. Ctrl-C leaves it running; `magi-ray watch` follows it again.
     """
     store, run, files = prepared(typed, manifest, store_uri, settings)
     if dry_run:
@@ -100,8 +100,8 @@ def warn_of_made_weights(settings: Settings) -> None:
 def resume(
     name: str, store_uri: str, weights: Path | None, options: RenderOptions, no_wait: bool, as_json: bool
 ) -> None:
-    """Go on with RUN where it stopped, here or on another machine, also if it was paused or cancelled. Rows that failed
-    are left alone, see `magi-ray retry`. RUN: its id, or the beginning of it."""
+    """Go on with RUN where it stopped, here or on another machine. Also if it was paused or cancelled. Rows that failed
+    are left alone: see `magi-ray retry`. RUN is the id of a run, or the beginning of one."""
     stored = open_named_run(store_to_read(store_uri), name, store_uri, verb="resume", weights=weights)
     render_in_background(stored, replace(options, weights=weights), as_json=as_json, no_wait=no_wait)
 
@@ -125,8 +125,8 @@ def drive(
     resumed: bool,
     as_json: bool,
 ) -> None:
-    """Render RUN in this very process, until its end: for job systems and containers, and what `submit` and `resume`
-    start. Ctrl-C and SIGTERM stop it. A run that was paused or cancelled stays so."""
+    """Render RUN in this very process until it ends. For job systems and containers; `submit` and `resume` run it in
+    the background. Ctrl-C and SIGTERM stop it. A run that was paused or cancelled stays so."""
     from magi_ray.commands.status_file import status_file
     from magi_ray.render.driving import requests
 

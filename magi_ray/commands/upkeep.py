@@ -38,7 +38,7 @@ class _Duration(click.ParamType[float]):
 @store_option
 @json_option
 def verify(names: tuple[str, ...], store_uri: str, as_json: bool) -> None:
-    """Read everything in the store again, or what RUN needs of it, and name what is not as it was committed, with what
+    """Read everything in the store again, or all that RUN needs. What is not as it was committed is named, with what
     mends it. Changes nothing; exit code 1 if anything is damaged."""
     from magi_ray.render.upkeep.verify import verify as read_again
     from magi_ray.report import damages_table, in_bytes, status_line
@@ -87,7 +87,7 @@ def verify(names: tuple[str, ...], store_uri: str, as_json: bool) -> None:
 def gc(
     typed: list[str], store_uri: str, min_age_s: float, forgotten: tuple[str, ...], yes: bool, as_json: bool
 ) -> None:
-    """Show what no run in the store needs, and delete it with --yes. Videos and all that belongs to a run stay."""
+    """Show what no run in the store needs, and with --yes delete it. Videos and the records of runs stay."""
     from magi_ray.render.upkeep.gc import collect, garbage
     from magi_ray.report import garbage_table, in_bytes, status_line
 
