@@ -42,7 +42,7 @@ from typed import Command, processes_with, wait_until
 from magi_ray.commands.status_file import log_path
 from magi_ray.manifest import write_manifest
 from magi_ray.models.tiny import ensure_tiny
-from magi_ray.render.driving.reports import read_noted
+from magi_ray.render.driving.reports import read_progress
 from magi_ray.render.runs.record import Run, open_run
 from magi_ray.settings import cache_folder, preset
 from magi_ray.storage import keys
@@ -110,7 +110,7 @@ class Bench:
 
     def at(self) -> tuple[int, int]:
         """(stages done, forwards of the next one), as progress.json has it."""
-        noted = read_noted(self.store, self.run.run_id)
+        noted = read_progress(self.store, self.run.run_id)
         if noted is None:
             return 0, 0
         video = noted.progress.videos["film"]
@@ -453,9 +453,9 @@ def driving(run: Bench, how: str) -> Iterator[Command]:
 
 def drive(how: str, store_uri: str, run_id: str) -> None:
     import ray
+    from magi_ray.cluster.driver import Deadlines, render_on_ray
     from ray.cluster_utils import Cluster
 
-    from magi_ray.cluster.driver import Deadlines, render_on_ray
     from magi_ray.cluster.resources import local_ray
     from magi_ray.events import TaskKind
     from magi_ray.settings import prepare_ray_environment

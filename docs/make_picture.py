@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from magi_ray.media.preview import frames_at, write_png
-from magi_ray.media.reader import probe
+from magi_ray.media.reader import count_frames
 
 VIDEOS = ("lighthouse", "from-image", "from-clip")
 FRAMES, MAGNIFY, GAP = 8, 2, 4
@@ -19,7 +19,7 @@ FRAMES, MAGNIFY, GAP = 8, 2, 4
 
 def strip(path: Path) -> np.ndarray:
     """[H, W, 3]: frames at equal distances from the first to the last."""
-    last = probe(path).frames - 1
+    last = count_frames(path, fps=24, max_frames=1000) - 1
     frames = frames_at(path, [round(i * last / (FRAMES - 1)) for i in range(FRAMES)])
     magnified = frames.repeat(MAGNIFY, axis=1).repeat(MAGNIFY, axis=2)
     padded = np.pad(magnified, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)

@@ -178,7 +178,7 @@ class Model:
         return run.plans["video"]
 
     def _render(self, plan: RowPlan) -> Iterator[Frames]:
-        from magi_ray.render.artifacts.latents import threads
+        from magi_ray.render.artifacts.latents import torch_threads
         from magi_ray.render.artifacts.prefix import prefix_pixels
 
         if plan.timeline.included_frames:
@@ -188,7 +188,7 @@ class Model:
         chunks = self._chunks(plan)
         while True:
             # Only while we compute: between two chunks the caller has the number of threads it had.
-            with threads(self.settings.numeric.cpu_threads):
+            with torch_threads(self.settings.numeric.cpu_threads):
                 frames = next(chunks, None)
             if frames is None:
                 return
@@ -198,13 +198,13 @@ class Model:
         from magi_ray.events import StageCommitted
         from magi_ray.models.vae.model import load_vae
         from magi_ray.render.artifacts.latents import load_clean_chunk
-        from magi_ray.render.tasks.decode import decode_chunk
+        from magi_ray.render.tasks.decode_network import decode_chunk
         from magi_ray.render.tasks.denoise import Denoiser
-        from magi_ray.render.tasks.embed import Embedder
+        from magi_ray.render.tasks.embed_network import load_embedder
         from magi_ray.storage import keys
 
         # T5 is let go again at once; what it said of a caption stays in the store.
-        Embedder(self.settings, self._store).embed(plan)
+        list(load_embedder(self.settings, self._store).carry_out(plan))
         numeric = self.settings.numeric
         self._denoiser = self._denoiser or Denoiser(self.settings, self._store)
         self._vae = self._vae or load_vae(self.settings.weights.vae, device=numeric.device, attention=numeric.attention)

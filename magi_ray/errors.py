@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
 
 class FailureClass(StrEnum):
@@ -110,7 +110,17 @@ class WeightsError(InputError):
 
 
 class MediaError(InputError):
-    pass
+    """``reason``: a clause without its subject, the file ("has no frame 7"), for those who name the file themselves;
+    the message where no file is at fault."""
+
+    def __init__(self, message: str, *, reason: str = "", remedy: str = "", next_command: str = "") -> None:
+        super().__init__(message, remedy=remedy, next_command=next_command)
+        self.reason = reason or message
+
+    @classmethod
+    def about(cls, file: object, reason: str, *, remedy: str = "") -> Self:
+        """The error "``file`` ``reason``."; ``file``: a path or address, or what else people call it by."""
+        return cls(f"{file} {reason}.", reason=reason, remedy=remedy)
 
 
 class RunNotFound(InputError):

@@ -6,7 +6,8 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Generic, Protocol, Self, TypeVar
@@ -15,6 +16,7 @@ import psutil
 
 from magi_ray.settings import Frozen
 
+S = TypeVar("S")
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
@@ -102,6 +104,14 @@ class System:
     def start(self, work: Callable[[], T], *, name: str) -> Background[T]:
         """Do ``work`` in a daemon thread called ``name``."""
         return _Thread(work, name)
+
+    def map(self, call: Callable[[S], T], items: Iterable[S], *, at_once: int) -> Iterator[T]:
+        """``call`` of every item, ``at_once`` of them at a time; the results in the order of the items."""
+        if at_once == 1:
+            yield from map(call, items)
+            return
+        with ThreadPool(at_once) as pool:  # of daemons
+            yield from pool.imap(call, items)
 
 
 class _Thread(Generic[T]):

@@ -19,8 +19,8 @@ from magi_ray.errors import ManifestError, MediaError, SettingsError
 from magi_ray.media.reader import read_image
 from magi_ray.models.vae.model import load_vae
 from magi_ray.render.artifacts.latents import load_clean_chunk
-from magi_ray.render.driving.local_workers import render_here
-from magi_ray.render.tasks.decode import decode_chunk
+from magi_ray.render.driving.local import render_locally
+from magi_ray.render.tasks.decode_network import decode_chunk
 from magi_ray.settings import Settings
 from magi_ray.storage.memory import MemoryStore
 
@@ -39,7 +39,7 @@ def test_a_call_gives_the_very_frames_that_a_run_encodes(
 ) -> None:
     store = MemoryStore()
     run = make_run(store, [{"job_id": "a", "prompt": "sea", "num_chunks": 2, "seed": 5} | start])
-    assert not render_here(store, run).failed
+    assert not render_locally(store, run).failed
     plan = run.plans["a"]
     vae = load_vae(settings.weights.vae, device="cpu", attention=settings.numeric.attention)
     encoded = np.concatenate([decode_chunk(vae, load_clean_chunk(store, plan, i), plan, i) for i in range(2)])

@@ -330,7 +330,7 @@ def test_a_run_is_gone_on_with_and_a_finished_one_renders_nothing(here: Path, mo
     assert "was submitted before; going on with it" in again.stderr
     assert re.search(r"[1-9]\d* reused", again.stderr)
     # Without --local, and yet no Ray; with --no-wait, and yet nothing in the background.
-    monkeypatch.setitem(sys.modules, "magi_ray.cluster.driver", None)
+    monkeypatch.setitem(sys.modules, "magi_ray.cluster.workers", None)
     for words in (("submit", "m.parquet", "--job", "small.toml"), ("resume", run_id_of())):
         for more in ((), ("--no-wait",)) if words[0] == "submit" else ((),):
             result = run(*words, *more, "--json")

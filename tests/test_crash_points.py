@@ -13,7 +13,7 @@ import pytest
 from crashing import CrashingStore, Death
 from runs import MakeRun, contents, stage_commits
 
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.local import render_locally
 from magi_ray.render.runs.record import Run
 from magi_ray.settings import Settings, override
 from magi_ray.storage.leases import Owner
@@ -52,7 +52,7 @@ def test_1_killed_at_any_call_to_the_store_and_resumed_a_run_has_the_same_bytes(
     undisturbed = MemoryStore()
     run: Run = make_rows(undisturbed)
     watched = CrashingStore(undisturbed)
-    assert not render_here(watched, run).failed
+    assert not render_locally(watched, run).failed
     expected, total = contents(undisturbed, run), len(watched.calls)
     everywhere = request.config.getoption("--all-crash-points")
     points = range(0, total, 1 if everywhere else max(1, total // POINTS_IN_CI))
@@ -67,11 +67,11 @@ def test_1_killed_at_any_call_to_the_store_and_resumed_a_run_has_the_same_bytes(
             make_rows(store)
             crashing = CrashingStore(store, at, lands=lands)
             with suppress(Death), dead:
-                render_here(crashing, run)
+                render_locally(crashing, run)
             deaths += crashing.dead  # how often progress is noted, and so how many calls there are, is up to the clock
             where = f"call {at} ({crashing.calls[-1]}), which {'landed' if lands else 'did not land'}"
             kept, reused = committed(store), len(stage_commits(store))
-            outcome = render_here(store, run)
+            outcome = render_locally(store, run)
             assert not outcome.failed, where
             assert contents(store, run) == expected, where
             assert {key: store.get(key) for key in kept} == kept, f"something committed was altered or lost: {where}"

@@ -26,7 +26,7 @@ from magi_ray.commands.processes import alive, in_session, kill, tree_below
 from magi_ray.commands.status_file import driver_on_this_machine, last_error, read_status, status_file, status_path
 from magi_ray.errors import MagiRayError, ObjectDamaged, StoreDenied, Superseded, WeightsError, WorkerLost
 from magi_ray.manifest import write_manifest
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.local import render_locally
 from magi_ray.render.runs.record import create, open_run, prepare
 from magi_ray.settings import job
 from magi_ray.storage import keys
@@ -118,7 +118,7 @@ def undisturbed() -> dict[str, bytes]:
     memory, settings = MemoryStore(), job(Path("job.toml"))
     alone, files = prepare(Path("m.parquet").read_bytes(), name="m.parquet", base=Path(), settings=settings)
     create(memory, alone, files)
-    render_here(memory, alone)
+    render_locally(memory, alone)
     return contents(memory, alone)
 
 

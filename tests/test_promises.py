@@ -36,13 +36,13 @@ from magi_ray.errors import (
 from magi_ray.manifest import write_manifest
 from magi_ray.media.encoder import encoder_identity, find_ffmpeg
 from magi_ray.render.driving.leadership import denoising
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.progress import RunProgress
 from magi_ray.render.runs.record import Run
-from magi_ray.render.tasks.decode import Decoder
+from magi_ray.render.tasks.decode_network import load_decoder
 from magi_ray.render.tasks.denoise import Denoiser
-from magi_ray.render.tasks.embed import Embedder
-from magi_ray.render.tasks.finish import finish
+from magi_ray.render.tasks.embed_network import load_embedder
+from magi_ray.render.tasks.finish import FfmpegJoiner, Finisher
 from magi_ray.render.upkeep.gc import collect, garbage
 from magi_ray.render.upkeep.verify import verify
 from magi_ray.settings import Settings, override, preset
@@ -90,7 +90,7 @@ def render_through_deaths(store: Store, run: Run, reaper: Reaper) -> None:
     kept: dict[str, bytes] = {}
     while True:
         try:
-            assert not render_here(store, run, observe=reaper).failed
+            assert not render_locally(store, run, observe=reaper).failed
             return
         except Death:
             assert {key: store.get(key) for key in kept} == kept
@@ -104,7 +104,7 @@ def render_through_deaths(store: Store, run: Run, reaper: Reaper) -> None:
 def test_1_a_render_killed_and_resumed_any_number_of_times_gives_the_same_bytes(every: int, make_run: MakeRun) -> None:
     undisturbed, disturbed = MemoryStore(), MemoryStore()
     run = make_run(undisturbed, ROWS)
-    render_here(undisturbed, run)
+    render_locally(undisturbed, run)
     assert make_run(disturbed, ROWS).run_id == run.run_id
     reaper = Reaper(every)
     render_through_deaths(disturbed, run, reaper)
@@ -130,20 +130,20 @@ def test_2_at_most_one_stage_is_lost_for_each_interruption(every: int, make_run:
 def test_2_an_undisturbed_render_computes_nothing_twice(make_run: MakeRun) -> None:
     store, reaper = MemoryStore(), Reaper(0)
     run = make_run(store, ROWS)
-    render_here(store, run, observe=reaper)
+    render_locally(store, run, observe=reaper)
     assert reaper.forwards == sum(plan.timeline.num_stages * plan.forwards_per_stage for plan in run.plans.values())
 
 
 def test_2_nothing_committed_is_computed_again(make_run: MakeRun) -> None:
     store = MemoryStore()
     run = make_run(store, ROWS)
-    render_here(store, run)
+    render_locally(store, run)
     before = {key: store.get(key) for key in store.list("") if not key.startswith("runs/")}
-    outcome = render_here(store, run)
+    outcome = render_locally(store, run)
     assert (outcome.stages_rendered, outcome.already_published) == (0, 3)
     # Another run whose first row is the same video: its stages and segments are there already.
     other = make_run(store, [ROWS[0] | {"tags": {"take": "2"}}])
-    outcome = render_here(store, other)
+    outcome = render_locally(store, other)
     assert other.run_id != run.run_id
     assert outcome.stages_rendered == 0
     assert {key: store.get(key) for key in store.list("") if not key.startswith("runs/")} == before
@@ -155,7 +155,7 @@ _MEASURE = """
 import sys
 from pathlib import Path
 from magi_ray.manifest import Defaults, manifest_of
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.local import render_locally
 from magi_ray.render.runs.record import create, prepare
 from magi_ray.settings import override, preset
 from magi_ray.storage.local import LocalStore
@@ -169,7 +169,7 @@ store = LocalStore(folder)
 manifest = manifest_of(rows, Defaults.of(settings), base=Path("/"))
 run, files = prepare(manifest.parquet(), name="long.parquet", base=Path("/"), settings=settings)
 create(store, run, files)
-outcome = render_here(store, run)
+outcome = render_locally(store, run)
 assert len(outcome.published) == 1, outcome
 # Not ru_maxrss: that begins with what the parent had when it forked.
 [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
@@ -199,7 +199,7 @@ def test_4_a_bad_row_harms_nobody_else_and_is_recorded_with_its_reason(make_run:
     run = make_run(store, ROWS)
     [image] = [medium.sha256 for medium in run.record.media.values() if medium.kind == "image"]
     store.put(keys.media(image), b"rotten")
-    outcome = render_here(store, run)
+    outcome = render_locally(store, run)
     assert set(outcome.published) == {"text", "video"}
     [failed] = outcome.failed
     assert (failed.job_id, failed.failure) == ("image", "input")
@@ -256,26 +256,27 @@ def test_5_a_late_worker_that_commits_repairs_and_finishes_changes_nothing_that_
     store = MemoryStore()
     run = make_run(store, ROWS)
     plan, encoder = run.plans["video"], encoder_identity(find_ffmpeg())
-    Embedder(run.settings, store).embed(plan)
+    list(load_embedder(run.settings, store).carry_out(plan))
     with denoising(store, run.run_id, "video", epoch=0, name="late") as lease:
         late = Denoiser(run.settings, store).render(plan, 0)
         assert next(happened.step for happened in late if happened.stage == 1) == 1
         # It sleeps. A driver gives its row to another group, which repairs and finishes; garbage is collected.
         [state] = [key for key in store.list("stages/") if "/state-" in key]
         flip(store, state)
-        assert set(render_here(store, run).published) == set(run.plans)
+        assert set(render_locally(store, run).published) == set(run.plans)
         collect(store, list(garbage(store, min_age_s=0.0)))
         media = ("stages/", "segments/", "texts/", "prefixes/", "media/", keys.videos(run.run_id))
         kept = {key: store.get(key) for prefix in media for key in store.list(prefix)}
         # It wakes, ends its stage, and computes everything once more that it had looked for before.
         assert [happened.stage for happened in late][-1] == plan.timeline.num_stages - 1
         list(Denoiser(run.settings, LateView(store, "stages/", looks)).render(plan, 0))
-        Embedder(run.settings, LateView(store, "texts/", looks)).embed(plan)
-        Embedder(run.settings, LateView(store, "prefixes/", looks)).embed(plan)
-        decoder = Decoder(run.settings, LateView(store, "segments/", looks), encoder)
+        list(load_embedder(run.settings, LateView(store, "texts/", looks)).carry_out(plan))
+        list(load_embedder(run.settings, LateView(store, "prefixes/", looks)).carry_out(plan))
+        decoder = load_decoder(run.settings, LateView(store, "segments/", looks), encoder=encoder)
         for chunk in range(plan.timeline.num_chunks):
-            decoder.decode(plan, chunk)
-        finish(LateView(store, keys.videos(run.run_id), looks), run.run_id, plan, encoder)
+            list(decoder.carry_out(plan, chunk))
+        late_view = LateView(store, keys.videos(run.run_id), looks)
+        list(Finisher(late_view, run.run_id, encoder=encoder, joiner=FfmpegJoiner(store)).carry_out(plan))
         assert {key: store.get(key) for prefix in media for key in store.list(prefix)} == kept
         with pytest.raises(Superseded):
             lease.beat()
@@ -287,11 +288,11 @@ def test_5_what_a_late_worker_writes_after_its_run_was_collected_is_whole(make_r
     store = MemoryStore()
     run = make_run(store, [{"job_id": "text", "prompt": "sea", "num_chunks": 4}])
     plan = run.plans["text"]
-    Embedder(run.settings, store).embed(plan)
+    list(load_embedder(run.settings, store).carry_out(plan))
     late = Denoiser(run.settings, store).render(plan, 0)
     # Every chunk has entered by then, so no caption is missing later.
     assert next(happened.step for happened in late if happened.stage == 3) == 1
-    render_here(store, run)
+    render_locally(store, run)
     before, videos = contents(store, run), {key: store.get(key) for key in store.list(keys.videos(run.run_id))}
     collect(store, list(garbage(store, min_age_s=0.0, forget=[run.run_id])))
     assert not stage_commits(store)
@@ -299,7 +300,7 @@ def test_5_what_a_late_worker_writes_after_its_run_was_collected_is_whole(make_r
     assert 2 <= len(stage_commits(store)) < plan.timeline.num_stages
     assert not verify(store).damages
     assert {key: store.get(key) for key in store.list(keys.videos(run.run_id))} == videos
-    render_here(store, run, retry=list(run.plans))
+    render_locally(store, run, retry=list(run.plans))
     assert contents(store, run) == before
 
 

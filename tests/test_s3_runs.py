@@ -20,7 +20,7 @@ from typed import Command, wait_until
 
 from magi_ray.errors import ManifestError, StoreUnavailable
 from magi_ray.manifest import write_manifest
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.progress import RunProgress
 from magi_ray.render.runs.media import MediaFiles
 from magi_ray.render.runs.record import Run, create, prepare
@@ -47,7 +47,7 @@ def undisturbed(make_run: MakeRun) -> dict[str, bytes]:
     """What ROWS become in memory."""
     store = MemoryStore()
     run = make_run(store, ROWS)
-    assert not render_here(store, run).failed
+    assert not render_locally(store, run).failed
     return contents(store, run)
 
 
@@ -102,9 +102,9 @@ def test_a_run_in_a_bucket_becomes_the_same_bytes_as_in_memory(
 ) -> None:
     store = open_store(s3_address)
     run = make_run(store, ROWS)
-    assert not render_here(store, run).failed
+    assert not render_locally(store, run).failed
     assert contents(store, run) == undisturbed
-    assert render_here(store, run).stages_rendered == 0
+    assert render_locally(store, run).stages_rendered == 0
 
 
 def test_a_server_killed_and_restarted_in_mid_run_costs_only_time(
@@ -117,7 +117,7 @@ def test_a_server_killed_and_restarted_in_mid_run_costs_only_time(
         later(2, rgw.start)
 
     run, fault = make_run(store, ROWS), Fault(store, kill)
-    outcome = render_here(store, run, observe=fault)
+    outcome = render_locally(store, run, observe=fault)
     assert pauses, "nobody noticed; the test shows nothing"
     assert not outcome.failed
     assert_whole(store, run, undisturbed, fault.before)
@@ -134,7 +134,7 @@ def test_puts_that_time_out_and_land_later_change_no_byte(
 
     run, fault = make_run(store, ROWS), Fault(store, stop)
     try:
-        outcome = render_here(store, run, observe=fault)
+        outcome = render_locally(store, run, observe=fault)
     finally:
         rgw.continue_disk()
     assert pauses, "nothing timed out; the test shows nothing"
@@ -153,7 +153,7 @@ def test_a_server_that_is_gone_for_longer_than_a_lease_holds_costs_only_time(
         later(7, rgw.start)
 
     run, fault = make_run(store, ROWS), Fault(store, kill)
-    assert not render_here(store, run, observe=fault).failed
+    assert not render_locally(store, run, observe=fault).failed
     assert_whole(store, run, undisturbed, fault.before)
 
 
@@ -163,10 +163,10 @@ def test_a_server_that_stays_away_ends_the_run_with_a_reason_and_loses_nothing(
     store, _ = patient(s3_address, patience_s=1.5)
     run, fault = make_run(store, ROWS), Fault(store, rgw.kill_gateway)
     with pytest.raises(StoreUnavailable, match=r"Could not connect.*It was tried \d+ times in 2 s.*patience is 2 s"):
-        render_here(store, run, observe=fault)
+        render_locally(store, run, observe=fault)
     rgw.start()
     # Taken over, since this very process, which lives, has not been able to give its lease back.
-    outcome = render_here(store, run, take_over=True)
+    outcome = render_locally(store, run, take_over=True)
     assert not outcome.failed
     assert outcome.stages_reused >= len(fault.before)
     assert_whole(store, run, undisturbed, fault.before)
@@ -185,7 +185,7 @@ def test_a_run_whose_driver_was_killed_on_another_machine_is_resumed_when_its_le
     memory, store = MemoryStore(), open_store(s3_address)
     create(memory, run, files)
     create(store, run, files)
-    render_here(memory, run)
+    render_locally(memory, run)
 
     drive = Command(tmp_path, "drive", run.run_id, "--local", "--store", s3_address)
     try:

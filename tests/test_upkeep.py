@@ -19,7 +19,7 @@ from magi_ray.cli import cli
 from magi_ray.commands.console import print_table
 from magi_ray.errors import MediaError
 from magi_ray.manifest import Defaults, manifest_of
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.local import render_locally
 from magi_ray.render.runs.record import Run, create, prepare
 from magi_ray.render.upkeep.gc import Item
 from magi_ray.report import garbage_table
@@ -38,7 +38,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory, settings: Settings) -> tu
     run, files = prepare(manifest.parquet(), name="m.parquet", base=folder, settings=settings)
     store = LocalStore(folder / "magi-ray-store")
     create(store, run, files)
-    render_here(store, run)
+    render_locally(store, run)
     return folder, run
 
 

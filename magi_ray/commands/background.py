@@ -22,7 +22,7 @@ from magi_ray.errors import MagiRayError, StoreError
 
 if TYPE_CHECKING:
     from magi_ray.commands.status_file import DriverExit, DriverStatus
-    from magi_ray.render.driving.reports import Noted
+    from magi_ray.render.driving.reports import ReportedProgress
 
 FOLLOW_REFRESH_S = 0.5
 # How long a process may take until its status file is there: Python starts, and reads its own files.
@@ -129,12 +129,12 @@ class _DriverProcess:
         say(message)
         say_next(following)
 
-    def _reported(self) -> Noted | None:
+    def _reported(self) -> ReportedProgress | None:
         """What its run's driver last reported. A store that is out of reach does not end us."""
-        from magi_ray.render.driving.reports import read_noted
+        from magi_ray.render.driving.reports import read_progress
 
         try:
-            return read_noted(self._stored.store, self._stored.run_id)
+            return read_progress(self._stored.store, self._stored.run_id)
         except StoreError:
             return None
 

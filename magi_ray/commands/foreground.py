@@ -15,7 +15,7 @@ from magi_ray.errors import Superseded
 
 if TYPE_CHECKING:
     from magi_ray.commands.status_file import DriverExit
-    from magi_ray.render.driving.reports import Outcome
+    from magi_ray.render.driving.reports import RunResult
     from magi_ray.render.driving.scheduler import RunState
 
 
@@ -25,7 +25,7 @@ def render_in_foreground(
     """Render what is left, here. Ctrl-C, SIGTERM and a closed terminal stop it, whatever it is doing.
 
     on_dashboard: called with the URL of Ray's dashboard, if there is one.
-    Raises what ``render_here`` and ``render_on_ray`` raise.
+    Raises what ``render_locally`` and ``render_on_ray`` raise.
     """
     from magi_ray.commands.status_file import DriverExit
 
@@ -41,7 +41,7 @@ def render_in_foreground(
     return DriverExit(run_result=run_result, seconds=time.monotonic() - begun)
 
 
-def _at_rest(stored: StoredRun, options: RenderOptions) -> Outcome | None:
+def _at_rest(stored: StoredRun, options: RenderOptions) -> RunResult | None:
     """The result of a run that is done, paused or cancelled; None if there is something to render. Needs neither Ray
     nor torch."""
     from magi_ray.render.driving.requests import requested
@@ -58,10 +58,10 @@ def _at_rest(stored: StoredRun, options: RenderOptions) -> Outcome | None:
             return None
 
 
-def _close(stored: StoredRun, state: RunState) -> Outcome:
+def _close(stored: StoredRun, state: RunState) -> RunResult:
     from magi_ray.media.encoder import encoder_identity, find_ffmpeg
-    from magi_ray.render.driving.inventory import take_stock_of_run
-    from magi_ray.render.driving.reports import Journal, read_failures
+    from magi_ray.render.driving.inventory import take_inventory_of_run
+    from magi_ray.render.driving.reports import RunReports, read_failures
     from magi_ray.render.driving.scheduler import RunState
 
     # Of a published video no segments are looked up.
@@ -69,29 +69,31 @@ def _close(stored: StoredRun, state: RunState) -> Outcome:
     earlier = read_failures(stored.store, stored.run_id)
     rows = [
         replace(row, failed=row.job_id in earlier and not row.published)
-        for row in take_stock_of_run(stored.store, stored.run, encoder)
+        for row in take_inventory_of_run(stored.store, stored.run, encoder)
     ]
-    return Journal(stored.store, stored.run, rows, earlier=earlier).close(state)
+    return RunReports(stored.store, stored.run, rows, earlier=earlier).close(state)
 
 
-def _drive(stored: StoredRun, options: RenderOptions, on_dashboard: Callable[[str], None]) -> Outcome:
+def _drive(stored: StoredRun, options: RenderOptions, on_dashboard: Callable[[str], None]) -> RunResult:
     """With Ray or without it, as ``options`` say."""
     from magi_ray.render.driving.reports import read_failures
+    from magi_ray.render.driving.session import DriveOptions
     from magi_ray.report import follow
 
-    retry = set(options.retry)
-    if options.retry_failed:
-        retry |= read_failures(stored.store, stored.run_id).keys()
+    failed = read_failures(stored.store, stored.run_id) if options.retry_failed else {}
+    drive_options = DriveOptions(
+        take_over=options.take_over,
+        retry=frozenset({*options.retry, *failed}),
+        max_failed_rows=options.max_failed_rows,
+    )
     if options.local:
-        from magi_ray.render.driving.local_workers import render_here
+        from magi_ray.render.driving.local import render_locally
 
         with follow(stderr()) as show:
-            return render_here(
-                stored.store, stored.run, observe=show, take_over=options.take_over, retry=retry,
-                max_failed_rows=options.max_failed_rows,
-            )  # fmt: skip
-    from magi_ray.cluster.driver import render_on_ray
+            observers = [lambda _happened, progress: show(progress)]
+            return render_locally(stored.store, stored.run, drive_options, observers=observers)
     from magi_ray.cluster.resources import local_ray
+    from magi_ray.cluster.workers import render_on_ray
 
     say("Starting Ray on this machine …")
     with local_ray(namespace=f"magi-ray/{stored.run_id}", dashboard=options.dashboard) as url:
@@ -99,7 +101,5 @@ def _drive(stored: StoredRun, options: RenderOptions, on_dashboard: Callable[[st
             say(f"Ray dashboard: {url}")
             on_dashboard(url)
         with follow(stderr()) as show:
-            return render_on_ray(
-                stored.store, stored.run, observe=show, take_over=options.take_over, retry=retry,
-                max_failed_rows=options.max_failed_rows,
-            )  # fmt: skip
+            observers = [lambda _happened, progress: show(progress)]
+            return render_on_ray(stored.store, stored.run, drive_options, observers=observers)

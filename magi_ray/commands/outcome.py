@@ -14,7 +14,7 @@ from magi_ray.commands.stored_run import StoredRun
 
 if TYPE_CHECKING:
     from magi_ray.commands.status_file import DriverExit
-    from magi_ray.render.driving.reports import Outcome
+    from magi_ray.render.driving.reports import RunResult
 
 
 def report_exit(
@@ -77,7 +77,7 @@ def report_exit(
     sys.exit(code)
 
 
-def _say_result(stored: StoredRun, result: Outcome, seconds: float) -> None:
+def _say_result(stored: StoredRun, result: RunResult, seconds: float) -> None:
     videos = counted(len(stored.run.plans), "video")
     if result.already_published == len(stored.run.plans):
         say(f"Nothing to render: {videos} of run {stored.run_id} published before.")

@@ -10,9 +10,9 @@ from pyarrow import BufferReader, parquet
 
 from magi_ray.commands.driver_monitor import Driver, find_driver
 from magi_ray.render.driving import requests
-from magi_ray.render.driving.inventory import take_stock_of_run
+from magi_ray.render.driving.inventory import take_inventory_of_run
 from magi_ray.render.driving.progress import Phase, RunProgress
-from magi_ray.render.driving.reports import Noted, read_failures, read_noted
+from magi_ray.render.driving.reports import ReportedProgress, read_failures, read_progress
 from magi_ray.render.runs.record import Run
 from magi_ray.storage import keys
 from magi_ray.storage.records import read_record
@@ -39,7 +39,7 @@ class RunStatus:
 
 def run_status(store: Store, run: Run, driver: Driver | None) -> RunStatus:
     """While ``run`` is rendered, what its driver reports is newest; otherwise the store is asked for what it holds."""
-    reported = read_noted(store, run.run_id)
+    reported = read_progress(store, run.run_id)
     if driver is not None and reported is not None:
         progress = reported.progress
     else:
@@ -59,7 +59,7 @@ def run_summary(store: Store, run_id: str) -> dict[str, Any]:
         for key in store.list(keys.videos(run_id))
         if key.endswith(".json")
     }
-    driver, reported = find_driver(store, run_id), read_noted(store, run_id)
+    driver, reported = find_driver(store, run_id), read_progress(store, run_id)
     return {
         "run_id": run_id,
         "submitted": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["created_unix"])),
@@ -71,7 +71,9 @@ def run_summary(store: Store, run_id: str) -> dict[str, Any]:
     }
 
 
-def state_of(store: Store, run_id: str, driver: Driver | None, reported: Noted | None, *, all_done: bool) -> State:
+def state_of(
+    store: Store, run_id: str, driver: Driver | None, reported: ReportedProgress | None, *, all_done: bool
+) -> State:
     """The run in one word. A driver that is gone can no longer say that it renders.
 
     reported: what the last driver wrote.  all_done: whether all videos are.
@@ -88,13 +90,13 @@ def state_of(store: Store, run_id: str, driver: Driver | None, reported: Noted |
     return "broken" if reported.state == "broken" else "done" if reported.state == "done" else "stopped"
 
 
-def _progress_at_rest(store: Store, run: Run, reported: Noted | None) -> RunProgress:
+def _progress_at_rest(store: Store, run: Run, reported: ReportedProgress | None) -> RunProgress:
     """What the store holds, with the failures that were reported.
 
     Segments bear the identity of the ffmpeg that made them, which this machine may lack: how many there are is taken
     from what was last reported.
     """
-    rows = take_stock_of_run(store, run, None)
+    rows = take_inventory_of_run(store, run, None)
     progress = RunProgress.of(run.run_id, rows, {job_id: plan.forwards_per_stage for job_id, plan in run.plans.items()})
     before = {} if reported is None else reported.progress.videos
     for video in progress.videos.values():

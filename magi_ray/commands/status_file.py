@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from magi_ray.commands.serialized_error import SerializedError
-from magi_ray.render.driving.reports import Outcome
+from magi_ray.render.driving.reports import RunResult
 from magi_ray.settings import Frozen, cache_folder
 from magi_ray.storage.store import Store
 from magi_ray.system import Owner, gone
@@ -25,7 +25,7 @@ KEEP_STATUS_S = 3600.0
 class DriverExit(Frozen):
     """How a driver ended: with the run's result, with an error, or with neither, that is interrupted."""
 
-    run_result: Outcome | None = None
+    run_result: RunResult | None = None
     error: SerializedError | None = None
     seconds: float = 0.0
 

@@ -42,7 +42,7 @@ def pause(name: str, store_uri: str, timeout_s: float, as_json: bool) -> None:
     """Stop RUN as soon as its stages in work are committed. At most one forward is lost; `magi-ray resume` goes on."""
     from magi_ray.commands.driver_monitor import DriverMonitor
     from magi_ray.render.driving import requests
-    from magi_ray.render.driving.reports import read_noted
+    from magi_ray.render.driving.reports import read_progress
     from magi_ray.report import follow
 
     stored = open_named_run(store_to_read(store_uri), name, store_uri, verb="pause")
@@ -62,7 +62,7 @@ def pause(name: str, store_uri: str, timeout_s: float, as_json: bool) -> None:
     deadline = time.monotonic() + timeout_s
     with follow(stderr()) as show:
         while (driver := monitor.look()) is not None and time.monotonic() < deadline:
-            if (reported := read_noted(stored.store, stored.run_id)) is not None:
+            if (reported := read_progress(stored.store, stored.run_id)) is not None:
                 show(reported.progress)
             time.sleep(PAUSE_REFRESH_S)
     if as_json:

@@ -33,7 +33,7 @@ class StoredRun:
         return run_command(words, self.run_id, self.store_uri)
 
     def all_published(self) -> bool:
-        from magi_ray.render.tasks.finish import published
+        from magi_ray.render.artifacts.videos import published
 
         return all(published(self.store, self.run_id, plan) is not None for plan in self.run.plans.values())
 

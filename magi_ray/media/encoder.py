@@ -21,15 +21,19 @@ import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import ffmpeg as ffmpeg_python
 import imageio_ffmpeg
 import numpy as np
 
 from magi_ray.errors import MediaError, OutputError, WorkerLost
+from magi_ray.media.reader import Pixels
 from magi_ray.settings import EncoderSettings
 from magi_ray.timeline import FRAMES_PER_CHUNK
 
-_BT709 = "color_primaries=bt709:color_trc=bt709:colorspace=bt709:range=tv"
+_RGB_TO_YUV = (
+    "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int+bitexact,"
+    "format=yuv420p,"
+    "setparams=color_primaries=bt709:color_trc=bt709:colorspace=bt709:range=tv"
+)
 # frag_discont with negative_cts_offsets: the fragment keeps its time in the video; either alone would begin it at 0.
 _FRAGMENTED = "+frag_keyframe+empty_moov+default_base_moof+frag_discont+negative_cts_offsets+skip_trailer"
 _ASK_DEADLINE_S = 60.0
@@ -64,7 +68,7 @@ def encoder_identity(ffmpeg: Path) -> str:
 
 
 def encode_segment(
-    frames: np.ndarray,
+    frames: Pixels,
     *,
     ffmpeg: Path,
     fps: int,
@@ -83,36 +87,19 @@ def encode_segment(
     assert frames.dtype == np.uint8
     assert count >= 1
     assert (channels, height % 2, width % 2) == (3, 0, 0)
-    command = (
-        ffmpeg_python.input("pipe:0", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{height}", r=fps)
-        .filter(
-            "scale", out_color_matrix="bt709", out_range="tv", flags="bicubic+accurate_rnd+full_chroma_int+bitexact"
-        )
-        .filter("format", "yuv420p")
-        .filter("setparams", **dict(tag.split("=") for tag in _BT709.split(":")))
-        .output(
-            f"file:{out}",
-            format="mp4",
-            vcodec="libx264",
-            preset=settings.preset,
-            crf=settings.crf,
-            threads=settings.threads,
-            g=FRAMES_PER_CHUNK,
-            keyint_min=FRAMES_PER_CHUNK,
-            sc_threshold=0,
-            bf=0,
-            **{"x264-params": "cpu-independent=1"},
-            # x264's own note about its version and settings.
-            **{"bsf:v": "filter_units=remove_types=6"},
-            flags="+cgop+bitexact",
-            fflags="+bitexact",
-            # Microseconds are finer than the file's clock of some 1/12288 s: every frame falls on its own tick.
-            output_ts_offset=f"{frame_offset / fps:.6f}",
-            movflags=_FRAGMENTED,
-        )
-        .global_args("-hide_banner", "-loglevel", "error", "-filter_complex_threads", "1")
-        .compile(cmd=str(ffmpeg), overwrite_output=True)
-    )
+    command = [
+        str(ffmpeg), "-hide_banner", "-loglevel", "error", "-y", "-filter_complex_threads", "1",
+        "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps}", "-i", "pipe:0",
+        "-filter_complex", _RGB_TO_YUV,
+        "-c:v", "libx264", "-preset", settings.preset, "-crf", f"{settings.crf}", "-threads", f"{settings.threads}",
+        "-x264-params", "cpu-independent=1",
+        "-g", f"{FRAMES_PER_CHUNK}", "-keyint_min", f"{FRAMES_PER_CHUNK}", "-sc_threshold", "0", "-bf", "0",
+        "-flags", "+cgop+bitexact", "-fflags", "+bitexact",
+        "-bsf:v", "filter_units=remove_types=6",  # x264's own note about its version and settings
+        # Microseconds are finer than the file's clock of some 1/12288 s: every frame falls on its own tick.
+        "-output_ts_offset", f"{frame_offset / fps:.6f}",
+        "-f", "mp4", "-movflags", _FRAGMENTED, f"file:{out}",
+    ]  # fmt: skip
     feed = (np.ascontiguousarray(frame).data.cast("B") for frame in frames)
     run_ffmpeg(command, feed=feed, deadline_s=deadline_s, purpose=f"encoding {count} frames of {width}×{height}")
 

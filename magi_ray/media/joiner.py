@@ -7,11 +7,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
 
-import ffmpeg as ffmpeg_python
-
 from magi_ray.errors import MediaError, OutputError
 from magi_ray.media.encoder import run_ffmpeg
-from magi_ray.media.reader import opened
+from magi_ray.media.reader import open_video
 
 _BLOCK = 1 << 20
 _REMEDY = "Nothing was published, and the stages are kept: resume to join the video again."
@@ -24,52 +22,45 @@ def join(segments: Sequence[Path], *, out: Path, ffmpeg: Path, deadline_s: float
     The same segments give the same bytes. Memory does not grow with the video, but for the index.
     Raises OutputError, WorkerLost.
     """
-    command = (
-        ffmpeg_python.input("pipe:0", format="mp4")
-        .output(
-            f"file:{out}",
-            format="mp4",
-            map="0:v:0",
-            c="copy",
-            map_metadata=-1,
-            flags="+bitexact",
-            fflags="+bitexact",
-            movflags="+faststart",
-        )
-        .global_args("-hide_banner", "-loglevel", "error")
-        .compile(cmd=str(ffmpeg), overwrite_output=True)
-    )
+    command = [
+        str(ffmpeg), "-hide_banner", "-loglevel", "error", "-y",
+        "-f", "mp4", "-i", "pipe:0",
+        "-map", "0:v:0", "-c", "copy", "-map_metadata", "-1", "-flags", "+bitexact", "-fflags", "+bitexact",
+        "-f", "mp4", "-movflags", "+faststart", f"file:{out}",
+    ]  # fmt: skip
     run_ffmpeg(command, feed=_stream(segments), deadline_s=deadline_s, purpose=f"joining {len(segments)} segments")
 
 
 def verify(path: Path, *, frames: int, width: int, height: int, fps: int) -> None:
     """Decodes the whole video and compares it with the plan. Raises OutputError with what was planned and found."""
     try:
-        with opened(path) as (container, stream):
+        with open_video(path) as (container, stream):
             found, tick = 0, stream.time_base or Fraction(0)
             for found, frame in enumerate(container.decode(stream), start=1):
-                _same(path, f"time of frame {found - 1}", Fraction(found - 1, fps), (frame.pts or 0) * tick)
-                _same(path, f"size of frame {found - 1}", (width, height), (frame.width, frame.height))
-                _same(path, f"frame {found - 1}: damaged", False, frame.is_corrupt)
-            _same(path, "number of frames", frames, found)
-            _same(path, "duration in seconds", Fraction(frames, fps), (stream.duration or 0) * tick)
-            _same(path, "start in seconds", Fraction(0), (stream.start_time or 0) * tick)
-            _same(path, "codec", "h264", stream.codec_context.name)
-            _same(path, "pixel format", "yuv420p", stream.codec_context.pix_fmt)
-            _same(path, "streams", 1, len(container.streams))
+                _require_equal(path, f"time of frame {found - 1}", Fraction(found - 1, fps), (frame.pts or 0) * tick)
+                _require_equal(path, f"size of frame {found - 1}", (width, height), (frame.width, frame.height))
+                _require_equal(path, f"frame {found - 1}: damaged", False, frame.is_corrupt)
+            _require_equal(path, "number of frames", frames, found)
+            _require_equal(path, "duration in seconds", Fraction(frames, fps), (stream.duration or 0) * tick)
+            _require_equal(path, "start in seconds", Fraction(0), (stream.start_time or 0) * tick)
+            _require_equal(path, "codec", "h264", stream.codec_context.name)
+            _require_equal(path, "pixel format", "yuv420p", stream.codec_context.pix_fmt)
+            _require_equal(path, "streams", 1, len(container.streams))
     except MediaError as exc:
         raise OutputError(f"The finished video is damaged: {exc.message}", remedy=_REMEDY) from exc
     with path.open("rb") as file:
         order = [kind for kind, _, _ in _boxes(file, path) if kind in (b"moov", b"mdat")]
-    _same(path, "order of index and frames", [b"moov", b"mdat"], order)
+    _require_equal(path, "order of index and frames", [b"moov", b"mdat"], order)
 
 
-def _same(path: Path, what: str, planned: object, found: object) -> None:
+def _require_equal(path: Path, what: str, planned: object, found: object) -> None:
     if found != planned:
-        raise OutputError(f"{path.name}, {what}: planned {_plain(planned)}, found {_plain(found)}.", remedy=_REMEDY)
+        raise OutputError(
+            f"{path.name}, {what}: planned {_printable(planned)}, found {_printable(found)}.", remedy=_REMEDY
+        )
 
 
-def _plain(value: object) -> object:
+def _printable(value: object) -> object:
     return round(float(value), 6) if isinstance(value, Fraction) else value
 
 

@@ -13,24 +13,24 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 
 from magi_ray.errors import MediaError
-from magi_ray.media.reader import opened
+from magi_ray.media.reader import Pixels, open_video
 
 
-def frames_at(path: Path, numbers: Collection[int]) -> np.ndarray:
+def frames_at(path: Path, numbers: Collection[int]) -> Pixels:
     """The frames with these numbers, in their order in the video: uint8 RGB [len(numbers), H, W, 3].
 
     Raises MediaError, also when the video is shorter.
     """
     wanted = set(numbers)
-    with opened(path) as (container, stream):
+    with open_video(path) as (container, stream):
         frames = enumerate(islice(container.decode(stream), max(wanted) + 1))
         found = [frame.to_ndarray(format="rgb24") for number, frame in frames if number in wanted]
     if len(found) < len(wanted):
-        raise MediaError(f"{path} has no frame {max(wanted)}.", remedy="Ask for earlier ones.")
+        raise MediaError.about(path, f"has no frame {max(wanted)}", remedy="Ask for earlier ones.")
     return np.stack(found)
 
 
-def write_png(path: Path, frame: np.ndarray) -> None:
+def write_png(path: Path, frame: Pixels) -> None:
     """``frame``: uint8 RGB [H, W, 3]."""
     encoder = av.CodecContext.create("png", "w")
     assert isinstance(encoder, VideoCodecContext)

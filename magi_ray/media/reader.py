@@ -10,7 +10,6 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Literal
 
 import av
 import numpy as np
+import numpy.typing as npt
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation
@@ -26,7 +26,8 @@ from av.video.stream import VideoStream
 from magi_ray.errors import MediaError
 
 Fit = Literal["crop", "pad", "fit"]
-Take = Literal["start", "end"]
+ClipPart = Literal["start", "end"]
+Pixels = npt.NDArray[np.uint8]
 
 _SCALING = (
     Interpolation.LANCZOS
@@ -37,25 +38,13 @@ _SCALING = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class VideoInfo:
-    """What a video holds. ``frames`` were all decoded and counted; ``fps`` is their average rate."""
-
-    frames: int
-    width: int
-    height: int
-    fps: float
-    duration_s: float
-    codec: str
-
-
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The file and its first video stream (an image is a video of one frame). Raises MediaError, also on behalf of
     the block inside."""
     try:
         # Opened by number and so without a name: a name like "a%02d.png" or "x:y.mp4" means something to ffmpeg.
-        with open(os.open(path, os.O_RDONLY), "rb") as file, av.open(file) as container:  # noqa: PTH123
+        with open(os.open(path, os.O_RDONLY), "rb") as file, av.open(file, "r") as container:  # noqa: PTH123
             if not container.streams.video:
                 kinds = ", ".join(stream.type for stream in container.streams) or "nothing"
                 raise _unreadable(path, f"it holds {kinds}, but no picture")
@@ -67,48 +56,32 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         raise _unreadable(path, exc.strerror or str(exc)) from exc
 
 
-def probe(path: Path) -> VideoInfo:
-    """Decodes and counts the whole file. Raises MediaError when it is not a video or is damaged."""
-    with opened(path) as (container, stream):
-        count, end = 0, Fraction(0)
-        for _, end, _ in _timed(path, container, stream):  # noqa: B007
-            count += 1
-        return VideoInfo(
-            frames=count,
-            width=stream.width,
-            height=stream.height,
-            fps=float(count / end),
-            duration_s=float(end),
-            codec=stream.codec_context.name,
-        )
-
-
-def read_image(path: Path, *, width: int, height: int, fit: Fit) -> np.ndarray:
+def read_image(path: Path, *, width: int, height: int, fit: Fit) -> Pixels:
     """The picture (of a video: its first frame) as uint8 [height, width, 3]. ``fit`` as in ``read_video``.
 
     Raises MediaError.
     """
-    with opened(path) as (container, stream):
+    with open_video(path) as (container, stream):
         _, _, frame = next(_timed(path, container, stream))
         return _scaled(frame, width=width, height=height, fit=fit)
 
 
-def read_video(path: Path, *, width: int, height: int, fps: int, max_frames: int, take: Take, fit: Fit) -> np.ndarray:
-    """At most ``max_frames`` of the clip's first or last frames at ``fps``, as uint8 [T, height, width, 3], T ≥ 1.
+def read_video(path: Path, *, width: int, height: int, fps: int, max_frames: int, part: ClipPart, fit: Fit) -> Pixels:
+    """At most ``max_frames`` frames at ``fps`` of the start or the end of a clip: uint8 [T, height, width, 3], T ≥ 1.
 
     Output frame k is the source frame whose time is nearest to k / fps (the earlier of two equally near).
     fit: "crop" covers the frame and cuts what stands over, in the middle; "pad" shows all, with black bars; "fit"
     stretches. Memory does not grow with the clip's length.  Raises MediaError.
     """
-    with opened(path) as (container, stream):
+    with open_video(path) as (container, stream):
         frames = _resampled(_timed(path, container, stream), fps)
-        chosen: Iterable[VideoFrame] = islice(frames, max_frames) if take == "start" else deque(frames, max_frames)
+        chosen: Iterable[VideoFrame] = islice(frames, max_frames) if part == "start" else deque(frames, max_frames)
         return np.stack([_scaled(frame, width=width, height=height, fit=fit) for frame in chosen])
 
 
 def count_frames(path: Path, *, fps: int, max_frames: int) -> int:
     """How many frames ``read_video`` gives. Decodes no more of the clip than that takes. Raises MediaError."""
-    with opened(path) as (container, stream):
+    with open_video(path) as (container, stream):
         return sum(1 for _ in islice(_resampled(_timed(path, container, stream), fps), max_frames))
 
 
@@ -147,7 +120,7 @@ def _resampled(timed: Iterable[tuple[Fraction, Fraction, VideoFrame]], fps: int)
         count += 1
 
 
-def _scaled(frame: VideoFrame, *, width: int, height: int, fit: Fit) -> np.ndarray:
+def _scaled(frame: VideoFrame, *, width: int, height: int, fit: Fit) -> Pixels:
     """uint8 [height, width, 3]."""
     pixels = _rgb(frame, frame.width, frame.height)
     if fit == "crop":
@@ -161,9 +134,9 @@ def _scaled(frame: VideoFrame, *, width: int, height: int, fit: Fit) -> np.ndarr
     return canvas
 
 
-def _rgb(frame: VideoFrame, width: int, height: int) -> np.ndarray:
+def _rgb(frame: VideoFrame, width: int, height: int) -> Pixels:
     rgb = frame.reformat(width, height, "rgb24", interpolation=_SCALING, threads=1)
-    return rgb.to_ndarray()
+    return rgb.to_ndarray().astype(np.uint8, copy=False)
 
 
 def _inscribed(outer: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
@@ -174,15 +147,16 @@ def _inscribed(outer: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int
     return max(1, round(outer_w * h / w)), outer_w
 
 
-def _centre(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+def _centre(pixels: Pixels, height: int, width: int) -> Pixels:
     """The middle ``height`` × ``width`` of ``pixels``, as a view."""
     top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
     return pixels[top : top + height, left : left + width]
 
 
 def _unreadable(path: Path, what: str) -> MediaError:
-    return MediaError(
-        f"{path} cannot be read: {what}.",
+    return MediaError.about(
+        path,
+        f"cannot be read: {what}",
         remedy="Images may be PNG, JPEG or WebP; a video that is not read can be converted: "
         "ffmpeg -i IN -c:v libx264 -pix_fmt yuv420p OUT.mp4",
     )

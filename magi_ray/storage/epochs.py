@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable
 from pathlib import PurePosixPath
 
-from pydantic import ValidationError
-
-from magi_ray.errors import ObjectMissing
 from magi_ray.settings import Frozen
 from magi_ray.storage import keys
-from magi_ray.storage.leases import BEAT_S, TTL_S, Lease, Owner, acquire, gone, until_free
+from magi_ray.storage.leases import BEAT_S, TTL_S, Lease, acquire, until_free
 from magi_ray.storage.records import canonical_json, new_write_id
 from magi_ray.storage.store import Store
+from magi_ray.system import Owner, System
 
 FORMAT_VERSION = 1
 
@@ -45,9 +40,7 @@ def become_driver(
     *,
     within_s: float = TTL_S + BEAT_S,
     take_over: bool = False,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-    gone: Callable[[Owner], bool] = gone,
+    system: System = System(),
 ) -> Lease:
     """Wait until nobody drives ``run_id``, or ``take_over`` at once; then take the next epoch and with it the lease.
 
@@ -58,26 +51,14 @@ def become_driver(
     # Waiting comes first, since a new epoch ends the driver before. After it the lease goes to the highest, without
     # waiting: whoever holds it is superseded.
     if not take_over:
-        until_free(store, key, owner, within_s=within_s, clock=clock, sleep=sleep, gone=gone)
+        until_free(store, key, owner, within_s=within_s, system=system)
     epoch = take_epoch(store, run_id, owner)
-    return acquire(store, key, owner, epoch=epoch, force=True, clock=clock, sleep=sleep, gone=gone)
+    return acquire(store, key, owner, epoch=epoch, force=True, system=system)
 
 
 def superseded(store: Store, run_id: str, number: int) -> bool:
     """Whether a newer driver than ``number`` has come. One call to the store."""
     return store.exists(keys.epoch(run_id, number + 1))
-
-
-def newest_epoch(store: Store, run_id: str) -> tuple[int, Owner | None] | None:
-    """The driver of ``run_id`` and who it was or is (None if its record is damaged); None when it never had one."""
-    number = _highest(store, run_id)
-    if not number:
-        return None
-    try:
-        body = json.loads(store.get(keys.epoch(run_id, number)))
-        return number, EpochRecord.model_validate(body).owner
-    except (ValueError, ValidationError, ObjectMissing):
-        return number, None
 
 
 def _highest(store: Store, run_id: str) -> int:

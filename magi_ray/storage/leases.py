@@ -10,66 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Self
 
 from pydantic import ValidationError
 
-from magi_ray.errors import InputError, ObjectMissing, StoreError, StoreUnavailable, Superseded
+from magi_ray.errors import InputError, MagiRayError, ObjectMissing, StoreError, StoreUnavailable, Superseded
 from magi_ray.settings import Frozen
 from magi_ray.storage.records import canonical_json, new_write_id
 from magi_ray.storage.retrying import FAREWELL_S, hurried
 from magi_ray.storage.store import Store
+from magi_ray.system import Flag, Owner, System
 
 FORMAT_VERSION = 1
 TTL_S = 20.0
 BEAT_S = 5.0
-LOOK_S = 1.0
-
-
-class Owner(Frozen):
-    """A process. ``name``: of the worker or driver.  ``boot``: the machine's boot id and the process's pid namespace,
-    '' where the system does not tell.  ``started``: clock ticks after boot, 0 where the system does not tell."""
-
-    name: str
-    host: str
-    boot: str
-    pid: int
-    started: int
-
-    @classmethod
-    def here(cls, name: str) -> Self:
-        """This process."""
-        pid = os.getpid()
-        _, started = _process(pid) or ("", 0)
-        return cls(name=name, host=socket.gethostname(), boot=_boot(), pid=pid, started=started)
-
-    def __str__(self) -> str:
-        return f"{self.name} on {self.host} (process {self.pid})"
-
-
-def gone(owner: Owner) -> bool:
-    """Whether ``owner`` surely is a dead process of this very machine. False where that cannot be known."""
-    # Containers may share a boot id, and with it the host's name, but then not the namespace of pids.
-    if not owner.boot or (owner.host, owner.boot) != (socket.gethostname(), _boot()):
-        return False
-    found = _process(owner.pid)
-    if found is not None:
-        state, started = found
-        return started != owner.started or state in "ZX"
-    try:
-        os.kill(owner.pid, 0)  # /proc may hide other users' processes
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
+WATCH_INTERVAL_S = 1.0
 
 
 class LeaseRecord(Frozen):
@@ -95,7 +51,7 @@ class Holding:
 def read_lease(store: Store, key: str) -> LeaseRecord | None:
     """The lease as it is written; None when there is none or it is damaged. Raises StoreError, InputError when a newer
     magi-ray wrote it."""
-    return _Watch(store, key, time.monotonic).look()
+    return _Watch(store, key, System()).look()
 
 
 def holding(
@@ -103,23 +59,21 @@ def holding(
     key: str,
     *,
     watch_s: float = 0.0,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-    gone: Callable[[Owner], bool] = gone,
+    system: System = System(),
 ) -> Holding | None:
     """Who holds the lease, as somebody sees it who does not want it; None when nobody does.
 
     Watches for at most ``watch_s`` (TTL_S is enough to know), and returns sooner when the beat moves.
     """
-    watch = _Watch(store, key, clock)
+    watch = _Watch(store, key, system)
     while True:
         record = watch.look()
-        if record is None or record.holder is None or gone(record.holder):
+        if record is None or record.holder is None or system.gone(record.holder):
             return None
         if watch.moved or watch.unchanged_s >= TTL_S or watch.watched_s >= watch_s:
             beating = True if watch.moved else False if watch.unchanged_s >= TTL_S else None
             return Holding(owner=record.holder, epoch=record.epoch, beating=beating)
-        sleep(LOOK_S)
+        system.sleep(WATCH_INTERVAL_S)
 
 
 def until_free(
@@ -128,12 +82,10 @@ def until_free(
     owner: Owner,
     *,
     within_s: float = TTL_S + BEAT_S,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-    gone: Callable[[Owner], bool] = gone,
+    system: System = System(),
 ) -> None:
     """Wait until ``owner`` may take the lease, without taking it. Raises as ``acquire`` does."""
-    _Watch(store, key, clock).until_free(owner, within_s=within_s, sleep=sleep, gone=gone)
+    _Watch(store, key, system).until_free(owner, within_s=within_s)
 
 
 def acquire(
@@ -144,9 +96,7 @@ def acquire(
     epoch: int,
     within_s: float = TTL_S + BEAT_S,
     force: bool = False,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-    gone: Callable[[Owner], bool] = gone,
+    system: System = System(),
 ) -> Lease:
     """Take the lease under ``key``, at once when it is free, else as soon as it becomes so.
 
@@ -155,36 +105,36 @@ def acquire(
     whoever holds it.  Raises Superseded when it is still held after ``within_s``, or is or was held for a newer driver
     than ``epoch``; StoreError.
     """
-    watch = _Watch(store, key, clock)
+    watch = _Watch(store, key, system)
     while True:
-        record = watch.look() if force else watch.until_free(owner, within_s=within_s, sleep=sleep, gone=gone)
+        record = watch.look() if force else watch.until_free(owner, within_s=within_s)
         if record is not None and record.epoch > epoch:
             raise Superseded(
                 f"{key} belongs to driver {record.epoch} of this run, and {owner.name} works for driver {epoch}.",
                 remedy="Nothing is lost: the newer driver goes on from what is committed.",
             )
         mine = LeaseRecord(holder=owner, epoch=epoch, beat=record.beat + 1 if record else 0, write_id=new_write_id())
-        begun, version = clock(), None
+        begun, version = system.clock(), None
         if watch.version is not None:
             version = store.swap(key, _serialise(mine), watch.version)
         elif store.put_if_absent(key, _serialise(mine)):
             found, version = store.get_versioned(key)
             version = version if found == _serialise(mine) else None
         if version is not None:
-            return Lease(store, key, mine, version, begun=begun, clock=clock)
+            return Lease(store, key, mine, version, begun=begun, system=system)
 
 
 class Lease:
     """A lease that this process took. ``acquire`` makes it; used by one thread, but for ``check`` and ``valid``.
 
-    begun: when the swap began that took it, by ``clock``.
+    begun: when the swap began that took it, by the clock of ``system``.
     """
 
     def __init__(
-        self, store: Store, key: str, record: LeaseRecord, version: str, *, begun: float, clock: Callable[[], float]
+        self, store: Store, key: str, record: LeaseRecord, version: str, *, begun: float, system: System
     ) -> None:
         self.key = key
-        self._store, self._record, self._version, self._begun, self._clock = store, record, version, begun, clock
+        self._store, self._record, self._version, self._begun, self._system = store, record, version, begun, system
         self._attempt: LeaseRecord | None = None
         self._lost: Superseded | None = None
 
@@ -196,7 +146,7 @@ class Lease:
     @property
     def valid(self) -> bool:
         """Whether nobody else may have taken it yet."""
-        return self._lost is None and self._clock() - self._begun < TTL_S
+        return self._lost is None and self._system.clock() - self._begun < TTL_S
 
     def check(self) -> None:
         """Raises Superseded when the lease is lost, or may be because no beat got through for too long."""
@@ -204,8 +154,8 @@ class Lease:
             raise self._lost
         if not self.valid:
             raise Superseded(
-                f"The last beat of {self.key} began {self._clock() - self._begun:.0f} s ago, but a lease holds for"
-                f" {TTL_S:.0f} s: another may have taken it.",
+                f"The last beat of {self.key} began {self._system.clock() - self._begun:.0f} s ago, but a lease holds "
+                f"for {TTL_S:.0f} s: another may have taken it.",
                 remedy="Check the store and the network if this happens often.",
             )
 
@@ -216,7 +166,7 @@ class Lease:
         of TTL_S and ``beat`` may be tried again.
         """
         while self._lost is None:
-            begun = self._clock()
+            begun = self._system.clock()
             # Tried again with the same bytes, so that one that landed unseen, or late, is known for ours.
             if self._attempt is None:
                 self._attempt = self._record.model_copy(
@@ -263,37 +213,37 @@ class Lease:
 
 
 @contextlib.contextmanager
-def keeping(lease: Lease, *, every_s: float = BEAT_S) -> Iterator[Lease]:
-    """Beat in a thread for as long as the block runs, then release. The block itself must ask ``lease.check()``."""
-    over = threading.Event()
-    thread = threading.Thread(target=keep_beating, args=(lease, over.wait, every_s), name="magi-ray-lease", daemon=True)
-    thread.start()
+def renewing(lease: Lease, *, system: System = System(), every_s: float = BEAT_S) -> Iterator[Lease]:
+    """Beat in the background while the block runs, then release. The block itself must ask ``lease.check()``."""
+    over = system.flag()
+    beating = system.start(lambda: _beat(lease, over, every_s), name="magi-ray-lease")
     try:
         yield lease
     finally:
         over.set()
-        thread.join(timeout=TTL_S)
+        with contextlib.suppress(TimeoutError):
+            beating.result(TTL_S)
         lease.release()
 
 
-def keep_beating(lease: Lease, over: Callable[[float], bool], every_s: float = BEAT_S) -> None:
-    """Beat until the lease is lost or ``over``, which waits for some seconds and then says so."""
+def _beat(lease: Lease, over: Flag, every_s: float) -> None:
+    """Beat until the lease is lost or ``over``."""
     pause_s = every_s
-    while not over(pause_s):
+    while not over.wait(pause_s):
         try:
             lease.beat()
             pause_s = every_s
         except StoreError:
             pause_s = every_s / 5
-        except Superseded:
+        except MagiRayError:  # lost to another, or to a newer magi-ray
             return
 
 
 class _Watch:
     """Looks at a lease again and again. ``version``: of what was seen last, None when there was nothing."""
 
-    def __init__(self, store: Store, key: str, clock: Callable[[], float]) -> None:
-        self._store, self._key, self._clock = store, key, clock
+    def __init__(self, store: Store, key: str, system: System) -> None:
+        self._store, self._key, self._system = store, key, system
         self.version: str | None = None
         self.moved = False
         self._began: float | None = None
@@ -304,7 +254,7 @@ class _Watch:
             data, version = self._store.get_versioned(self._key)
         except ObjectMissing:
             data, version = b"", None
-        now = self._clock()  # after reading: what we saw was written before
+        now = self._system.clock()  # after reading: what we saw was written before
         if self._began is None:
             self._began = self._changed = now
         elif version != self.version:
@@ -312,9 +262,7 @@ class _Watch:
         self.version = version
         return _parse(data)
 
-    def until_free(
-        self, owner: Owner, *, within_s: float, sleep: Callable[[float], None], gone: Callable[[Owner], bool]
-    ) -> LeaseRecord | None:
+    def until_free(self, owner: Owner, *, within_s: float) -> LeaseRecord | None:
         """What is written where ``owner`` may now write. Raises Superseded when it is still held after ``within_s``."""
         while True:
             record = self.look()
@@ -322,7 +270,7 @@ class _Watch:
                 free, holder = self.version is None, None  # else it is damaged: perhaps somebody's
             else:
                 holder = record.holder
-                free = holder is None or holder == owner or gone(holder)
+                free = holder is None or holder == owner or self._system.gone(holder)
             if free or self.unchanged_s >= TTL_S:
                 return record
             if self.watched_s >= within_s:
@@ -332,15 +280,15 @@ class _Watch:
                     f" and it is free after {TTL_S:.0f} s without one.",
                     remedy="Let it finish or stop it; `magi-ray resume RUN --take-over` takes its work away from it.",
                 )
-            sleep(LOOK_S)
+            self._system.sleep(WATCH_INTERVAL_S)
 
     @property
     def watched_s(self) -> float:
-        return self._clock() - (self._began or 0.0)
+        return self._system.clock() - (self._began or 0.0)
 
     @property
     def unchanged_s(self) -> float:
-        return self._clock() - self._changed
+        return self._system.clock() - self._changed
 
 
 def _serialise(record: LeaseRecord) -> bytes:
@@ -358,22 +306,4 @@ def _parse(data: bytes) -> LeaseRecord | None:
             )
         return LeaseRecord.model_validate(body)
     except (ValueError, KeyError, TypeError, ValidationError):
-        return None
-
-
-def _boot() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return ""
-
-
-def _process(pid: int) -> tuple[str, int] | None:
-    """(state, start in ticks after boot) of a process; None when there is none to be seen."""
-    try:
-        # "pid (name) state …", where the name may hold anything; the start is field 22.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return fields[0], int(fields[19])
-    except (OSError, IndexError, ValueError):
         return None

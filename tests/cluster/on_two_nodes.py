@@ -16,10 +16,10 @@ from typing import Any
 
 import psutil
 import ray
+from magi_ray.cluster.driver import render_on_ray
 from ray.cluster_utils import Cluster
 
 from magi_ray.cluster.actors import WORKERS, DenoiseWorker, TaskWorker
-from magi_ray.cluster.driver import render_on_ray
 from magi_ray.events import StageCommitted, TaskKind
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.runs.record import open_run

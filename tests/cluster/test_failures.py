@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import ray
+from magi_ray.cluster.driver import Deadlines, _Driver
 from ray import exceptions
 
 from magi_ray import errors
-from magi_ray.cluster.driver import Deadlines, _Driver
 from magi_ray.cluster.failures import classify, own_error, worker_is_gone
 from magi_ray.errors import FailureClass, MagiRayError, ManifestError, Problem, StoreError, WorkerLost
 from magi_ray.render.driving.scheduler import Abandon

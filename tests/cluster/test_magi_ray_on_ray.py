@@ -20,7 +20,7 @@ from magi_ray.cli import cli
 from magi_ray.commands.exit_codes import FAILED_ROWS, INTERRUPTED
 from magi_ray.commands.status_file import log_path
 from magi_ray.manifest import write_manifest
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.local import render_locally
 from magi_ray.render.runs.record import Run, create, open_run, prepare
 from magi_ray.settings import preset
 from magi_ray.storage import keys
@@ -66,7 +66,7 @@ def undisturbed(folder: Path, weights: Path) -> tuple[Run, dict[str, bytes]]:
     data = (folder / "m.parquet").read_bytes()
     run, files = prepare(data, name="m.parquet", base=folder, settings=preset("magi-tiny", weights=weights))
     create(store, run, files)
-    render_here(store, run)
+    render_locally(store, run)
     return run, contents(store, run)
 
 

@@ -15,7 +15,7 @@ import pytest
 from on_ray import processes_with, wait_until
 from runs import MakeRun, contents
 
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.scheduler import ROWS_FAILED_ON_BAD_NODE
 from magi_ray.storage.local import LocalStore
 from magi_ray.storage.memory import MemoryStore
@@ -35,7 +35,7 @@ def on_two_nodes(
 
     def render(case: str, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, bytes], dict[str, bytes]]:
         undisturbed, store, mark = MemoryStore(), LocalStore(tmp_path / "store"), uuid.uuid4().hex
-        render_here(undisturbed, make_run(undisturbed, rows))
+        render_locally(undisturbed, make_run(undisturbed, rows))
         run = make_run(store, rows)
         ended = subprocess.run(
             [sys.executable, str(PROGRAM), case, str(store.root), run.run_id, str(tmp_path)],

@@ -18,15 +18,15 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from magi_ray.cluster.driver import render_on_ray
 from on_ray import wait_until, working_actors
 from runs import MakeRun, contents
 
 from magi_ray.cluster.actors import WORKERS, DecodeWorker, DenoiseWorker
-from magi_ray.cluster.driver import render_on_ray
 from magi_ray.errors import FailureClass, StoreUnavailable, Superseded
 from magi_ray.events import StepDone, TaskKind
 from magi_ray.render.artifacts.latents import load_clean_chunk
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.scheduler import BUDGETS
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.runs.record import Run
@@ -64,7 +64,7 @@ def row(job_id: str, seed: int, **others: Any) -> dict[str, Any]:
 def undisturbed(make_run: MakeRun, rows: list[dict[str, Any]]) -> dict[str, bytes]:
     store = MemoryStore()
     run = make_run(store, rows)
-    assert not render_here(store, run).failed
+    assert not render_locally(store, run).failed
     return contents(store, run)
 
 
@@ -130,7 +130,7 @@ class PoisonedDecoding(DecodeWorker):
         if plan.job_id not in poison:
             super().carry_out(plan, index)
             return
-        with patch("magi_ray.render.tasks.decode.decode_tiled", **poison[plan.job_id]):
+        with patch("magi_ray.render.tasks.decode_network.decode_tiled", **poison[plan.job_id]):
             super().carry_out(plan, index)
 
 

@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 import ray
+from magi_ray.cluster.driver import MAX_FAILED_STARTS, Deadlines, render_on_ray
 from on_ray import wait_until, working_actors
 from runs import MakeRun, contents, stage_commits
 
 from magi_ray.cluster.actors import WORKERS, DecodeWorker, DenoiseWorker, FinishWorker, TaskWorker
-from magi_ray.cluster.driver import MAX_FAILED_STARTS, Deadlines, render_on_ray
 from magi_ray.errors import FailureClass, MediaError, Superseded, WeightsError, WorkerLost
 from magi_ray.events import StageCommitted, TaskKind
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.progress import RunProgress
-from magi_ray.render.driving.reports import Outcome
+from magi_ray.render.driving.reports import RunResult
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.settings import Settings, override, preset
 from magi_ray.storage import keys
@@ -64,7 +64,7 @@ def undisturbed(make_run: MakeRun) -> Callable[[Sequence[dict[str, Any]]], dict[
     def render(rows: Sequence[dict[str, Any]]) -> dict[str, bytes]:
         store = MemoryStore()
         run = make_run(store, rows)
-        assert not render_here(store, run).failed
+        assert not render_locally(store, run).failed
         return contents(store, run)
 
     return render
@@ -174,7 +174,7 @@ def test_a_worker_that_stays_silent_is_killed_and_replaced(
             super().carry_out(plan, index)
 
     run = make_run(store, [TEXT])
-    render_here(store, run)
+    render_locally(store, run)
     # Only this is left to do, so that the deadline concerns nothing slow.
     store.delete(keys.video_record(run.run_id, "text"))
     deadlines = Deadlines(silence_s={**Deadlines().silence_s, TaskKind.FINISH: 4.0})
@@ -264,7 +264,7 @@ def test_of_two_drivers_of_one_run_one_goes_on_and_the_other_stops(
 ) -> None:
     row = TEXT | {"num_chunks": 40}
     run = make_run(store, [row])
-    ends: dict[str, Outcome | Superseded] = {}
+    ends: dict[str, RunResult | Superseded] = {}
 
     def render(name: str, take_over: bool) -> None:
         try:
@@ -279,7 +279,7 @@ def test_of_two_drivers_of_one_run_one_goes_on_and_the_other_stops(
     first.join(timeout=240)
     stopped, went_on = ("first", "second") if take_over else ("second", "first")
     assert isinstance(ends[stopped], Superseded)
-    assert isinstance(ends[went_on], Outcome)
+    assert isinstance(ends[went_on], RunResult)
     assert contents(store, run) == undisturbed([row])
 
 

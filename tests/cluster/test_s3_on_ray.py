@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from magi_ray.cluster.driver import render_on_ray
 from on_ray import SMALL, wait_until
 from rgw import Rgw
 from runs import MakeRun, contents, stage_commits
 from typed import Command
 
-from magi_ray.cluster.driver import render_on_ray
 from magi_ray.errors import StoreDenied
 from magi_ray.manifest import write_manifest
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.local import render_locally
 from magi_ray.render.runs.record import create, prepare
 from magi_ray.settings import preset
 from magi_ray.storage import keys
@@ -41,7 +41,7 @@ def test_a_worker_and_the_server_killed_in_mid_run_cost_only_time(
     memory, store = MemoryStore(), open_store(s3_address)
     create(memory, run, files)
     create(store, run, files)
-    render_here(memory, run)
+    render_locally(memory, run)
 
     drive = Command(tmp_path, "drive", run.run_id, "--store", s3_address, "--no-dashboard")
     try:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from magi_ray.manifest import Defaults, manifest_of
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.local import render_locally
 from magi_ray.render.runs.record import create, open_run, prepare
 from magi_ray.settings import override, preset
 from magi_ray.storage.local import LocalStore
@@ -58,7 +58,7 @@ def make(folder: Path) -> None:
             raise Killed
 
     try:
-        render_here(store, run, observe=kill)
+        render_locally(store, run, observe=kill)
     except Killed:
         time.sleep(2)  # a commit may be under way
     for name in (".tmp", ".locks"):

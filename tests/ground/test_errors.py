@@ -7,7 +7,16 @@ import pickle
 import pytest
 
 from magi_ray import errors
-from magi_ray.errors import FailureClass, InputError, MagiRayError, ManifestError, Problem, StoreError, failure_class
+from magi_ray.errors import (
+    FailureClass,
+    InputError,
+    MagiRayError,
+    ManifestError,
+    MediaError,
+    Problem,
+    StoreError,
+    failure_class,
+)
 
 
 def kinds(root: type[MagiRayError]) -> list[type[MagiRayError]]:
@@ -20,6 +29,8 @@ def example(kind: type[MagiRayError]) -> MagiRayError:
     if issubclass(kind, ManifestError):
         problem = Problem(row=3, job_id="cat", column="width", value="100", rule="is not even", remedy="use 96")
         return kind("wrong", [problem], remedy="mend it", next_command="magi-ray list")
+    if issubclass(kind, MediaError):
+        return kind("wrong", reason="is wrong", remedy="mend it", next_command="magi-ray list")
     return kind("wrong", remedy="mend it", next_command="magi-ray list")
 
 
@@ -37,6 +48,13 @@ def test_every_error_survives_pickling_with_all_it_carries(kind: type[MagiRayErr
 def test_an_error_says_what_is_wrong_how_to_mend_it_and_what_to_type_next() -> None:
     assert str(example(InputError)) == "wrong\nmend it\nnext: magi-ray list"
     assert str(StoreError("wrong")) == "wrong"
+
+
+def test_a_media_error_has_its_reason_apart_from_the_name_of_the_file() -> None:
+    error = pickle.loads(pickle.dumps(MediaError.about("/clips/a.mp4", "has no frame 7", remedy="Ask for another.")))
+    assert (error.message, error.reason) == ("/clips/a.mp4 has no frame 7.", "has no frame 7")
+    assert str(error) == "/clips/a.mp4 has no frame 7.\nAsk for another."
+    assert MediaError("There is no ffmpeg.").reason == "There is no ffmpeg."
 
 
 def test_every_kind_is_drawn_in_the_tree_at_the_top_of_the_file() -> None:

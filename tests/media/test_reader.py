@@ -6,17 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clips import grey, waves, write_lossless
+from clips import decoded_yuv, grey, waves, write_lossless
 
 from magi_ray.errors import MediaError
 from magi_ray.media.encoder import encode_segment
+from magi_ray.media.joiner import verify
 from magi_ray.media.preview import frames_at, write_png
-from magi_ray.media.reader import VideoInfo, count_frames, probe, read_image, read_video
+from magi_ray.media.reader import count_frames, read_image, read_video
 from magi_ray.settings import EncoderSettings
 
 
 def _values(path: Path, **changes: object) -> list[int]:
-    arguments = {"width": 16, "height": 16, "fps": 10, "max_frames": 100, "take": "start", "fit": "crop"} | changes
+    arguments = {"width": 16, "height": 16, "fps": 10, "max_frames": 100, "part": "start", "fit": "crop"} | changes
     frames = read_video(path, **arguments)
     assert (frames == frames[:, :1, :1, :1]).all()
     return [int(frame[0, 0, 0]) for frame in frames]
@@ -83,12 +84,8 @@ def test_colours_of_a_tagged_video_come_back(tmp_path: Path, ffmpeg: Path) -> No
     frames = np.broadcast_to(colours[:, None, None], (5, 32, 32, 3))
     path = tmp_path / "a.mp4"
     encode_segment(frames, ffmpeg=ffmpeg, fps=24, frame_offset=0, settings=EncoderSettings(crf=1), out=path)
-    found = read_video(path, width=32, height=32, fps=24, max_frames=5, take="start", fit="crop")
+    found = read_video(path, width=32, height=32, fps=24, max_frames=5, part="start", fit="crop")
     assert np.abs(found.astype(int) - frames).max() <= 4
-
-
-def test_probe_counts_what_is_there(clip: Path) -> None:
-    assert probe(clip) == VideoInfo(frames=10, width=16, height=16, fps=10.0, duration_s=1.0, codec="png")
 
 
 def test_a_clip_at_its_own_rate_is_every_frame_once(clip: Path) -> None:
@@ -109,18 +106,18 @@ def test_uneven_times_are_honoured(tmp_path: Path) -> None:
     assert _values(tmp_path / "a.mov") == [0, 50, 50, 50, 100, 100, 100, 100, 150, 150]
 
 
-def test_the_start_or_the_end_of_a_clip_is_taken(clip: Path) -> None:
+def test_the_start_or_the_end_of_a_clip_is_read(clip: Path) -> None:
     assert _values(clip, max_frames=3) == [0, 10, 20]
-    assert _values(clip, max_frames=3, take="end") == [70, 80, 90]
-    assert _values(clip, max_frames=100, take="end") == list(range(0, 100, 10))
+    assert _values(clip, max_frames=3, part="end") == [70, 80, 90]
+    assert _values(clip, max_frames=100, part="end") == list(range(0, 100, 10))
 
 
 @pytest.mark.parametrize("fps", [1, 5, 7, 10, 24, 60])
-@pytest.mark.parametrize("take", ["start", "end"])
-def test_the_number_of_frames_is_known_without_reading_their_pixels(clip: Path, fps: int, take: str) -> None:
+@pytest.mark.parametrize("part", ["start", "end"])
+def test_the_number_of_frames_is_known_without_reading_their_pixels(clip: Path, fps: int, part: str) -> None:
     for max_frames in (1, 4, 1000):
         counted = count_frames(clip, fps=fps, max_frames=max_frames)
-        assert counted == len(_values(clip, fps=fps, max_frames=max_frames, take=take)) == min(fps, max_frames)
+        assert counted == len(_values(clip, fps=fps, max_frames=max_frames, part=part)) == min(fps, max_frames)
 
 
 def test_a_picture_is_a_video_of_one_frame(tmp_path: Path) -> None:
@@ -137,7 +134,7 @@ def test_memory_does_not_grow_with_the_length_of_the_clip(tmp_path: Path, ffmpeg
         encode_segment(frames, ffmpeg=ffmpeg, fps=24, frame_offset=0, settings=settings, out=out)
     code = (
         "import resource, sys; from pathlib import Path; from magi_ray.media.reader import read_video\n"
-        "read_video(Path(sys.argv[1]), width=64, height=64, fps=24, max_frames=32, take='end', fit='crop')\n"
+        "read_video(Path(sys.argv[1]), width=64, height=64, fps=24, max_frames=32, part='end', fit='crop')\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     short, long = (
@@ -159,7 +156,7 @@ def test_what_cannot_be_read_is_named_with_what_was_found(tmp_path: Path, clip: 
         with pytest.raises(MediaError, match=f"{name} cannot be read: .*({found})"):
             read_image(tmp_path / name, width=16, height=16, fit="crop")
         with pytest.raises(MediaError, match=name):
-            probe(tmp_path / name)
+            count_frames(tmp_path / name, fps=24, max_frames=1)
 
 
 def test_a_damaged_clip_is_an_error_and_not_a_shorter_clip(tmp_path: Path, clip: Path) -> None:
@@ -168,7 +165,7 @@ def test_a_damaged_clip_is_an_error_and_not_a_shorter_clip(tmp_path: Path, clip:
     data[last : last + 8] = bytes(8)
     (tmp_path / "damaged.mov").write_bytes(data)
     with pytest.raises(MediaError, match=r"damaged.mov cannot be read: it is damaged after 9 frames"):
-        probe(tmp_path / "damaged.mov")
+        count_frames(tmp_path / "damaged.mov", fps=10, max_frames=100)
 
 
 def test_frames_can_be_looked_at_by_number(clip: Path) -> None:
@@ -179,6 +176,5 @@ def test_frames_can_be_looked_at_by_number(clip: Path) -> None:
 
 def test_the_image_and_clip_that_ship_are_whole() -> None:
     manifests = Path(__file__).parents[2] / "manifests"
-    image, clip = probe(manifests / "quickstart-image.png"), probe(manifests / "quickstart-clip.mp4")
-    assert (image.width, image.height, image.frames) == (96, 64, 1)
-    assert (clip.width, clip.height, clip.frames, clip.fps, clip.duration_s) == (64, 64, 48, 24.0, 2.0)
+    assert [frame.shape[:2] for frame in decoded_yuv(manifests / "quickstart-image.png")] == [(64, 96)]
+    verify(manifests / "quickstart-clip.mp4", frames=48, width=64, height=64, fps=24)

@@ -13,7 +13,7 @@ from pathlib import Path
 import av
 import pytest
 
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.local import render_locally
 from magi_ray.render.runs.record import list_runs, open_run
 from magi_ray.render.upkeep.gc import garbage
 from magi_ray.render.upkeep.verify import verify
@@ -46,7 +46,7 @@ def test_a_run_of_an_earlier_version_is_resumed_and_nothing_of_it_is_rendered_ag
     assert set(expected["committed"]) <= {key for plan in run.plans.values() for key in plan.stage_keys}
     video = store.get(keys.video(run.run_id, "done"))
 
-    outcome = render_here(store, run)
+    outcome = render_locally(store, run)
     assert (outcome.published, outcome.failed, outcome.already_published) == (("done", "mid"), (), 1)
     stages = sum(map(len, expected["stage_keys"].values()))
     assert (outcome.stages_reused, outcome.stages_rendered) == (

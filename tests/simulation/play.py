@@ -5,31 +5,33 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from hashlib import sha256
-from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 from magi_ray.errors import FailureClass, InputError, MagiRayError, ObjectDamaged, ObjectMissing, StoreUnavailable
-from magi_ray.events import Task, TaskKind
-from magi_ray.render.artifacts import commits as durable
+from magi_ray.events import RowInventory, Task, TaskKind
+from magi_ray.render.artifacts import commits, videos
+from magi_ray.render.driving import session
 from magi_ray.render.driving.requests import clear, request
-from magi_ray.render.driving.scheduler import BUDGETS, RowFailed
+from magi_ray.render.driving.scheduler import BUDGETS, ONE_OF_EACH, RowFailed
 from magi_ray.render.plans import identity
 from magi_ray.render.plans.row_plan import RowPlan
-from magi_ray.render.runs.record import create
-from magi_ray.render.tasks import finish
+from magi_ray.render.runs.record import Run, create
 from magi_ray.render.upkeep import gc
 from magi_ray.storage import keys
-from magi_ray.storage.leases import BEAT_S, TTL_S, Lease, acquire
+from magi_ray.storage.leases import BEAT_S, TTL_S, acquire
 from magi_ray.storage.records import read_payload, verified_commit
 from magi_ray.storage.retrying import RetryingStore
+from magi_ray.storage.store import Store
 
-from .cast import Attempt, Driver, Poison
+from .drivers import Driver
 from .material import ENCODER, NUM_RUNS, Contents, contents_of, run_of, segment_key
+from .networks import Poison
 from .server import Client, Server, Weather
-from .world import Process, World
+from .world import Process, SimulatedSystem, World
 
 MOST_DRIVERS = 200
 MISHAPS = {"worker dies": 4, "driver dies": 2, "stall": 4, "another": 2, "gone": 2, "cut off": 2, "halt": 1}
@@ -51,10 +53,11 @@ def simulate(seed: int) -> Result:
     """Never raises what the simulated code does wrong: ``wrong`` says it."""
     world = World(seed)
     wrong = ""
-    with _repeatable(world):
+    with patch.object(uuid, "uuid4", lambda: uuid.UUID(int=world.random.getrandbits(128))):
         simulation = Simulation(world)
         try:
-            world.run()
+            with _inventories_checked(simulation):
+                world.run()
             simulation.check()
         except Exception as exc:  # noqa: BLE001 - whatever it is, it is what this seed shows
             wrong = str(exc) if isinstance(exc, AssertionError) and str(exc) else f"seed {seed}: {exc!r}"
@@ -62,6 +65,19 @@ def simulate(seed: int) -> Result:
             world.close()
     server = simulation.server
     return Result(seed, world.digest(), server.calls, server.faults + simulation.mishaps, world.trace, wrong)
+
+
+@dataclass(eq=False)
+class Attempt:
+    """One go at denoising a row. forwards: computed while it held the row.  late: ended after it must have noticed that
+    another has taken the row.  before: the stages that were there when it got the row."""
+
+    process: Process
+    plan: RowPlan
+    forwards: int = 0
+    late: int = 0
+    completed: bool = False
+    before: set[str] = field(default_factory=set)
 
 
 class Simulation:
@@ -81,8 +97,15 @@ class Simulation:
         self.drivers: list[Driver] = []
         self.ended: list[Driver] = []  # those that came to the end of the run, in that order
         self.attempts: list[Attempt] = []
-        self.failed: dict[str, RowFailed] = {}
+        self.counts = {
+            **ONE_OF_EACH,
+            TaskKind.DENOISE: random.choice([1, 1, 2]),
+            TaskKind.DECODE: random.choice([1, 1, 2]),
+        }
         self.mishaps = 0
+        self._row_of = {key: job_id for job_id, plan in self.run.plans.items() for key in plan.stage_keys}
+        self._stages_won = dict.fromkeys(self.run.plans, 0)
+        self._holders: dict[str, tuple[int, float]] = {}  # lease of a row: who took it last, and when
         self._commits: dict[str, bytes] = {}
         self._payloads: dict[str, str] = {}  # digests, from the commits that name them
         self._collected: set[str] = set()
@@ -108,9 +131,9 @@ class Simulation:
             self._collections()
         self._people()
 
-    # What the cast asks for ----------------------------------------------------------------------------------------
+    # What drivers and workers ask for -------------------------------------------------------------------------------
 
-    def client(self, process: Process, purpose: object = None) -> RetryingStore:
+    def client(self, process: Process, purpose: str = "") -> RetryingStore:
         return RetryingStore(
             Client(self.server, process, self.weather, purpose, stall_s=self.stall_s),
             patience_s=self.patience_s,
@@ -119,38 +142,39 @@ class Simulation:
             jitter=lambda longest_s: self.world.random.uniform(0, longest_s),
         )
 
-    def row_taken(self, attempt: Attempt, lease: Lease) -> None:
-        """Two that hold one row at a time would both be right to go on."""
-        attempt.lease = lease
-        attempt.before = {key for key in attempt.plan.stage_keys if self._is_whole(key)}
-        if not lease.valid:
-            return  # it heard so late that it has it that the time was over
-        for other in self.attempts:
-            if (
-                other is not attempt
-                and other.plan.job_id == attempt.plan.job_id
-                and other.lease is not None
-                and other.process.alive
-                and other.lease.valid
-            ):
-                self.world.fail(f"{attempt.worker} and {other.worker} both hold {attempt.plan.job_id}")
+    def attempt_begins(self, process: Process, plan: RowPlan) -> Attempt:
+        self.attempts.append(Attempt(process, plan))
+        return self.attempts[-1]
+
+    def row_taken(self, attempt: Attempt) -> None:
+        attempt.before = attempt.before or {key for key in attempt.plan.stage_keys if self._is_whole(key)}
 
     def forward(self, attempt: Attempt, stage: int, step: int) -> None:
-        self.world.note(attempt.worker, "computes", attempt.plan.job_id, stage, step)
-        attempt.forwards += 1
-        lease = json.loads(self.server.peek(keys.row_lease(self.run.run_id, attempt.plan.job_id)) or b"{}")
-        attempt.astray += (lease["holder"] or {}).get("name") != attempt.worker
-        if attempt.astray > 1:
-            self.world.fail(f"{attempt.worker} goes on with {attempt.plan.job_id}, which another has taken")
+        """A forward has been computed. Whoever lost its row must have noticed when its lease has run out."""
+        job_id, name = attempt.plan.job_id, attempt.process.name
+        self.world.note(name, "computes", job_id, stage, step)
+        holder, since = self._holders[keys.row_lease(self.run.run_id, job_id)]
+        if holder == attempt.process.pid:
+            attempt.forwards += 1
+        elif self.world.now > since + TTL_S:
+            attempt.late += 1
+            if attempt.late > 1:
+                self.world.fail(f"{name} goes on with {job_id}, which another has taken")
         if attempt.plan.stage_keys[stage] in attempt.before:
-            self.world.fail(f"{attempt.worker} computes stage {stage} of {attempt.plan.job_id}, which was committed")
+            self.world.fail(f"{name} computes stage {stage} of {job_id}, which was committed")
 
     def stages_there(self, plan: RowPlan) -> int:
         """How many stages of a video are committed, from the first on."""
         there = [self._is_whole(key) for key in plan.stage_keys]
         return [*there, False].index(False)
 
-    def reported(self, worker: str, plan: RowPlan, stage: int) -> None:
+    def check_inventory(self, row: RowInventory, before: int) -> None:
+        """``before``: the stages that were there when it was begun."""
+        plan = self.run.plans[row.job_id]
+        if not row.published and not before <= row.stages_done <= self.stages_there(plan):
+            self.world.fail(f"{row.job_id} has {before} stages, but its inventory says {row.stages_done}")
+
+    def stage_reported(self, worker: str, plan: RowPlan, stage: int) -> None:
         if not self._is_whole(plan.stage_keys[stage]):
             self.world.fail(f"{worker} says that stage {stage} of {plan.job_id} is committed, but it is not whole")
 
@@ -163,7 +187,7 @@ class Simulation:
         named = json.loads(commit)["payloads"].values() if commit else ()
         return commit is not None and all(self.server.peek(folder + payload["name"]) for payload in named)
 
-    def unexpected(self, exc: Exception) -> None:
+    def check_expected(self, exc: Exception) -> None:
         """Errors that the code under test makes itself must not be: nothing is ever damaged or gone here."""
         ours = isinstance(exc, MagiRayError) and not isinstance(exc, ObjectMissing | ObjectDamaged)
         if not ours and str(exc) != "poisoned":
@@ -228,12 +252,15 @@ class Simulation:
         random = self.world.random
         other = run_of((self.number + 1) % NUM_RUNS)
         create(self.server, other, {})
+        system = Process(self.world, "somebody", "elsewhere").system
         for plan in other.plans.values():
             for key, caption in zip(plan.caption_digests, plan.captions, strict=True):
                 image = identity.text_pre_image(caption, plan.settings, plan.digests)
-                durable.commit(self.server, "text", image, {"text": Contents.text(key)}, seconds=1.0)
+                commits.commit(self.server, "text", image, {"text": Contents.text(key)}, seconds=1.0, system=system)
             image = plan.pre_image(0)
-            durable.commit(self.server, "stage", image, {"state": b"a state", "chunk": b"a chunk"}, seconds=1.0)
+            commits.commit(
+                self.server, "stage", image, {"state": b"a state", "chunk": b"a chunk"}, seconds=1.0, system=system
+            )
 
         def collect_garbage() -> None:
             process = Process(self.world, f"gc{len(self.world.processes)}", random.choice(self.nodes))
@@ -257,7 +284,7 @@ class Simulation:
     def _people(self) -> None:
         """They look now and then, and resume what stands still, until everything that can be is rendered."""
         world = self.world
-        if any(not driver.failed or (driver.started_calm and driver.retry) for driver in self.ended):
+        if any(not self._failed(driver) or (driver.started_calm and driver.retry) for driver in self.ended):
             return
         active = any(
             driver.process.alive and not driver.thread.dead and driver.process.stalled_until <= world.now
@@ -282,6 +309,10 @@ class Simulation:
         self.world.note(driver.process.name, "starts", "and takes over" if take_over else "")
         self.drivers.append(driver)
 
+    @staticmethod
+    def _failed(driver: Driver) -> dict[str, RowFailed]:
+        return {failed.job_id: failed for failed in driver.result.failed} if driver.result else {}
+
     # The books -----------------------------------------------------------------------------------------------------
 
     def _written(self, key: str, data: bytes | None, by: Client) -> None:
@@ -294,6 +325,10 @@ class Simulation:
             before = self._records.setdefault(key, data or b"")
             if data != before:
                 self._say(f"{by.process.name} {'deletes' if data is None else 'changes'} {key}, which is published")
+        elif key.endswith("/lease.json") and data is not None:
+            holder = json.loads(data)["holder"]
+            if holder is not None and self._holders.get(key, (0, 0.0))[0] != holder["pid"]:
+                self._holders[key] = holder["pid"], self.world.now
         elif data is None and by.purpose == "gc":
             self._collected.add(key)
 
@@ -313,8 +348,9 @@ class Simulation:
                 if self.server.peek(name) is None and name not in self._collected:
                     self._say(f"{by.process.name} commits {key} before its payload {payload['name']}")
                 self._payloads[name] = payload["sha256"]
-            if isinstance(by.purpose, Attempt) and key.startswith(keys.commits("stage")):
-                by.purpose.won += 1
+            job_id = self._row_of.get(key.split("/")[2])
+            if job_id is not None and before is None:
+                self._stages_won[job_id] += 1
 
     def _is_needed(self, key: str, data: bytes | None) -> bool:
         """Whether this run reaches a commit."""
@@ -337,12 +373,12 @@ class Simulation:
             check()
 
     def every_row_ends_in_done_or_failed_with_its_reason(self) -> None:
-        last = self.ended[-1]
+        failed_rows = self._failed(self.ended[-1])
         hopeless = {poison.at.job_id: poison.failure for poison in self.poisons if poison.times > 10**6}
         struck = {job for job in hopeless if next(p for p in self.poisons if p.at.job_id == job).times < 10**9}
         for job_id in self.run.plans:
             published = self.server.peek(keys.video_record(self.run.run_id, job_id)) is not None
-            failed = last.failed.get(job_id)
+            failed = failed_rows.get(job_id)
             if published == (failed is not None):
                 self._say(f"{job_id} is {'both' if published else 'neither'} published and failed")
             if failed and (job_id not in struck or failed.failure != hopeless[job_id] or not failed.message):
@@ -363,7 +399,7 @@ class Simulation:
             contents = contents_of(self.number, job_id)
             if self.server.peek(keys.video(self.run.run_id, job_id)) != contents.video:
                 self._say(f"the video of {job_id} is not what its plan gives")
-            if finish.published(store, self.run.run_id, plan, reread=True) is None:
+            if videos.published(store, self.run.run_id, plan, reread=True) is None:
                 self._say(f"the video of {job_id} does not count as published")
             for stage, key in enumerate(plan.stage_keys):
                 self._holds("stage", key, "state", contents.states[stage])
@@ -379,10 +415,12 @@ class Simulation:
             self._say(f"{kind} {key} is not committed whole and right")
 
     def nothing_was_computed_twice_beyond_promise_2(self) -> None:
-        """At most a stage and a forward are lost for each go at a video that was interrupted, and none else."""
+        """At most a stage and a forward are lost for each go at a video that was interrupted, and none else. What a
+        group computes that has lost its row, and will soon know, is lost to nobody."""
         for job_id, plan in self.run.plans.items():
             attempts = [attempt for attempt in self.attempts if attempt.plan.job_id == job_id]
-            wasted = sum(attempt.forwards - plan.forwards_per_stage * attempt.won for attempt in attempts)
+            needed = plan.forwards_per_stage * self._stages_won[job_id]
+            wasted = sum(attempt.forwards for attempt in attempts) - needed
             interrupted = sum(not attempt.completed for attempt in attempts)
             if wasted > interrupted * (plan.forwards_per_stage + 1):
                 self._say(f"{wasted} forwards of {job_id} were wasted in {interrupted} interruptions")
@@ -392,35 +430,43 @@ class Simulation:
             if key.endswith("/lease.json"):
                 begun = self.world.now
                 stranger = Process(self.world, "stranger", "elsewhere")
-                acquire(
-                    self.server,
-                    key,
-                    stranger.owner,
-                    epoch=10**9,
-                    clock=lambda: self.world.now,
-                    sleep=lambda seconds: setattr(self.world, "now", self.world.now + seconds),
-                ).release()
+                acquire(self.server, key, stranger.owner, epoch=10**9, system=Patient(stranger)).release()
                 if self.world.now - begun > TTL_S + BEAT_S:
                     self._say(f"{key} was held long after everybody had gone")
 
 
+class Patient(SimulatedSystem):
+    """Of somebody who waits when all others have gone."""
+
+    def clock(self) -> float:
+        return self._process.world.now
+
+    def sleep(self, seconds: float) -> None:
+        self._process.world.now += seconds
+
+
 @contextmanager
-def _repeatable(world: World) -> Iterator[None]:
-    """The few places where the code under test asks the system for chance, the time of day or ffmpeg."""
+def _inventories_checked(simulation: Simulation) -> Iterator[None]:
+    """What a driver finds in the store is compared with what is there."""
+    look, look_at_all = session.take_inventory, session.take_inventory_of_run
 
-    def join(segments: list[Path], *, out: Path, ffmpeg: Path) -> None:
-        out.write_bytes(b"".join(path.read_bytes() for path in segments))
+    def one(store: Store, run_id: str, plan: RowPlan, encoder: str) -> RowInventory:
+        before = simulation.stages_there(plan)
+        row = look(store, run_id, plan, encoder)
+        simulation.check_inventory(row, before)
+        return row
 
-    with ExitStack() as patches:
-        for of, name, instead in (
-            (uuid, "uuid4", lambda: uuid.UUID(int=world.random.getrandbits(128))),
-            (durable, "provenance", lambda seconds: {"seconds": world.now}),
-            (finish, "provenance", lambda seconds: {"seconds": world.now}),
-            (finish, "find_ffmpeg", lambda: Path("ffmpeg")),
-            (finish, "join", join),
-            (finish, "verify", lambda *_, **__: None),
-        ):
-            patches.enter_context(patch.object(of, name, instead))
+    def of_run(store: Store, run: Run, encoder: str, **options: Any) -> list[RowInventory]:
+        before = {job_id: simulation.stages_there(plan) for job_id, plan in run.plans.items()}
+        rows = look_at_all(store, run, encoder, **options)
+        for row in rows:
+            simulation.check_inventory(row, before[row.job_id])
+        return rows
+
+    with (
+        patch.object(session, "take_inventory", one),
+        patch.object(session, "take_inventory_of_run", of_run),
+    ):
         yield
 
 

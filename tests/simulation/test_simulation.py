@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
-from simulation import cast
 from simulation.play import Result, simulate
 from simulation.server import Server
 
-from magi_ray.render.driving.inventory import take_stock
+from magi_ray.render.driving import session
 from magi_ray.storage import leases, records, retrying
 from magi_ray.storage.records import verified_commit
 
@@ -82,11 +82,12 @@ def test_it_notices_commits_that_are_replaced() -> None:
 
 
 def test_it_notices_an_inventory_that_is_off_by_one() -> None:
-    def one_less(*args: Any, **named: Any) -> Any:
-        row = take_stock(*args, **named)
-        return cast.replace(row, stages_done=max(0, row.stages_done - 1))
+    whole = session.take_inventory_of_run
 
-    with patch.object(cast, "take_stock", one_less):
+    def one_less(*args: Any, **named: Any) -> Any:
+        return [replace(row, stages_done=max(0, row.stages_done - 1)) for row in whole(*args, **named)]
+
+    with patch.object(session, "take_inventory_of_run", one_less):
         assert "inventory" in first_violation().wrong
 
 

@@ -8,17 +8,21 @@ test runs unchanged and any two processes can meet at any call. A process that w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from heapq import heappop, heappush
 from itertools import count
 from random import Random
+from typing import Generic, TypeVar
 
 from greenlet import getcurrent, greenlet
 
-from magi_ray.storage.leases import Owner
+from magi_ray.system import Owner, System
 
 MOST_EVENTS = 400_000
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 class Killed(BaseException):
@@ -92,6 +96,7 @@ class Process:
         self.stalled_until = self.cut_off_until = 0.0
         self.threads: list[Thread] = []
         self.on_death: list[Callable[[], None]] = []
+        self.system = SimulatedSystem(self)
         self.pid = len(world.processes) + 1
         world.processes[self.pid] = self
         # Machines agree neither on the time of day nor on when time began.
@@ -136,9 +141,12 @@ class Process:
         """Wake a thread of this process before its time."""
         self._wake_after(0.0, thread, thread.sleeps)
 
-    def join(self, thread: Thread) -> None:
-        while not thread.dead:
-            self.sleep(0.2)
+    @property
+    def current(self) -> Thread:
+        """The thread that runs now, which must be one of this process."""
+        thread = getcurrent()
+        assert isinstance(thread, Thread)
+        return thread
 
     def breathe(self) -> None:
         if not self.alive:
@@ -172,3 +180,75 @@ class Process:
                 thread.switch()
 
         self.world.after(seconds, wake)
+
+
+class SimulatedSystem(System):
+    """The machine as a simulated process sees it: threads are greenlets, and waiting is what makes time pass."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    def clock(self) -> float:
+        return self._process.clock()
+
+    def unix_time(self) -> float:
+        return self._process.clock()
+
+    def sleep(self, seconds: float) -> None:
+        self._process.sleep(seconds)
+
+    def owner(self, name: str) -> Owner:
+        return self._process.owner.model_copy(update={"name": name})
+
+    def gone(self, owner: Owner) -> bool:
+        return self._process.gone(owner)
+
+    def flag(self) -> SimulatedFlag:
+        return SimulatedFlag(self._process)
+
+    def start(self, work: Callable[[], T], *, name: str) -> SimulatedBackground[T]:
+        return SimulatedBackground(self._process, work)
+
+    def map(self, call: Callable[[S], T], items: Iterable[S], *, at_once: int) -> Iterator[T]:
+        return map(call, items)
+
+
+class SimulatedFlag:
+    def __init__(self, process: Process) -> None:
+        self._process, self._up = process, False
+        self._waiting: list[Thread] = []
+
+    def set(self) -> None:
+        self._up = True
+        for thread in self._waiting:
+            self._process.nudge(thread)
+
+    def wait(self, timeout: float) -> bool:
+        if not self._up:
+            self._waiting.append(self._process.current)
+            self._process.sleep(timeout)
+            self._waiting.remove(self._process.current)
+        return self._up
+
+
+class SimulatedBackground(Generic[T]):
+    def __init__(self, process: Process, work: Callable[[], T]) -> None:
+        self._process, self._work = process, work
+        self._ended = SimulatedFlag(process)
+        self._found: T | None = None
+        self._error: Exception | None = None
+        process.start(self._run)
+
+    def _run(self) -> None:
+        try:
+            self._found = self._work()
+        except Exception as exc:  # noqa: BLE001 - raised again by whoever waits
+            self._error = exc
+        self._ended.set()
+
+    def result(self, within_s: float) -> T:
+        if not self._ended.wait(within_s):
+            raise TimeoutError(f"not done after {within_s:g} s")
+        if self._error is not None:
+            raise self._error
+        return self._found  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""What a video has in the store: captions, prefix, stages, segments, by the keys of its plan. No tensors."""
+"""What the store holds of a video: captions, prefix, stages and segments, under the keys of its plan. No tensors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.storage.keys import CommitKind
 from magi_ray.storage.records import Commit, digest, new_write_id, read_commit, verified_commit, write_commit
 from magi_ray.storage.store import Store
+from magi_ray.system import System
 
 
 def commit(
@@ -22,21 +23,26 @@ def commit(
     payloads: Mapping[str, bytes | Path],
     *,
     seconds: float,
+    system: System = System(),
 ) -> Commit:
-    """Make a result durable under the digest of its pre-image. ``seconds``: how long it took to compute."""
+    """Store a result under the digest of its pre-image: first the payloads, then the commit.
+
+    payloads: bytes, or the path of a file, by role.  seconds: how long it took to compute.
+    Returns the commit that counts: an earlier whole one, if there is one. Raises StoreError.
+    """
     return write_commit(
         store,
         kind=kind,
         key=digest(pre_image),
         payloads=payloads,
         pre_image=pre_image,
-        provenance=provenance(seconds=seconds),
+        provenance=provenance(seconds=seconds, system=system),
         write_id=new_write_id(),
     )
 
 
 def committed(store: Store, kind: CommitKind, key: str) -> Commit:
-    """The commit under ``key``. Raises ObjectMissing."""
+    """The commit under ``key``. Raises ObjectMissing, and other kinds of StoreError."""
     found = read_commit(store, kind, key)
     if found is None:
         raise ObjectMissing(f"There is no {kind} {key[:12]}… in {store.uri}.", remedy="The next resume makes it again.")
@@ -44,18 +50,21 @@ def committed(store: Store, kind: CommitKind, key: str) -> Commit:
 
 
 def embedded(store: Store, plan: RowPlan) -> bool:
-    """Whether the captions and the prefix that denoising ``plan`` reads are in the store."""
-    texts = all(verified_commit(store, "text", digest) for digest in sorted(set(plan.caption_digests)))
+    """Whether the store holds the embedded captions and the encoded prefix that denoising ``plan`` needs."""
+    texts = all(verified_commit(store, "text", key) for key in sorted(set(plan.caption_digests)))
     return texts and (plan.prefix_digest is None or verified_commit(store, "prefix", plan.prefix_digest) is not None)
 
 
 def chunk_commit(store: Store, plan: RowPlan, chunk: int) -> Commit:
-    """The commit of the stage that completed ``chunk``."""
+    """The commit of the stage that completed ``chunk``. Raises ObjectMissing."""
     return committed(store, "stage", plan.stage_keys[plan.timeline.finishing_stage(chunk)])
 
 
 def segment_pre_image(store: Store, plan: RowPlan, chunk: int, encoder: str) -> dict[str, Any]:
-    """What the segment of ``chunk`` is a function of; the chunk itself is in the store."""
+    """The identity of ``chunk``'s segment, whose key is its digest. Raises ObjectMissing when the chunk is not there.
+
+    encoder: ``media.encoder.encoder_identity``.
+    """
     timeline = plan.timeline
     return identity.segment_pre_image(
         chunk_commit(store, plan, chunk).payloads["chunk"].sha256,

@@ -1,4 +1,4 @@
-"""The one bridge between tensors and bytes, and between tensors and the store."""
+"""Tensors as bytes and tensors in the store; torch's errors and threads."""
 
 from __future__ import annotations
 
@@ -18,33 +18,39 @@ from magi_ray.storage.store import Store
 
 
 def pack(tensors: Mapping[str, Tensor]) -> bytes:
-    """``tensors`` as safetensors bytes. The same tensors give the same bytes."""
+    """``tensors`` as safetensors. The same tensors give the same bytes."""
     return bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}))
 
 
 def unpack(data: bytes) -> dict[str, Tensor]:
-    """The tensors of ``pack``, on the CPU. ``data`` has been checked against its digest by whoever read it."""
+    """The tensors of ``pack``, on the CPU. ``data`` must have been checked against its digest."""
     return dict(load(data))
 
 
 def load_tensor(store: Store, kind: CommitKind, key: str) -> Tensor:
-    """The tensor of a text or prefix commit. Raises ObjectMissing, ObjectDamaged."""
+    """The tensor of a text or prefix commit, float32 on the CPU: [tokens, caption_channels] or [1, 16, latents, h, w].
+
+    Raises ObjectMissing, ObjectDamaged.
+    """
     return unpack(read_payload(store, committed(store, kind, key), kind))[kind]
 
 
 def load_window(store: Store, plan: RowPlan, stage: int) -> dict[int, Tensor]:
-    """The chunks in flight after ``stage``: number → [1, 16, 6, h, w] float32."""
+    """The chunks in flight after ``stage``: number → [1, 16, 6, h, w] float32. Raises ObjectMissing, ObjectDamaged."""
     tensors = unpack(read_payload(store, committed(store, "stage", plan.stage_keys[stage]), "state"))
     return {int(name): latent for name, latent in tensors.items()}
 
 
 def load_clean_chunk(store: Store, plan: RowPlan, chunk: int) -> Tensor:
-    """The clean latent of ``chunk``: [1, 16, 6, h, w] float32, frames of a video prefix included."""
+    """The clean latent of ``chunk``: [1, 16, 6, h, w] float32, frames of a video prefix included.
+
+    Raises ObjectMissing, ObjectDamaged.
+    """
     return unpack(read_payload(store, chunk_commit(store, plan, chunk), "chunk"))["chunk"]
 
 
 def require_finite(tensor: Tensor, *, what: str) -> None:
-    """Raises NumericError, saying how many of ``what``'s values are NaN or infinite."""
+    """Raises NumericError when a value is NaN or infinite. ``what``: the tensor's name in the message."""
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise NumericError(
@@ -54,8 +60,8 @@ def require_finite(tensor: Tensor, *, what: str) -> None:
 
 
 @contextmanager
-def telling_out_of_memory(what: str) -> Iterator[None]:
-    """Turns the device's own error into DeviceOutOfMemory, which has a budget of its own."""
+def convert_out_of_memory(what: str) -> Iterator[None]:
+    """Raises DeviceOutOfMemory in place of torch's own error. ``what`` the block does: the message begins with it."""
     try:
         yield
     except torch.OutOfMemoryError as exc:
@@ -66,16 +72,17 @@ def telling_out_of_memory(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
-    """``use_threads`` for a while."""
+def torch_threads(count: int) -> Iterator[None]:
+    """``set_torch_threads`` for the length of a block."""
     before = torch.get_num_threads()
-    use_threads(count)
+    set_torch_threads(count)
     try:
         yield
     finally:
-        use_threads(before)
+        set_torch_threads(before)
 
 
-def use_threads(count: int) -> None:
-    """How many threads this process computes with from now on. Sums are split by it, so it is part of the identity."""
+def set_torch_threads(count: int) -> None:
+    """With how many CPU threads torch computes in this process. Their number decides how sums are split, and so the
+    last bits of a result: it is part of the identity."""
     torch.set_num_threads(count)

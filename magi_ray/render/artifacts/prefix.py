@@ -1,4 +1,4 @@
-"""The frames of the image or clip that a video begins from, out of the store's own copy. No tensors."""
+"""The frames that a video begins from: of an image or a clip, read from the store's own copy. No tensors."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ import hashlib
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
 from magi_ray.errors import MediaError
-from magi_ray.media.reader import read_image, read_video
+from magi_ray.media.reader import Pixels, read_image, read_video
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.storage import keys
 from magi_ray.storage.store import Store
 from magi_ray.timeline import FRAMES_PER_LATENT
 
 
-def prefix_pixels(store: Store, plan: RowPlan) -> np.ndarray:
-    """uint8 [T, height, width, 3]: the one frame of an image, or the frames of the clip that the video begins from.
+def prefix_pixels(store: Store, plan: RowPlan) -> Pixels:
+    """uint8 RGB [T, height, width, 3]: the image (T = 1), or the part of the clip that ``plan`` continues.
 
-    Frames that make no whole latent frame are left over, at the end of the clip far from the join.
-    Raises MediaError: the copy is damaged or cannot be read. StoreError.
+    A clip gives whole latent frames, 4 frames each; frames over that are left out, far from the join.
+    Raises MediaError (the copy is damaged or cannot be read), StoreError.
     """
     media, runtime, prefix = plan.media, plan.settings.runtime, plan.settings.prefix
     assert media is not None
@@ -30,8 +28,9 @@ def prefix_pixels(store: Store, plan: RowPlan) -> np.ndarray:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != media.sha256:
-            raise MediaError(
-                f"The {media.kind} kept by {store.uri} has sha256 {found[:12]}…, not {media.sha256[:12]}….",
+            raise MediaError.about(
+                f"The {media.kind} kept by {store.uri}",
+                f"has sha256 {found[:12]}…, not {media.sha256[:12]}…",
                 remedy="Submit the manifest again, with the same file: the store's copy is then replaced.",
             )
         width, height = runtime.video_size_w, runtime.video_size_h
@@ -43,7 +42,7 @@ def prefix_pixels(store: Store, plan: RowPlan) -> np.ndarray:
             height=height,
             fps=runtime.fps,
             max_frames=prefix.max_frames,
-            take=prefix.take,
+            part=prefix.take,
             fit=prefix.fit,
         )
     whole = media.latents * FRAMES_PER_LATENT

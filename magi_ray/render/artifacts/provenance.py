@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import platform
-import time
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
-import magi_ray
+from magi_ray.system import System
 
 
-def provenance(*, seconds: float) -> dict[str, Any]:
-    """Version, machine and duration of a computation that ends now. ``seconds``: how long it took."""
+def provenance(*, seconds: float, system: System) -> dict[str, Any]:
+    """Versions, machine and duration of a computation that ends now. ``seconds``: how long it took."""
     return {
-        "magi_ray": magi_ray.__version__,
-        "torch": version("torch"),
+        "magi_ray": _version("magi-ray"),
+        "torch": _version("torch"),
         "host": platform.node(),
-        "finished_unix": round(time.time(), 3),
+        "finished_unix": round(system.unix_time(), 3),
         "seconds": round(seconds, 3),
     }
+
+
+@cache  # reading a package's metadata takes a millisecond, and every commit asks
+def _version(package: str) -> str:
+    return version(package)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import cache
-from multiprocessing.pool import ThreadPool
 
+from magi_ray.events import RowInventory
 from magi_ray.render.artifacts.commits import embedded, segment_pre_image
-from magi_ray.render.driving.scheduler import RowInventory
+from magi_ray.render.artifacts.videos import published, video_sizes
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.runs.record import Run
-from magi_ray.render.tasks.finish import published, video_sizes
 from magi_ray.sampling.ranges import KVRanges, clean_chunks_needed
 from magi_ray.storage.records import digest, read_commit, verified_commit
 from magi_ray.storage.retrying import RetryingStore
 from magi_ray.storage.store import Store
+from magi_ray.system import System
 
 AT_ONCE = 16
 
@@ -30,42 +30,34 @@ def stages_done(store: Store, plan: RowPlan) -> int:
     return _resumable(plan, done, _reader(store, plan))
 
 
-def take_stock_of_run(
+def take_inventory_of_run(
     store: Store,
     run: Run,
     encoder: str | None,
     *,
     reread: Collection[str] = (),
     meanwhile: Callable[[], None] = lambda: None,
+    system: System = System(),
 ) -> list[RowInventory]:
-    """``take_stock`` of every row, in the manifest's order.
+    """``take_inventory`` of every row, in the manifest's order.
 
     reread: job_ids of rows to be read whole.  meanwhile: called after each row; what it raises ends this.
     """
     sizes = video_sizes(store, run.run_id)
 
     def look(plan: RowPlan) -> RowInventory:
-        return take_stock(store, run.run_id, plan, encoder, sizes=sizes, reread=plan.job_id in reread)
+        return take_inventory(store, run.run_id, plan, encoder, sizes=sizes, reread=plan.job_id in reread)
 
     rows = []
-    for row in _in_order(look, run.plans.values(), together=isinstance(store, RetryingStore)):
+    # A bucket answers many as fast as one; a folder does not.
+    at_once = AT_ONCE if isinstance(store, RetryingStore) else 1
+    for row in system.map(look, run.plans.values(), at_once=at_once):
         rows.append(row)
         meanwhile()
     return rows
 
 
-def _in_order(
-    look: Callable[[RowPlan], RowInventory], plans: Iterable[RowPlan], *, together: bool
-) -> Iterator[RowInventory]:
-    """``together``: a bucket answers many as fast as one; a folder does not."""
-    if not together:
-        yield from map(look, plans)
-        return
-    with ThreadPool(AT_ONCE) as pool:  # of daemons
-        yield from pool.imap(look, plans)
-
-
-def take_stock(
+def take_inventory(
     store: Store,
     run_id: str,
     plan: RowPlan,

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from magi_ray.errors import StoreError, Superseded
 from magi_ray.storage import keys
 from magi_ray.storage.epochs import become_driver, superseded
-from magi_ray.storage.leases import BEAT_S, TTL_S, Lease, Owner, acquire, holding, keeping
+from magi_ray.storage.leases import BEAT_S, TTL_S, Lease, acquire, holding, renewing
 from magi_ray.storage.store import Store
+from magi_ray.system import System
 
 
 class Leadership:
     """That this process drives the run, as its ``epoch``-th driver."""
 
-    def __init__(self, store: Store, run_id: str, lease: Lease, clock: Callable[[], float]) -> None:
+    def __init__(self, store: Store, run_id: str, lease: Lease, system: System) -> None:
         self.epoch = lease.epoch
-        self._store, self._run_id, self._lease, self._clock = store, run_id, lease, clock
-        self._looked = clock()
+        self._store, self._run_id, self._lease, self._system = store, run_id, lease, system
+        self._asked = system.clock()
 
     def check(self, *, now: bool = False) -> None:
         """Raises Superseded when another driver has taken over; StoreError when the run itself is gone from the store.
@@ -27,7 +27,7 @@ class Leadership:
         Asks the store every BEAT_S seconds, or ``now``, and always while the lease may be another's: after an outage of
         the store it still is ours if nobody took the next epoch.
         """
-        if now or not self._lease.valid or self._clock() - self._looked >= BEAT_S:
+        if now or not self._lease.valid or self._system.clock() - self._asked >= BEAT_S:
             if superseded(self._store, self._run_id, self.epoch):
                 raise Superseded(
                     f"Another driver has taken over run {self._run_id}: this one is number {self.epoch}.",
@@ -40,19 +40,21 @@ class Leadership:
                     remedy="If nobody meant to delete it, look at the mount; then submit the manifest again.",
                     next_command=f"magi-ray submit MANIFEST --store {self._store.uri}",
                 )
-            self._looked = self._clock()
+            self._asked = self._system.clock()
 
 
 @contextmanager
-def leading(store: Store, run_id: str, *, take_over: bool = False) -> Iterator[Leadership]:
+def lead(
+    store: Store, run_id: str, *, take_over: bool = False, name: str = "driver", system: System = System()
+) -> Iterator[Leadership]:
     """Be the driver of ``run_id`` for as long as the block runs.
 
     take_over: also when another driver is alive; it notices and stops. Otherwise one that is dead, or silent for long
-    enough, is succeeded, and Superseded is raised when it is alive.
+    enough, is succeeded, and Superseded is raised when it is alive.  name: of this process, for people.
     """
-    owner, key = Owner.here("driver"), keys.run_lease(run_id)
+    key = keys.run_lease(run_id)
     if not take_over:
-        found = holding(store, key, watch_s=TTL_S)
+        found = holding(store, key, watch_s=TTL_S, system=system)
         if found is not None and found.beating:
             raise Superseded(
                 f"Run {run_id} is being rendered already, by the {found.owner}.",
@@ -60,18 +62,21 @@ def leading(store: Store, run_id: str, *, take_over: bool = False) -> Iterator[L
                 next_command=f"magi-ray watch {run_id} --store {store.uri}",
             )
         take_over = found is not None  # it has been silent for long enough
-    with keeping(become_driver(store, run_id, owner, take_over=take_over)) as lease:
-        yield Leadership(store, run_id, lease, time.monotonic)
+    lease = become_driver(store, run_id, system.owner(name), take_over=take_over, system=system)
+    with renewing(lease, system=system):
+        yield Leadership(store, run_id, lease, system)
 
 
 @contextmanager
-def denoising(store: Store, run_id: str, job_id: str, *, epoch: int, name: str) -> Iterator[Lease]:
+def row_lease(
+    store: Store, run_id: str, job_id: str, *, epoch: int, name: str, system: System = System()
+) -> Iterator[Lease]:
     """Be the group that denoises the row ``job_id`` for driver ``epoch``. Ask ``check()`` of the lease often.
 
     The lease is taken from whoever has it: a driver gives a row to a group when the one before has failed or is lost,
     and one whose node cannot be reached may beat for ever. It finds out with its next beat.
     name: of the worker.  Raises Superseded when a newer driver's group has it.
     """
-    key = keys.row_lease(run_id, job_id)
-    with keeping(acquire(store, key, Owner.here(name), epoch=epoch, force=True)) as lease:
+    lease = acquire(store, keys.row_lease(run_id, job_id), system.owner(name), epoch=epoch, force=True, system=system)
+    with renewing(lease, system=system):
         yield lease

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-from magi_ray.events import StageCommitted, StepDone, TaskKind
-from magi_ray.render.driving.scheduler import Command, Event, Inspected, RowFailed, RowInventory, RunTask, TaskDone
+from magi_ray.events import Event, Inspected, RowInventory, StageCommitted, StepDone, TaskDone, TaskKind
+from magi_ray.render.driving.scheduler import Command, RowFailed, RunTask
 
 
 class Phase(StrEnum):
@@ -73,7 +73,7 @@ class RunProgress:
             )
         return progress
 
-    def note(self, happened: StepDone | Event | Command) -> None:
+    def note(self, happened: Event | Command) -> None:
         """Take note of an event or of a command that is about to be carried out."""
         match happened:
             case StepDone(job_id=job_id, stage=stage, step=step):

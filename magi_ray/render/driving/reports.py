@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,17 +16,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from magi_ray.errors import FailureClass, MagiRayError, ObjectMissing
-from magi_ray.events import StepDone, TaskKind
+from magi_ray.events import Event, RowInventory, TaskKind
 from magi_ray.render.driving.progress import Phase, RunProgress
-from magi_ray.render.driving.scheduler import Command, Event, RowFailed, RowInventory, RunState
+from magi_ray.render.driving.scheduler import Command, RowFailed, RunState
 from magi_ray.render.runs.record import Run
 from magi_ray.storage import keys
 from magi_ray.storage.retrying import FAREWELL_S, hurried
 from magi_ray.storage.store import Store
+from magi_ray.system import System
 
-INTERVAL_S = 1.0
 # Of a hundred thousand rows writing takes seconds: no more than this share of the time, and at least once a minute.
 SHARE, LONGEST_INTERVAL_S = 0.1, 60.0
+
+# Whoever watches: called with every event and command, and how far the run is by it.
+Observer = Callable[[Event | Command, RunProgress], None]
 
 # task and index: what failed (decode 3: chunk 3).  stage: the first that failed, none when joining did.  log: of whom.
 _ERRORS = pa.schema(
@@ -37,7 +39,7 @@ _ERRORS = pa.schema(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class RunResult:
     """How a run ended. stages_rendered counts what was computed now, stages_reused what was there before."""
 
     run_id: str
@@ -49,9 +51,9 @@ class Outcome:
     already_published: int
 
 
-class Journal:
-    """Passes progress on to ``observe`` and, once a second or more seldom, to ``progress.json``; ``close`` writes the
-    tables.
+class RunReports:
+    """Tells ``observers`` what happens, and every ``interval_s`` seconds or more seldom writes ``progress.json``;
+    ``close`` writes the tables.
 
     rows: what was in the store when the run began or went on.  earlier: failures of before that are left as they are.
     """
@@ -63,54 +65,56 @@ class Journal:
         rows: Sequence[RowInventory],
         *,
         earlier: Mapping[str, RowFailed],
-        observe: Callable[[RunProgress], None] | None = None,
+        observers: Sequence[Observer] = (),
+        interval_s: float = 1.0,
+        system: System = System(),
     ) -> None:
-        self._store = store
-        self._run = run
-        self._observe = observe
+        self._store, self._run = store, run
+        self._observers, self._interval_s, self._system = observers, interval_s, system
         self._failed = {row.job_id: earlier[row.job_id] for row in rows if row.failed}
         self._already = sum(row.published for row in rows)
-        self._next = 0.0
-        self._told = False
+        self._due: float | None = None
+        self._errors_written = False
         steps = {job_id: plan.forwards_per_stage for job_id, plan in run.plans.items()}
         self.progress = RunProgress.of(run.run_id, rows, steps)
         for failed in self._failed.values():
             self.progress.note(failed)
 
-    def note(self, happened: StepDone | Event | Command) -> None:
+    def note(self, happened: Event | Command) -> None:
         """Take note of an event, or of a command that is about to be carried out."""
         self.progress.note(happened)
         if isinstance(happened, RowFailed):
             self._failed[happened.job_id] = happened
-            self._told = False
-        if self._observe is not None:
-            self._observe(self.progress)
+            self._errors_written = False
+        for observer in self._observers:
+            observer(happened, self.progress)
         self.beat()
 
     def beat(self) -> None:
         """Say that the run is alive, if it is time to: a step of a large model may take minutes."""
-        if (begun := time.monotonic()) >= self._next:
+        begun = self._system.clock()
+        if self._due is None or begun >= self._due:
             self._write_progress("rendering")
-            if not self._told:
+            if not self._errors_written:
                 self._write_errors()
-            now = time.monotonic()
-            self._next = now + min(LONGEST_INTERVAL_S, max(INTERVAL_S, (now - begun) / SHARE))
+            now = self._system.clock()
+            self._due = now + min(LONGEST_INTERVAL_S, max(self._interval_s, (now - begun) / SHARE))
 
     def stop(self) -> None:
         """The run stops before its end; whoever looks should not wait for it."""
         with suppress(MagiRayError):  # the error that stopped the run matters more
             self._store = hurried(self._store, FAREWELL_S)
             self._write_progress("stopped")
-            if not self._told:
+            if not self._errors_written:
                 self._write_errors()
 
-    def close(self, state: RunState) -> Outcome:
+    def close(self, state: RunState) -> RunResult:
         """The run has come to rest: write ``progress.json``, ``results.parquet`` and ``errors.parquet``."""
         self._write_progress(state)
         self._write_errors()
         self._store.put(keys.run_results(self._run.run_id), _parquet(self._results(state)))
         videos = self.progress.videos.values()
-        return Outcome(
+        return RunResult(
             run_id=self._run.run_id,
             state=state,
             published=tuple(video.job_id for video in videos if video.phase is Phase.DONE),
@@ -135,11 +139,11 @@ class Journal:
             for failed in self._failed.values()
         ]
         self._store.put(keys.run_errors(self._run.run_id), _parquet(pa.Table.from_pylist(failures, schema=_ERRORS)))
-        self._told = True
+        self._errors_written = True
 
     def _write_progress(self, state: str) -> None:
         content = self.progress.as_json() | {
-            "state": state, "running": state == "rendering", "updated_unix": round(time.time(), 3)
+            "state": state, "running": state == "rendering", "updated_unix": round(self._system.unix_time(), 3)
         }  # fmt: skip
         self._store.put(keys.run_progress(self._run.run_id), json.dumps(content).encode())
 
@@ -175,26 +179,26 @@ class Journal:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Noted:
-    """What a driver last wrote of its run: how far it is, and its state then, a RunState or "stopped"."""
+class ReportedProgress:
+    """What a driver last reported of its run: how far it was, and its state then, a RunState or "stopped"."""
 
     progress: RunProgress
     state: str
 
 
-def read_noted(store: Store, run_id: str) -> Noted | None:
-    """None when the run never was rendered, or what was noted cannot be read."""
+def read_progress(store: Store, run_id: str) -> ReportedProgress | None:
+    """None when the run never was rendered, or the report cannot be read."""
     try:
         content = json.loads(store.get(keys.run_progress(run_id)))
         # Before there were states, a driver only said whether it was running.
         state = content.get("state", "rendering" if content["running"] else "stopped")
-        return Noted(progress=RunProgress.from_json(content), state=state)
+        return ReportedProgress(progress=RunProgress.from_json(content), state=state)
     except (ObjectMissing, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def read_failures(store: Store, run_id: str) -> dict[str, RowFailed]:
-    """The rows that failed, by job_id, as far as they were noted."""
+    """The rows that failed, by job_id, as far as they were reported."""
     try:
         data = pa.BufferReader(store.get(keys.run_errors(run_id)))
         # Not `pq.read_table`: its threads may outlive Python, which then aborts (one exit in 30 on a busy machine).

@@ -1,7 +1,6 @@
-"""The scheduler: which worker does what next. Pure: no Ray, no clock, no store, no tensors.
+"""The scheduler: which workers there are, and which does what next. Pure: no Ray, no clock, no store, no tensors.
 
-``Scheduler.handle(event)`` takes one thing that happened and returns what to do about it. `cluster/driver.py` carries
-the commands out on Ray, `render/local.py` in one process.
+``Scheduler.handle(event)`` takes one thing that happened and returns the commands to carry out now; ``loop.py`` does.
 
 A row goes embed → denoise → finish; each chunk that denoising completes is decoded beside it. Denoising a row never
 waits for its decoding: what waits for a decoder is a chunk number, since the latent itself lies in the store.
@@ -12,127 +11,67 @@ there is another one. What the store turned out not to hold after all is looked 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from heapq import heappop, heappush
 
-from magi_ray.errors import FailureClass
-from magi_ray.events import StageCommitted, Task, TaskKind
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowInventory:
-    """A row as the scheduler sees it, with what the store already holds of it. ``failed``: before, and not to be tried
-    again."""
-
-    job_id: str
-    priority: int
-    num_stages: int
-    num_chunks: int
-    embedded: bool = False
-    stages_done: int = 0
-    segments_done: frozenset[int] = frozenset()
-    published: bool = False
-    failed: bool = False
-
-
-# Events ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerReady:
-    """``node``: the id of the machine it is on."""
-
-    worker: str
-    kind: TaskKind
-    node: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerGone:
-    """A worker died; whatever it was doing failed with ``failure``. ``log``: where it wrote."""
-
-    worker: str
-    failure: FailureClass
-    message: str
-    log: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodesSeen:
-    """The nodes that have what a worker of ``kind`` needs."""
-
-    kind: TaskKind
-    nodes: frozenset[str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskDone:
-    worker: str
-    task: Task
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskFailed:
-    worker: str
-    task: Task
-    failure: FailureClass
-    message: str
-    log: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inspected:
-    """What the store holds of a row, looked up now."""
-
-    row: RowInventory
-
-
-@dataclass(frozen=True, kw_only=True)
-class PauseAsked:
-    """Stop when what is being computed is committed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CancelAsked:
-    """Stop at once."""
-
-
-Event = (
-    WorkerReady | WorkerGone | NodesSeen | StageCommitted | TaskDone | TaskFailed | Inspected | PauseAsked | CancelAsked
+from magi_ray.errors import FailureClass, MagiRayError, WorkerLost
+from magi_ray.events import (
+    CancelAsked,
+    Event,
+    Inspected,
+    NodesSeen,
+    PauseAsked,
+    RowInventory,
+    StageCommitted,
+    StepDone,
+    Task,
+    TaskDone,
+    TaskFailed,
+    TaskKind,
+    TaskStopped,
+    WorkerGone,
+    WorkerPlaced,
+    WorkerReady,
 )
-
 
 # Commands -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
+class StartWorker:
+    """Start a worker of ``kind`` under the name ``worker``, on none of the nodes ``avoid``."""
+
+    worker: str
+    kind: TaskKind
+    avoid: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopWorker:
+    """End ``worker`` now, whatever it is doing. Nothing it says from here on counts."""
+
+    worker: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunTask:
-    """Give ``task`` to the idle ``worker``."""
+    """Give ``task`` to the idle ``worker``, as attempt number ``attempt``."""
 
     worker: str
     task: Task
+    attempt: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Abandon:
-    """``worker`` is to stop working on ``job_id`` soon: the row has failed elsewhere, or the run pauses, and then it
-    goes on ``to_stage_end``."""
+    """Ask ``worker`` to stop working on ``attempt``: after the forward in work, or ``to_stage_end``."""
 
     worker: str
-    job_id: str
+    attempt: int
     to_stage_end: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Replace:
-    """Start another worker of ``kind``, on none of the nodes ``avoid``; stop ``worker`` first, if one is named."""
-
-    kind: TaskKind
-    worker: str | None = None
-    avoid: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,13 +79,6 @@ class Inspect:
     """Look up what the store holds of ``job_id`` and report it with Inspected."""
 
     job_id: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Release:
-    """No work of ``kind`` is left in this run, and none is being done; its workers may go."""
-
-    kind: TaskKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +96,14 @@ class RowFailed:
     log: str = ""
 
 
-Command = RunTask | Abandon | Replace | Inspect | Release | RowFailed
+@dataclass(frozen=True, kw_only=True)
+class EndRun:
+    """Give the run up: no worker of some kind can start."""
+
+    error: MagiRayError
+
+
+Command = StartWorker | StopWorker | RunTask | Abandon | Inspect | RowFailed | EndRun
 
 # How often one task may fail in each class before its row does. None: as often as it likes. Denoising that got further
 # is another task, so that a long video does not use up its budget over days of small mishaps.
@@ -187,6 +126,12 @@ _OF_THE_NODE = {
 }
 # A node on which this many rows have failed is left alone.
 ROWS_FAILED_ON_BAD_NODE = 3
+# Workers of a kind that may fail to start, one after the other, before the run is given up.
+MAX_FAILED_STARTS = 3
+# Starting is most of what a short run takes. So workers load in the order in which they get to work, not all at once.
+_STARTS_AFTER = {TaskKind.DECODE: TaskKind.DENOISE, TaskKind.FINISH: TaskKind.DECODE}
+ONE_OF_EACH: Mapping[TaskKind, int] = dict.fromkeys(TaskKind, 1)
+_LOGGED_EVENTS = 60
 
 
 class RunState(StrEnum):
@@ -201,8 +146,8 @@ class RunState(StrEnum):
 
 @dataclass
 class _Row:
-    """Progress of one row. ``running`` holds what workers are doing for it right now; ``redo``: the stage to go on from
-    once the denoising under way has ended; ``avoid``: nodes on which it failed."""
+    """Progress of one row. ``running``: what workers are doing for it now; ``inspecting``: the store is asked about it;
+    ``redo``: the stage to go on from once the denoising under way has ended; ``avoid``: nodes on which it failed."""
 
     row: RowInventory
     order: tuple[int, int]
@@ -212,6 +157,7 @@ class _Row:
     published: bool
     failed: bool = False
     running: set[Task] = field(default_factory=set)
+    inspecting: bool = False
     failures: Counter[tuple[Task, FailureClass]] = field(default_factory=Counter)
     avoid: set[str] = field(default_factory=set)
     redo: int | None = None
@@ -235,27 +181,50 @@ class _Row:
                 return True
 
 
+@dataclass
+class _Worker:
+    """``task``: what it is doing, as attempt number ``attempt``; it is idle when it is ``ready`` and has none."""
+
+    kind: TaskKind
+    avoid: frozenset[str]
+    node: str = ""
+    ready: bool = False
+    task: Task | None = None
+    attempt: int = 0
+
+
 class Scheduler:
     """State of one run. Rows are taken by priority (higher first), then in the manifest's order.
 
+    workers: how many of each kind there are to be.  max_failed_rows: if more fail, the run stops.
     Sets of the rows that still need each kind of work are kept up to date, so that an event costs the same in a
     manifest of three rows and of a hundred thousand.
     """
 
-    def __init__(self, rows: Sequence[RowInventory], *, max_failed_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        rows: Sequence[RowInventory],
+        *,
+        workers: Mapping[TaskKind, int] = ONE_OF_EACH,
+        max_failed_rows: int | None = None,
+    ) -> None:
         self._rows: dict[str, _Row] = {}
         self._needing: dict[TaskKind, set[str]] = {kind: set() for kind in TaskKind}
         self._waiting: dict[TaskKind, list[tuple[tuple[int, int], int, Task]]] = {kind: [] for kind in TaskKind}
         self._queued: set[Task] = set()
+        self._wanted = workers
+        self._workers: dict[str, _Worker] = {}
         self._idle: dict[TaskKind, dict[str, None]] = {kind: {} for kind in TaskKind}
-        self._busy: dict[str, Task] = {}
-        self._kinds: dict[str, TaskKind] = {}
-        self._node_of: dict[str, str] = {}
+        self._count, self._busy, self._started = Counter[TaskKind](), Counter[TaskKind](), Counter[TaskKind]()
+        self._attempts = 0
+        self._loaded: set[TaskKind] = set()
+        self._failed_starts = Counter[TaskKind]()
         self._nodes: dict[TaskKind, frozenset[str]] = dict.fromkeys(TaskKind, frozenset())
+        self._full_nodes: dict[TaskKind, frozenset[str]] = dict.fromkeys(TaskKind, frozenset())
         self._failed_on: dict[str, set[str]] = {}
-        self._released: set[TaskKind] = set()
         self._halted: RunState | None = None
         self._max_failed, self._rows_failed = max_failed_rows, 0
+        self._log: deque[tuple[Event | None, list[Command]]] = deque(maxlen=_LOGGED_EVENTS)
         for number, row in enumerate(rows):
             state = self._rows[row.job_id] = _Row(
                 row=row,
@@ -266,7 +235,7 @@ class Scheduler:
                 published=row.published,
                 failed=row.failed,
             )
-            self._note(state)
+            self._update_needs(state)
             self._enqueue_what_is_left(state)
 
     @property
@@ -274,50 +243,63 @@ class Scheduler:
         """Every row is published or failed and no worker is busy; or the run was halted and has come to rest."""
         if self._halted is RunState.CANCELLED:
             return True
-        return not self._busy and (self._halted is not None or not self._needing[TaskKind.FINISH])
+        return not self._busy.total() and (self._halted is not None or not self._needing[TaskKind.FINISH])
 
     @property
     def state(self) -> RunState:
         """Paused and the like only until the last row has ended all the same."""
-        if not self._needing[TaskKind.FINISH] and not self._busy:
+        if not self._needing[TaskKind.FINISH] and not self._busy.total():
             return RunState.DONE
         return self._halted or RunState.RENDERING
 
-    def needs(self, kind: TaskKind) -> bool:
-        """Whether any row may still ask for work of ``kind``."""
-        return self._halted is None and bool(self._needing[kind])
+    def task_of(self, worker: str) -> Task | None:
+        """What ``worker`` is doing."""
+        found = self._workers.get(worker)
+        return None if found is None else found.task
+
+    def start(self) -> list[Command]:
+        """The commands a run begins with."""
+        return self._decide(None, [])
 
     def handle(self, event: Event) -> list[Command]:
         """Take note of ``event``; return what is to be done now."""
         commands: list[Command] = []
         match event:
-            case WorkerReady(worker=worker, kind=kind, node=node):
-                self._kinds[worker], self._node_of[worker] = kind, node
-                self._idle[kind][worker] = None
+            case StepDone():
+                return commands  # for those who watch
+            case WorkerPlaced(worker=worker, node=node):
+                self._workers[worker].node = node
+            case WorkerReady(worker=worker):
+                self._ready(worker)
+            case WorkerGone():
+                self._gone(event, commands)
             case NodesSeen(kind=kind, nodes=nodes):
                 self._nodes[kind] = nodes
             case StageCommitted():
                 self._committed(event)
-            case TaskDone(worker=worker, task=task):
-                self._free(worker)
-                self._done(task)
-            case TaskFailed(worker=worker, task=task):
-                self._free(worker)
-                self._failed(task, event, self._node_of[worker], commands)
-            case WorkerGone():
-                self._gone(event, commands)
+            case TaskDone(worker=worker):
+                self._done(self._free(worker, event.attempt))
+            case TaskStopped(worker=worker):
+                self._stopped(self._free(worker, event.attempt))
+            case TaskFailed(worker=worker):
+                node = self._workers[worker].node
+                self._failed(self._free(worker, event.attempt), event, node, commands)
             case Inspected(row=row):
                 self._inspected(row)
             case PauseAsked():
                 self._halt(RunState.PAUSED, commands)
             case CancelAsked():
                 self._halted = RunState.CANCELLED
+        return self._decide(event, commands)
+
+    def _decide(self, event: Event | None, commands: list[Command]) -> list[Command]:
         if self._halted is None:
             self._assign(commands)
-        self._release(commands)
+        self._adjust_workers(commands)
+        self._log.append((event, commands))
         return commands
 
-    # ---------------------------------------------------------------------------------------------------------
+    # Rows ----------------------------------------------------------------------------------------------------
 
     def _enqueue_what_is_left(self, state: _Row) -> None:
         if state.over:
@@ -335,7 +317,7 @@ class Scheduler:
     def _committed(self, event: StageCommitted) -> None:
         state = self._rows[event.job_id]
         state.stages_done = max(state.stages_done, event.stage + 1)
-        self._note(state)
+        self._update_needs(state)
         if event.chunk is not None and event.chunk not in state.segments and not state.over:
             self._enqueue(Task(kind=TaskKind.DECODE, job_id=event.job_id, index=event.chunk))
 
@@ -354,16 +336,12 @@ class Scheduler:
                 # Its stages were noted one by one.
                 self._go_back(state)
                 self._enqueue_denoising(state)
-        self._note(state)
+        self._update_needs(state)
 
-    def _gone(self, event: WorkerGone, commands: list[Command]) -> None:
-        lost = self._busy.get(event.worker)
-        self._free(event.worker)
-        kind, node = self._forget(event.worker)
-        if lost is not None:
-            self._failed(lost, event, node, commands)
-        if self.needs(kind):
-            commands.append(Replace(kind=kind, avoid=self._avoided_by_next(kind)))
+    def _stopped(self, task: Task) -> None:
+        state = self._rows[task.job_id]
+        self._go_back(state)
+        self._enqueue_denoising(state)
 
     def _failed(self, task: Task, event: TaskFailed | WorkerGone, node: str, commands: list[Command]) -> None:
         state, failure = self._rows[task.job_id], event.failure
@@ -383,6 +361,7 @@ class Scheduler:
         if budget is None or state.failures[task, failure] <= budget:
             if failure is FailureClass.STORE:
                 # Perhaps something it read is damaged or gone, and must be made again first.
+                state.inspecting = True
                 commands.append(Inspect(job_id=task.job_id))
             elif task.kind is TaskKind.DENOISE:
                 self._enqueue_denoising(state)
@@ -390,12 +369,8 @@ class Scheduler:
                 self._enqueue(task)
             return
         state.failed = True
-        self._note(state)
-        commands += [
-            Abandon(worker=worker, job_id=task.job_id)
-            for worker, other in self._busy.items()
-            if other.job_id == task.job_id
-        ]
+        self._update_needs(state)
+        commands += self._abandon(lambda other: other.job_id == task.job_id, to_stage_end=False)
         commands.append(
             RowFailed(
                 job_id=task.job_id,
@@ -414,6 +389,7 @@ class Scheduler:
 
     def _inspected(self, row: RowInventory) -> None:
         state = self._rows[row.job_id]
+        state.inspecting = False
         if state.over:
             return
         state.embedded, state.segments, state.published = row.embedded, set(row.segments_done), row.published
@@ -422,32 +398,38 @@ class Scheduler:
             state.redo = row.stages_done if row.stages_done < state.stages_done else None
         else:
             state.stages_done = row.stages_done
-        self._note(state)
+        self._update_needs(state)
         self._enqueue_what_is_left(state)
 
     def _go_back(self, state: _Row) -> None:
         if state.redo is not None:
             state.stages_done, state.redo = state.redo, None
-            self._note(state)
+            self._update_needs(state)
 
     def _halt(self, why: RunState, commands: list[Command]) -> None:
-        self._halted = self._halted or why
-        commands += [
-            Abandon(worker=worker, job_id=task.job_id, to_stage_end=True)
-            for worker, task in self._busy.items()
-            if task.kind is TaskKind.DENOISE
+        if self._halted is None:
+            self._halted = why
+            commands += self._abandon(lambda task: task.kind is TaskKind.DENOISE, to_stage_end=True)
+
+    def _abandon(self, which: Callable[[Task], bool], *, to_stage_end: bool) -> list[Command]:
+        return [
+            Abandon(worker=name, attempt=worker.attempt, to_stage_end=to_stage_end)
+            for name, worker in self._workers.items()
+            if worker.task is not None and which(worker.task)
         ]
 
     def _finish_if_complete(self, state: _Row) -> None:
         if not state.over and len(state.segments) == state.row.num_chunks:
             self._enqueue(Task(kind=TaskKind.FINISH, job_id=state.row.job_id))
 
-    def _note(self, state: _Row) -> None:
+    def _update_needs(self, state: _Row) -> None:
         for kind, needing in self._needing.items():
             if state.needs(kind):
                 needing.add(state.row.job_id)
             else:
                 needing.discard(state.row.job_id)
+
+    # The queue -----------------------------------------------------------------------------------------------
 
     def _enqueue_denoising(self, state: _Row) -> None:
         # Queued without its stage, which may change before it is given to a worker.
@@ -459,18 +441,6 @@ class Scheduler:
         if task not in state.running and task not in self._queued:
             self._queued.add(task)
             heappush(self._waiting[task.kind], (state.order, task.index, task))
-
-    def _free(self, worker: str) -> None:
-        task = self._busy.pop(worker, None)
-        if task is not None:
-            self._rows[task.job_id].running.discard(task)
-        self._idle[self._kinds[worker]][worker] = None
-
-    def _forget(self, worker: str) -> tuple[TaskKind, str]:
-        """TaskKind and node of an idle worker that is to be no more."""
-        kind = self._kinds.pop(worker)
-        del self._idle[kind][worker]
-        return kind, self._node_of.pop(worker)
 
     def _assign(self, commands: list[Command]) -> None:
         for kind in TaskKind:
@@ -484,38 +454,29 @@ class Scheduler:
                     self._queued.discard(task)
                     continue
                 avoid = self._avoided(state, kind)
-                worker = next((name for name in idle if self._node_of[name] not in avoid), None)
-                if worker is None:
+                name = next((name for name in idle if self._workers[name].node not in avoid), None)
+                if name is None:
                     passed_over.append(entry)
                     continue
                 self._queued.discard(task)
                 if kind is TaskKind.DENOISE:
                     task = replace(task, index=state.stages_done)
-                del idle[worker]
-                self._busy[worker] = task
-                state.running.add(task)
-                commands.append(RunTask(worker=worker, task=task))
+                commands.append(self._give(name, task, state))
             for entry in passed_over:
                 heappush(waiting, entry)
             if passed_over and idle:
                 # It sits where what waits must not go.
-                worker = next(iter(idle))
-                self._forget(worker)
-                commands.append(Replace(kind=kind, worker=worker, avoid=self._avoided_by_next(kind)))
+                self._stop(next(iter(idle)), commands)
+                self._start(kind, commands)
 
-    def _release(self, commands: list[Command]) -> None:
-        """Let go of the workers that no row needs any more; call for one again when what it made turned out lost."""
-        working = {task.kind for task in self._busy.values()}
-        for kind in TaskKind:
-            if self.needs(kind):
-                if kind in self._released:
-                    self._released.remove(kind)
-                    commands.append(Replace(kind=kind, avoid=self._avoided_by_next(kind)))
-            elif kind not in self._released and kind not in working:
-                self._released.add(kind)
-                for worker in list(self._idle[kind]):
-                    self._forget(worker)
-                commands.append(Release(kind=kind))
+    def _give(self, name: str, task: Task, state: _Row) -> RunTask:
+        worker = self._workers[name]
+        self._attempts += 1
+        worker.task, worker.attempt = task, self._attempts
+        del self._idle[task.kind][name]
+        self._busy[task.kind] += 1
+        state.running.add(task)
+        return RunTask(worker=name, task=task, attempt=worker.attempt)
 
     def _is_due(self, task: Task, state: _Row) -> bool:
         """Whether a queued task is still wanted, and its time has come; else it will be queued again in time."""
@@ -531,16 +492,146 @@ class Scheduler:
             case TaskKind.EMBED:
                 return True
 
+    # Workers -------------------------------------------------------------------------------------------------
+
+    def _needs(self, kind: TaskKind) -> bool:
+        """Whether any row may still ask for work of ``kind``."""
+        return self._halted is None and bool(self._needing[kind])
+
+    def _adjust_workers(self, commands: list[Command]) -> None:
+        """Start the workers that are missing, stop those that no row needs any more."""
+        for kind in TaskKind:
+            if self._needs(kind):
+                before = _STARTS_AFTER.get(kind)
+                if before is None or before in self._loaded or not self._needs(before):
+                    for _ in range(self._wanted[kind] - self._count[kind]):
+                        self._start(kind, commands)
+            elif self._count[kind] and not self._busy[kind]:
+                for name in [name for name, worker in self._workers.items() if worker.kind is kind]:
+                    self._stop(name, commands)
+
+    def _start(self, kind: TaskKind, commands: list[Command]) -> None:
+        name, avoid = f"{kind}-{self._started[kind]}", self._avoided_by_next(kind)
+        self._started[kind] += 1
+        self._count[kind] += 1
+        self._workers[name] = _Worker(kind, avoid)
+        commands.append(StartWorker(worker=name, kind=kind, avoid=avoid))
+
+    def _stop(self, name: str, commands: list[Command]) -> None:
+        self._forget(name)
+        commands.append(StopWorker(worker=name))
+
+    def _forget(self, name: str) -> _Worker:
+        worker = self._workers.pop(name)
+        self._count[worker.kind] -= 1
+        self._idle[worker.kind].pop(name, None)
+        return worker
+
+    def _ready(self, name: str) -> None:
+        worker = self._workers[name]
+        worker.ready = True
+        self._idle[worker.kind][name] = None
+        self._loaded.add(worker.kind)
+        self._failed_starts[worker.kind] = 0
+
+    def _free(self, name: str, attempt: int) -> Task:
+        """The worker is idle again; what it was doing."""
+        worker = self._workers[name]
+        task = worker.task
+        assert task is not None, self._with_log(f"{name} is idle, but speaks of attempt {attempt}")
+        assert worker.attempt == attempt, self._with_log(f"{name} works on {worker.attempt}, but speaks of {attempt}")
+        worker.task = None
+        self._busy[worker.kind] -= 1
+        self._rows[task.job_id].running.discard(task)
+        self._idle[worker.kind][name] = None
+        return task
+
+    def _gone(self, event: WorkerGone, commands: list[Command]) -> None:
+        worker = self._workers[event.worker]
+        lost = None if worker.task is None else self._free(event.worker, worker.attempt)
+        self._forget(event.worker)
+        if lost is not None:
+            self._failed(lost, event, worker.node, commands)
+        elif not worker.ready:
+            self._failed_start(worker, event, commands)
+
+    def _failed_start(self, worker: _Worker, event: WorkerGone, commands: list[Command]) -> None:
+        kind = worker.kind
+        if event.no_room and worker.avoid:
+            # Nothing is free elsewhere: then a node where something failed is better than none.
+            self._full_nodes[kind] = self._nodes[kind] - worker.avoid
+            return
+        self._failed_starts[kind] += 1
+        if event.error is not None:
+            commands.append(EndRun(error=event.error))
+        elif self._failed_starts[kind] >= MAX_FAILED_STARTS:
+            lost = WorkerLost(
+                f"{MAX_FAILED_STARTS} {kind} workers failed to start, one after the other. The last: {event.message}",
+                remedy="Look at the worker's log under /tmp/ray/session_latest/logs.",
+            )
+            commands.append(EndRun(error=lost))
+
     def _avoided(self, state: _Row, kind: TaskKind) -> frozenset[str]:
         """The nodes that ``state`` must not be given to; none if there is no other node."""
         bad = {node for node, rows in self._failed_on.items() if len(rows) >= ROWS_FAILED_ON_BAD_NODE}
         avoid = frozenset(state.avoid | bad)
-        return frozenset() if self._nodes[kind] <= avoid else avoid
+        return frozenset() if self._nodes[kind] - self._full_nodes[kind] <= avoid else avoid
 
     def _avoided_by_next(self, kind: TaskKind) -> frozenset[str]:
         for _, _, task in self._waiting[kind][:1]:
             return self._avoided(self._rows[task.job_id], kind)
         return frozenset()
+
+    # For tests -----------------------------------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Raises AssertionError, with the last events, when the state contradicts itself. Looks at every row."""
+        for contradiction in (*self._contradictions_of_workers(), *self._contradictions_of_rows()):
+            raise AssertionError(self._with_log(contradiction))
+
+    def _contradictions_of_workers(self) -> Iterator[str]:
+        for kind in TaskKind:
+            of_kind = {name: worker for name, worker in self._workers.items() if worker.kind is kind}
+            busy = {name for name, worker in of_kind.items() if worker.task is not None}
+            idle = {name for name, worker in of_kind.items() if worker.ready and worker.task is None}
+            if idle != self._idle[kind].keys():
+                yield f"idle {kind} workers: {idle}, listed: {self._idle[kind]}"
+            if len(busy) != self._busy[kind] or len(of_kind) != self._count[kind]:
+                yield f"{len(busy)} of {len(of_kind)} {kind} workers work, counted: {self._busy} of {self._count}"
+            if len(of_kind) > self._wanted[kind]:
+                yield f"{len(of_kind)} {kind} workers, wanted: {self._wanted[kind]}"
+            if of_kind and not busy and not self._needs(kind):
+                yield f"no row needs {kind}, but {set(of_kind)} are there"
+        attempts = [worker.attempt for worker in self._workers.values() if worker.task is not None]
+        if len(attempts) != len(set(attempts)):
+            yield f"two attempts have one number: {attempts}"
+
+    def _contradictions_of_rows(self) -> Iterator[str]:
+        queued = {task for waiting in self._waiting.values() for _, _, task in waiting}
+        if queued != self._queued:
+            yield f"queued: {queued}, listed: {self._queued}"
+        doing: dict[str, set[Task]] = {}
+        for worker in self._workers.values():
+            if worker.task is not None:
+                doing.setdefault(worker.task.job_id, set()).add(worker.task)
+        waits = {task.job_id for task in queued}
+        for job_id, state in self._rows.items():
+            running = doing.get(job_id, set())
+            if running != state.running:
+                yield f"{running} is done for {job_id}, listed: {state.running}"
+            if sum(task.kind is TaskKind.DENOISE for task in running) > 1:
+                yield f"two workers denoise {job_id}: {running}"
+            if not 0 <= state.stages_done <= state.row.num_stages:
+                yield f"{job_id} has {state.stages_done} of {state.row.num_stages} stages"
+            if not (state.over or running or state.inspecting or job_id in waits):
+                yield f"{job_id} is forgotten"
+            for kind in TaskKind:
+                if state.needs(kind) != (job_id in self._needing[kind]):
+                    yield f"{job_id} needs {kind}: {state.needs(kind)}, listed: {self._needing[kind]}"
+
+    def _with_log(self, what: str) -> str:
+        events = "\n".join(f"  {event or 'start'}\n    → {commands}" for event, commands in self._log)
+        return f"{what}. The last events, and what was decided:\n{events}"
 
 
 def _stage_of(task: Task, row: RowInventory) -> int | None:

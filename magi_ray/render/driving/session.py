@@ -1,73 +1,104 @@
-"""A session: one driver's work on a run, from the lease to the tables. The same with Ray and without it."""
+"""A session: one driver's time with a run, from the lease to the tables. The same wherever the workers are."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from magi_ray.errors import Superseded
-from magi_ray.events import StepDone
-from magi_ray.media.encoder import encoder_identity, find_ffmpeg
-from magi_ray.render.driving.inventory import take_stock, take_stock_of_run, untouched
-from magi_ray.render.driving.leadership import Leadership, leading
-from magi_ray.render.driving.progress import RunProgress
-from magi_ray.render.driving.reports import Journal, Outcome, read_failures
+from magi_ray.events import CancelAsked, Event, Inspected, PauseAsked, RowInventory, TaskKind
+from magi_ray.render.driving.inventory import take_inventory, take_inventory_of_run, untouched
+from magi_ray.render.driving.leadership import Leadership, lead
+from magi_ray.render.driving.reports import Observer, RunReports, RunResult, read_failures
 from magi_ray.render.driving.requests import requested
-from magi_ray.render.driving.scheduler import (
-    CancelAsked,
-    Command,
-    Event,
-    Inspected,
-    PauseAsked,
-    RowInventory,
-    Scheduler,
-)
-from magi_ray.render.runs.record import Run, require_same_weights
+from magi_ray.render.driving.scheduler import Command, Scheduler
+from magi_ray.render.runs.record import Run
 from magi_ray.storage.store import Store
+from magi_ray.system import System
 
-# How often people's wishes are looked up.
-LOOK_S = 2.0
+
+@dataclass(frozen=True, kw_only=True)
+class DriveOptions:
+    """take_over: also while another driver renders the run; it notices and stops.  retry: rows to be read whole, and
+    tried again though they failed before; the other failed ones are left alone.  max_failed_rows: if more fail, the run
+    stops."""
+
+    take_over: bool = False
+    retry: frozenset[str] = frozenset()
+    max_failed_rows: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Seconds. How often a driver looks around, and after how long it takes something for hung.
+
+    tick_s: longest wait for workers.  requests_s, nodes_s, reports_s: between two looks at what people want, two looks
+    at the cluster, two reports of progress.
+    placement_s: the cluster finds a place for a worker.  load_s: a worker loads.  silence_s: of a worker with a task of
+    each kind; denoising breaks it with every step.
+    """
+
+    tick_s: float = 1.0
+    requests_s: float = 2.0
+    nodes_s: float = 5.0
+    reports_s: float = 1.0
+    placement_s: float = 120.0
+    load_s: float = 3600.0
+    silence_s: Mapping[TaskKind, float] = field(default_factory=lambda: dict.fromkeys(TaskKind, 3600.0))
 
 
 class Session:
-    """What a driver holds while it drives: the scheduler, its journal, and the right to go on."""
+    """What a driver holds while it drives: the scheduler, the reports, and the right to go on."""
 
     def __init__(
-        self, store: Store, run: Run, encoder: str, leadership: Leadership, scheduler: Scheduler, journal: Journal
+        self,
+        store: Store,
+        run: Run,
+        encoder: str,
+        *,
+        leadership: Leadership,
+        scheduler: Scheduler,
+        reports: RunReports,
+        timings: Timings,
+        system: System,
     ) -> None:
-        self.store, self.run, self.encoder = store, run, encoder
-        self.epoch = leadership.epoch
-        self.scheduler, self.journal = scheduler, journal
-        self._leadership = leadership
-        self._looked = -LOOK_S
+        self.store, self.run, self.encoder, self.epoch = store, run, encoder, leadership.epoch
+        self.scheduler, self.timings, self.system = scheduler, timings, system
+        self._leadership, self._reports = leadership, reports
+        self._asked = -timings.requests_s
+
+    @property
+    def resume_command(self) -> str:
+        return f"magi-ray resume {self.run.run_id} --store {self.store.uri}"
+
+    def start(self) -> list[Command]:
+        """The commands the run begins with."""
+        return self.scheduler.start()
 
     def handle(self, event: Event) -> list[Command]:
-        """Let the scheduler and the journal know; what to do about it."""
-        self.journal.note(event)
+        """Let the reports and the scheduler know; what is to be done about it."""
+        self._reports.note(event)
         commands = self.scheduler.handle(event)
         for command in commands:
-            self.journal.note(command)
+            self._reports.note(command)
         return commands
 
-    def doubt(self) -> None:
+    def recheck_leadership(self) -> None:
         """To be called when a group was superseded: perhaps we are. Raises Superseded then."""
         self._leadership.check(now=True)
 
-    def note(self, step: StepDone) -> None:
-        self.journal.note(step)
-
     def tick(self) -> list[Event]:
-        """To be called every second or so: says that the run is alive, and hears what people want of it.
+        """To be called every second or so: says that the run is alive, and asks what people want of it.
 
         Raises Superseded when another driver has taken over, StoreError.
         """
         self._leadership.check()
-        self.journal.beat()
-        if time.monotonic() - self._looked < LOOK_S:
+        self._reports.beat()
+        now = self.system.clock()
+        if now - self._asked < self.timings.requests_s:
             return []
-        self._looked = time.monotonic()
+        self._asked = now
         match requested(self.store, self.run.run_id):
             case "pause":
                 return [PauseAsked()]
@@ -78,11 +109,11 @@ class Session:
 
     def inspect(self, job_id: str) -> Inspected:
         """What the store holds of a row now."""
-        return Inspected(row=take_stock(self.store, self.run.run_id, self.run.plans[job_id], self.encoder))
+        return Inspected(row=take_inventory(self.store, self.run.run_id, self.run.plans[job_id], self.encoder))
 
-    def close(self) -> Outcome:
+    def close(self) -> RunResult:
         """The run has come to rest: write its tables."""
-        return self.journal.close(self.scheduler.state)
+        return self._reports.close(self.scheduler.state)
 
 
 @contextmanager
@@ -90,54 +121,70 @@ def session(
     store: Store,
     run: Run,
     *,
-    observe: Callable[[RunProgress], None] | None,
-    take_over: bool,
-    retry: Collection[str],
-    max_failed_rows: int | None,
+    encoder: str,
+    workers: Mapping[TaskKind, int],
+    options: DriveOptions,
+    observers: Sequence[Observer],
+    name: str,
+    timings: Timings,
+    system: System,
 ) -> Iterator[Session]:
-    """Take stock of ``run`` and drive it for as long as the block runs.
+    """Take inventory of ``run`` and drive it for as long as the block runs.
 
-    observe: called with every change.  take_over: see ``leading``.  retry: rows to be read whole, and
-    tried again though they failed before; the other failed ones are left alone.  max_failed_rows: more, and the run
-    stops.
-    Raises Superseded, WeightsError (not those of the submission), MediaError (no ffmpeg), StoreError.
+    encoder: identity of ffmpeg.  workers: how many of each kind.  observers: called with every change.  name: of this
+    driver.  Raises Superseded, StoreError.
     """
-    require_same_weights(run)
-    encoder = encoder_identity(find_ffmpeg())
-    with leading(store, run.run_id, take_over=take_over) as leadership:
-        earlier = {job: failed for job, failed in read_failures(store, run.run_id).items() if job not in retry}
-        rows = [
-            replace(row, failed=row.job_id in earlier and not row.published)
-            for row in _stock(store, run, encoder, retry, leadership)
-        ]
-        journal = Journal(store, run, rows, earlier=earlier, observe=observe)
-        scheduler = Scheduler(rows, max_failed_rows=max_failed_rows)
+    with lead(store, run.run_id, take_over=options.take_over, name=name, system=system) as leadership:
+        earlier = {job: failed for job, failed in read_failures(store, run.run_id).items() if job not in options.retry}
+        found = _inventory(store, run, encoder, options.retry, leadership, timings, system)
+        rows = [replace(row, failed=row.job_id in earlier and not row.published) for row in found]
+        reports = RunReports(
+            store, run, rows, earlier=earlier, observers=observers, interval_s=timings.reports_s, system=system
+        )
+        scheduler = Scheduler(rows, workers=workers, max_failed_rows=options.max_failed_rows)
         try:
-            yield Session(store, run, encoder, leadership, scheduler, journal)
+            yield Session(
+                store,
+                run,
+                encoder,
+                leadership=leadership,
+                scheduler=scheduler,
+                reports=reports,
+                timings=timings,
+                system=system,
+            )
         except Superseded:
             raise  # what the run's own records say is the other driver's business now
         except BaseException:
-            journal.stop()
+            reports.stop()
             raise
 
 
-class _Asked(Exception):
+class _StopAsked(Exception):
     """Somebody asked the run to stop before it began."""
 
 
-def _stock(store: Store, run: Run, encoder: str, retry: Collection[str], leadership: Leadership) -> list[RowInventory]:
+def _inventory(
+    store: Store,
+    run: Run,
+    encoder: str,
+    reread: Collection[str],
+    leadership: Leadership,
+    timings: Timings,
+    system: System,
+) -> list[RowInventory]:
     """What the store holds of the run's rows; nothing, if it is to stop anyway. Looking may take minutes."""
-    looked = time.monotonic()
+    asked = system.clock()
 
     def meanwhile() -> None:
-        nonlocal looked
+        nonlocal asked
         leadership.check()
-        if time.monotonic() - looked >= LOOK_S:
-            looked = time.monotonic()
+        if system.clock() - asked >= timings.requests_s:
+            asked = system.clock()
             if requested(store, run.run_id) is not None:
-                raise _Asked
+                raise _StopAsked
 
     try:
-        return take_stock_of_run(store, run, encoder, reread=retry, meanwhile=meanwhile)
-    except _Asked:
+        return take_inventory_of_run(store, run, encoder, reread=reread, meanwhile=meanwhile, system=system)
+    except _StopAsked:
         return [untouched(plan) for plan in run.plans.values()]

@@ -15,15 +15,15 @@ from itertools import compress, islice
 
 from magi_ray import manifest
 from magi_ray.errors import InputError, ObjectDamaged, ObjectMissing
+from magi_ray.events import RowInventory
 from magi_ray.render.artifacts.commits import segment_pre_image
-from magi_ray.render.driving.inventory import take_stock_of_run
+from magi_ray.render.artifacts.videos import read_video_record
+from magi_ray.render.driving.inventory import take_inventory_of_run
 from magi_ray.render.driving.reports import read_failures
-from magi_ray.render.driving.scheduler import RowInventory
 from magi_ray.render.plans.differences import segment_changes, stage_changes, stages_shared
 from magi_ray.render.plans.row_plan import RowPlan, plan_row
 from magi_ray.render.plans.takes import read_takes
 from magi_ray.render.runs.record import Run, RunRecord, read_run
-from magi_ray.render.tasks.finish import read_video_record
 from magi_ray.storage import keys
 from magi_ray.storage.records import digest, verified_commit
 from magi_ray.storage.store import Store
@@ -57,7 +57,7 @@ class Forecast:
 def forecast(store: Store, run: Run, encoder: str) -> tuple[Forecast, ...]:
     """Every row of a prepared ``run`` with its takes, in the manifest's order. ``encoder``: the identity of ffmpeg."""
     forecaster = _Forecaster(store, run, encoder)
-    stock = take_stock_of_run(store, run, encoder)
+    stock = take_inventory_of_run(store, run, encoder)
     rows = {row.job_id: row for row in run.manifest.rows}
     # As they are rendered: a stage that several rows have in common is computed for the first of them.
     told = {

@@ -12,8 +12,8 @@ from typing import Literal
 from magi_ray.errors import InputError, MagiRayError, MediaError, ObjectDamaged, ObjectMissing, StoreError
 from magi_ray.media.encoder import encoder_identity, find_ffmpeg
 from magi_ray.render.artifacts.commits import segment_pre_image
+from magi_ray.render.artifacts.videos import read_video_record
 from magi_ray.render.runs.record import Run, all_runs, list_runs, open_run
-from magi_ray.render.tasks.finish import read_video_record
 from magi_ray.storage import keys
 from magi_ray.storage.keys import CommitKind
 from magi_ray.storage.records import Payload, digest, measure, read_commit, read_record, unseal

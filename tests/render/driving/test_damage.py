@@ -12,13 +12,14 @@ from runs import MakeRun, contents, flip
 from magi_ray.errors import DeviceOutOfMemory
 from magi_ray.manifest import Defaults, manifest_of
 from magi_ray.media.encoder import encoder_identity, find_ffmpeg
-from magi_ray.render.artifacts.latents import telling_out_of_memory
+from magi_ray.render.artifacts.latents import convert_out_of_memory
+from magi_ray.render.artifacts.videos import published
 from magi_ray.render.driving.inventory import stages_done
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.progress import RunProgress
 from magi_ray.render.plans.takes import add_take
 from magi_ray.render.runs.record import Run, create, open_run, prepare
-from magi_ray.render.tasks.finish import finish, published
+from magi_ray.render.tasks.finish import FfmpegJoiner, Finisher
 from magi_ray.settings import Settings
 from magi_ray.storage import keys
 from magi_ray.storage.memory import MemoryStore
@@ -32,7 +33,7 @@ ROW = {"job_id": "a", "prompt": "sea", "num_chunks": 3}
 def test_a_stage_whose_payload_is_damaged_is_rendered_again(stage: int, payload: str, make_run: MakeRun) -> None:
     store = MemoryStore()
     run = make_run(store, [ROW])
-    render_here(store, run)
+    render_locally(store, run)
     video = store.get(keys.video(run.run_id, "a"))
     plan = run.plans["a"]
     # As if the run had been killed before decoding: the latents are needed once more.
@@ -43,7 +44,7 @@ def test_a_stage_whose_payload_is_damaged_is_rendered_again(stage: int, payload:
     data = bytearray(store.get(damaged))
     data[-1] ^= 1
     store.put(damaged, bytes(data))
-    assert render_here(store, run).published == ("a",)
+    assert render_locally(store, run).published == ("a",)
     assert store.get(keys.video(run.run_id, "a")) == video
     if payload == "chunk" or stage == plan.timeline.num_stages - 1:
         assert stages_done(store, plan) == plan.timeline.num_stages
@@ -71,14 +72,14 @@ def disturbed(settings: Settings) -> tuple[Run, dict[str, bytes], dict[str, byte
     store, dead = MemoryStore(), MemoryStore()
     create(store, run, files)
     create(dead, run, files)
-    render_here(store, run)
+    render_locally(store, run)
 
     def die(progress: RunProgress) -> None:
         if progress.videos["far"].stages_done == 6:
             raise Death
 
     with pytest.raises(Death):
-        render_here(dead, run, observe=die)
+        render_locally(dead, run, observe=die)
     return run, contents(store, run), {key: dead.get(key) for key in dead.list("")}
 
 
@@ -96,7 +97,7 @@ def test_whatever_is_damaged_in_mid_chain_is_made_again_and_the_video_is_the_sam
         for name, data in dead.items():
             store.put(name, data)
         flip(store, key, PLACES[number % 3])
-        assert render_here(store, run).published == ("far",), key
+        assert render_locally(store, run).published == ("far",), key
         assert contents(store, run) == expected, key
 
 
@@ -114,24 +115,24 @@ def test_a_clean_chunk_that_is_looked_back_to_is_rendered_again_though_its_segme
         [key] = store.list(keys.commit_folder("stage", plan.stage_keys[stage]) + payload)
         flip(store, key)
     assert stages_done(store, plan) == first - 1
-    assert render_here(store, run).published == ("far",)
+    assert render_locally(store, run).published == ("far",)
     assert contents(store, run) == expected
 
 
 def test_a_row_that_is_read_again_has_everything_damaged_made_again(make_run: MakeRun) -> None:
     store = MemoryStore()
     run = make_run(store, [ROW | {"num_chunks": 2, "image": FAR["video"].replace("clip.mp4", "image.png")}])
-    render_here(store, run)
+    render_locally(store, run)
     whole = {key: store.get(key) for key in store.list("") if not key.endswith("commit.json")}
     videos = [keys.video(run.run_id, "a"), keys.video_record(run.run_id, "a")]
     committed = [key for key in store.list("") if not key.startswith(("runs/", "media/"))]
     for number, key in enumerate([*videos, *committed]):
         flip(store, key, PLACES[number % 3])
-        assert render_here(store, run, retry={"a"}).published == ("a",)
+        assert render_locally(store, run, retry={"a"}).published == ("a",)
         assert all(verified_commit(store, kind, name.split("/")[-2]) for kind, name in commits(store)), key
         assert store.get(videos[0]) == whole[videos[0]]
         assert published(store, run.run_id, run.plans["a"], reread=True), key
-    assert render_here(store, run, retry={"a"}).already_published == 1
+    assert render_locally(store, run, retry={"a"}).already_published == 1
 
 
 def commits(store: MemoryStore) -> list[tuple[keys.CommitKind, str]]:
@@ -145,7 +146,7 @@ def test_a_published_video_that_is_cut_or_gone_is_joined_again_by_the_next_resum
 ) -> None:
     store = MemoryStore()
     run = make_run(store, [ROW])
-    render_here(store, run)
+    render_locally(store, run)
     key = keys.video(run.run_id, "a")
     video = store.get(key)
     match damage:
@@ -155,7 +156,7 @@ def test_a_published_video_that_is_cut_or_gone_is_joined_again_by_the_next_resum
             store.delete(key)
         case "record":
             flip(store, keys.video_record(run.run_id, "a"))
-    outcome = render_here(store, run)
+    outcome = render_locally(store, run)
     assert (outcome.already_published, outcome.stages_rendered) == (0, 0)
     assert store.get(key) == video
     assert published(store, run.run_id, run.plans["a"], reread=True)
@@ -164,29 +165,30 @@ def test_a_published_video_that_is_cut_or_gone_is_joined_again_by_the_next_resum
 def test_a_late_finisher_changes_nothing_whether_of_this_take_or_of_an_older_one(make_run: MakeRun) -> None:
     store = MemoryStore()
     run = make_run(store, [ROW])
-    render_here(store, run)
+    render_locally(store, run)
     encoder = encoder_identity(find_ffmpeg())
     add_take(store, run.run_id, "a", 1, num_chunks=3)
     take = open_run(store, run.run_id)
     for late in ([run], [run, take]):
         before = {key: store.get(key) for key in store.list(keys.videos(run.run_id))}
         for each in late:
-            finish(store, run.run_id, each.plans["a"], encoder)
+            finisher = Finisher(store, run.run_id, encoder=encoder, joiner=FfmpegJoiner(store))
+            assert list(finisher.carry_out(each.plans["a"])) == []
         assert {key: store.get(key) for key in store.list(keys.videos(run.run_id))} == before
         # A newer take is published in the place of the older one.
-        assert render_here(store, take).failed == ()
+        assert render_locally(store, take).failed == ()
         assert published(store, run.run_id, take.plans["a"])
 
 
 def test_a_missing_segment_is_encoded_again_and_joined_to_the_same_video(make_run: MakeRun) -> None:
     store = MemoryStore()
     run = make_run(store, [ROW])
-    render_here(store, run)
+    render_locally(store, run)
     video = store.get(keys.video(run.run_id, "a"))
     [first, *_] = [key for key in store.list("segments/") if key.endswith("commit.json")]
     for key in [first, keys.video_record(run.run_id, "a")]:
         store.delete(key)
-    outcome = render_here(store, run)
+    outcome = render_locally(store, run)
     assert outcome.stages_rendered == 0
     assert store.get(keys.video(run.run_id, "a")) == video
 
@@ -194,6 +196,6 @@ def test_a_missing_segment_is_encoded_again_and_joined_to_the_same_video(make_ru
 def test_a_device_that_runs_out_of_memory_is_told_as_such() -> None:
     with (
         pytest.raises(DeviceOutOfMemory, match=r"Stage 3 of job a: CUDA out of memory"),
-        telling_out_of_memory("Stage 3 of job a"),
+        convert_out_of_memory("Stage 3 of job a"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore")

@@ -9,7 +9,7 @@ from magi_ray.errors import StoreError, Superseded
 from magi_ray.render.driving import requests as control
 from magi_ray.render.driving import session as session_module
 from magi_ray.render.driving.leadership import Leadership
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.scheduler import RunState
 from magi_ray.storage import keys
 from magi_ray.storage.epochs import become_driver, take_epoch
@@ -53,6 +53,6 @@ def test_a_run_that_is_to_stop_does_not_begin(
     store = MemoryStore()
     run = make_run(store, [{"job_id": "a", "prompt": "sea", "num_chunks": 2}])
     control.request(store, run.run_id, wish)
-    outcome = render_here(store, run)
+    outcome = render_locally(store, run)
     assert (outcome.state, outcome.stages_rendered) == (state, 0)
     assert not list(store.list("texts/"))

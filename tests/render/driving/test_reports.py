@@ -10,11 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from runs import MakeRun
 
-from magi_ray.events import Task, TaskKind
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.events import Inspected, RowInventory, Task, TaskDone, TaskKind
+from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.progress import Phase, RunProgress
-from magi_ray.render.driving.reports import Journal, read_noted
-from magi_ray.render.driving.scheduler import Inspected, RowInventory, TaskDone
+from magi_ray.render.driving.reports import RunReports, read_progress
 from magi_ray.storage import keys
 from magi_ray.storage.memory import MemoryStore
 
@@ -27,7 +26,7 @@ ROWS = [
 def test_unknown_columns_and_tags_travel_into_the_results(make_run: MakeRun) -> None:
     store = MemoryStore()
     run = make_run(store, ROWS)
-    render_here(store, run)
+    render_locally(store, run)
     first, second = pq.read_table(io.BytesIO(store.get(keys.run_results(run.run_id)))).to_pylist()
     assert (first["scene"], first["take"], second["scene"], second["take"]) == ("harbour", 3, None, 4)
     assert json.loads(first["tags"]) == {"shot": "1"}
@@ -38,7 +37,7 @@ def test_unknown_columns_and_tags_travel_into_the_results(make_run: MakeRun) -> 
 def test_the_record_beside_a_video_says_what_made_it(make_run: MakeRun) -> None:
     store = MemoryStore()
     run = make_run(store, ROWS)
-    render_here(store, run)
+    render_locally(store, run)
     record = json.loads(store.get(keys.video_record(run.run_id, "b")))
     assert record["stage_keys"] == list(run.plans["b"].stage_keys)
     assert record["captions"] == ["sea", "sea"]
@@ -56,13 +55,13 @@ def test_a_run_that_was_interrupted_says_at_once_that_it_is_not_going_on(make_ru
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        render_here(store, run, observe=interrupt)
-    noted = read_noted(store, run.run_id)
+        render_locally(store, run, observe=interrupt)
+    noted = read_progress(store, run.run_id)
     assert noted is not None
     assert noted.state == "stopped"
     assert noted.progress.videos["b"].phase is Phase.RENDERING
-    render_here(store, run)
-    noted = read_noted(store, run.run_id)
+    render_locally(store, run)
+    noted = read_progress(store, run.run_id)
     assert noted is not None
     assert (noted.state, noted.progress.count(Phase.DONE)) == ("done", 2)
 
@@ -77,7 +76,7 @@ def test_every_step_is_seen(make_run: MakeRun) -> None:
         if not seen or done != seen[-1]:
             seen.append(done)
 
-    render_here(store, run, observe=watch)
+    render_locally(store, run, observe=watch)
     plan = run.plans["b"]
     assert seen == list(range(plan.timeline.num_stages * plan.forwards_per_stage + 1))
 
@@ -101,7 +100,7 @@ def test_writing_progress_takes_no_more_than_a_share_of_the_time(
     rows = [RowInventory(job_id=job_id, priority=0, num_stages=1, num_chunks=1) for job_id in run.plans]
     monkeypatch.setattr("magi_ray.render.driving.reports.time.monotonic", lambda: now)
     for takes, at_most in ((0.01, 100), (2.0, 6), (30.0, 2)):
-        now, seconds, journal = 0.0, takes, Journal(store, run, rows, earlier={})
+        now, seconds, journal = 0.0, takes, RunReports(store, run, rows, earlier={})
         written.clear()
         while now < 100:
             journal.beat()

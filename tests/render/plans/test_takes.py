@@ -9,7 +9,7 @@ from runs import MakeRun, contents
 
 from magi_ray.errors import InputError, ObjectDamaged
 from magi_ray.manifest import Defaults, manifest_of
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.local import render_locally
 from magi_ray.render.plans.identity import Digests
 from magi_ray.render.plans.row_plan import RowPlan, plan_row
 from magi_ray.render.plans.takes import add_take, read_takes
@@ -82,14 +82,14 @@ def test_a_take_changes_the_stages_from_its_chunk_on_and_each_one_changes_them_a
 def test_a_row_retried_from_chunk_2_reuses_what_is_before_and_gives_the_same_bytes(make_run: MakeRun) -> None:
     store = MemoryStore()
     run = make_run(store, ROWS)
-    render_here(store, run)
+    render_locally(store, run)
     first = contents(store, run)
     committed = {key: store.get(key) for key in store.list("") if not key.startswith("runs/")}
 
     add_take(store, run.run_id, "a", 2, num_chunks=run.plans["a"].timeline.num_chunks)
     again = open_run(store, run.run_id)
     assert again.plans["b"] == run.plans["b"]
-    outcome = render_here(store, again)
+    outcome = render_locally(store, again)
     stages = run.plans["a"].timeline.num_stages
     assert (outcome.stages_rendered, outcome.published) == (stages - 2, ("a", "b"))
     assert contents(store, again) == first

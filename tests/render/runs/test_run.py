@@ -18,7 +18,7 @@ from magi_ray.errors import InputError, ManifestError, ObjectDamaged, RunNotFoun
 from magi_ray.media.reader import read_video
 from magi_ray.render.artifacts.latents import load_clean_chunk
 from magi_ray.render.artifacts.prefix import prefix_pixels
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.local import render_locally
 from magi_ray.render.runs.record import create, damaged_runs, list_runs, open_run, require_same_weights
 from magi_ray.settings import Settings, WeightPaths, override
 from magi_ray.storage import keys
@@ -65,7 +65,7 @@ def test_a_run_needs_its_media_no_more_once_it_is_submitted(make_run: MakeRun, t
     store = MemoryStore()
     run = make_run(store, [CLIP | {"prompt": "on", "num_chunks": 1, "video": "clip.mp4"}], base=tmp_path)
     path.unlink()
-    assert render_here(store, open_run(store, run.run_id)).published == ("clip",)
+    assert render_locally(store, open_run(store, run.run_id)).published == ("clip",)
 
 
 def test_seconds_after_a_clip_are_seconds_of_new_video(make_run: MakeRun) -> None:
@@ -105,7 +105,7 @@ def test_a_clip_goes_on_with_the_very_next_frame_and_can_be_included(
     videos = []
     for include in (False, True):
         run = make_run(store, [row | {"include_prefix": include}])
-        assert render_here(store, run).published == ("clip",)
+        assert render_locally(store, run).published == ("clip",)
         videos.append(frames_of(store, run.run_id, tmp_path))
         record = json.loads(store.get(keys.video_record(run.run_id, "clip")))
         assert record["frames"] == len(videos[-1])
@@ -117,7 +117,7 @@ def test_a_clip_goes_on_with_the_very_next_frame_and_can_be_included(
         return
     assert len(included) == prefix_frames + len(new)
     clip = read_video(
-        Path(CLIP["video"]), width=32, height=32, fps=48, max_frames=prefix_frames, take="end", fit="crop"
+        Path(CLIP["video"]), width=32, height=32, fps=48, max_frames=prefix_frames, part="end", fit="crop"
     )
     distance = np.abs(included[:prefix_frames].astype(int) - clip).mean(axis=(1, 2, 3))
     assert distance.max() < 8
@@ -129,7 +129,7 @@ def test_frames_that_make_no_latent_frame_are_left_out_far_from_the_join(make_ru
         store = MemoryStore()
         row = CLIP | {"prompt": "on", "num_chunks": 1, "prefix_frames": 30, "prefix_from": take}
         found = prefix_pixels(store, make_run(store, [row]).plans["clip"])
-        all_30 = read_video(Path(CLIP["video"]), width=32, height=32, fps=24, max_frames=30, take=take, fit="crop")
+        all_30 = read_video(Path(CLIP["video"]), width=32, height=32, fps=24, max_frames=30, part=take, fit="crop")
         assert np.array_equal(found, all_30[kept])
 
 
@@ -146,7 +146,7 @@ def test_a_shot_transition_of_a_manifest_reaches_the_latents_from_its_chunk_on(m
     for kv_range in (None, [1, 1, 3, 2]):
         entries = [{"start_chunk": 0, "prompt": "a"}, {"start_chunk": 1, "prompt": "b", "kv_range": kv_range}]
         run = make_run(store, [{"job_id": "cut", "schedule": entries, "num_chunks": 2}])
-        assert render_here(store, run).published == ("cut",)
+        assert render_locally(store, run).published == ("cut",)
         chunks.append([load_clean_chunk(store, run.plans["cut"], chunk) for chunk in range(2)])
     assert torch.equal(chunks[0][0], chunks[1][0])
     assert not torch.equal(chunks[0][1], chunks[1][1])
@@ -157,12 +157,12 @@ def test_a_video_whose_last_chunk_looks_far_back_is_resumed_to_the_same_bits(mak
     store = MemoryStore()
     entries = [{"start_chunk": 0, "prompt": "a"}, {"start_chunk": 5, "prompt": "b", "kv_range": [1, 6]}]
     run = make_run(store, [{"job_id": "far", "schedule": entries, "num_chunks": 6}])
-    render_here(store, run)
+    render_locally(store, run)
     plan = run.plans["far"]
     expected = [load_clean_chunk(store, plan, chunk) for chunk in range(6)]
     for key in [key for key in store.list("") if "videos/" in key or any(k in key for k in plan.stage_keys[stage:])]:
         store.delete(key)
-    assert render_here(store, run).published == ("far",)
+    assert render_locally(store, run).published == ("far",)
     for chunk in range(6):
         assert torch.equal(load_clean_chunk(store, plan, chunk), expected[chunk])
 
@@ -197,12 +197,12 @@ def old_format(store: MemoryStore, key: str) -> None:
 def test_a_run_of_the_first_format_is_opened_and_its_videos_stay_published(make_run: MakeRun) -> None:
     store = MemoryStore()
     run = make_run(store, [TEXT])
-    render_here(store, run)
+    render_locally(store, run)
     old_format(store, keys.run_record(run.run_id))
     old_format(store, keys.video_record(run.run_id, "text"))
     again = open_run(store, run.run_id)
     assert (again.plans, again.record.format) == (run.plans, 1)
-    assert render_here(store, again).already_published == 1
+    assert render_locally(store, again).already_published == 1
 
 
 @pytest.mark.parametrize("damaged", [keys.run_record, keys.run_manifest])
@@ -279,7 +279,7 @@ def test_a_run_is_opened_with_weights_that_lie_elsewhere_on_this_machine(
     there = open_run(store, run.run_id, weights=tmp_path / "moved")
     assert there.settings.weights.dit == tmp_path / "moved" / "magi"
     assert there.plans["text"].stage_keys == run.plans["text"].stage_keys
-    assert render_here(store, there).published == ("text",)
+    assert render_locally(store, there).published == ("text",)
     with pytest.raises(WeightsError, match="lacks 4 of the 4 networks"):
         open_run(store, run.run_id, weights=tmp_path)
 
@@ -313,4 +313,4 @@ def test_a_run_is_not_rendered_with_other_weights(
     data[len(data) // 2] ^= 1
     other.write_bytes(data)
     with pytest.raises(WeightsError, match="files of special_tokens have digest"):
-        render_here(store, run)
+        render_locally(store, run)

@@ -6,7 +6,7 @@ import torch
 from runs import MakeRun
 
 from magi_ray.render.artifacts.latents import load_clean_chunk, load_tensor
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.local import render_locally
 from magi_ray.settings import Settings, override
 from magi_ray.storage.memory import MemoryStore
 
@@ -16,7 +16,7 @@ ROW = {"job_id": "a", "prompt": "a boat on calm water", "num_chunks": 1}
 def test_rows_with_one_prompt_share_its_embedding(make_run: MakeRun) -> None:
     store = MemoryStore()
     run = make_run(store, [ROW, ROW | {"job_id": "b", "seed": 2}])
-    render_here(store, run)
+    render_locally(store, run)
     assert len({plan.caption_digests for plan in run.plans.values()}) == 1
     assert len([key for key in store.list("texts/") if key.endswith("commit.json")]) == 1
 
@@ -26,7 +26,7 @@ def test_t5_computes_in_bfloat16_by_choice(settings: Settings, make_run: MakeRun
     for chosen in (settings, override(settings, {"text": {"dtype": "bfloat16"}})):
         store = MemoryStore()
         run = make_run(store, [ROW], settings=chosen)
-        assert not render_here(store, run).failed
+        assert not render_locally(store, run).failed
         found.append(load_tensor(store, "text", run.plans["a"].caption_digests[0]))
     exact, rounded = found
     assert exact.dtype == rounded.dtype == torch.float32
@@ -39,6 +39,6 @@ def test_a_negative_prompt_changes_the_video(settings: Settings, make_run: MakeR
     for chosen in (settings, override(settings, {"negative_prompt": True})):
         store = MemoryStore()
         run = make_run(store, [ROW], settings=chosen)
-        assert not render_here(store, run).failed
+        assert not render_locally(store, run).failed
         found.append(load_clean_chunk(store, run.plans["a"], 0))
     assert not torch.equal(*found)

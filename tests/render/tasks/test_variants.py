@@ -20,7 +20,7 @@ from magi_ray.manifest import write_manifest
 from magi_ray.models.files import published_folder, weight_files
 from magi_ray.models.tiny import make_tiny
 from magi_ray.render.artifacts.latents import load_clean_chunk
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.local import render_locally
 from magi_ray.render.runs.record import open_run
 from magi_ray.settings import override, published
 from magi_ray.storage.local import LocalStore
@@ -206,7 +206,7 @@ def test_a_distilled_model_needs_few_steps(
     store = MemoryStore()
     run = make_run(store, [{"job_id": "sea", "prompt": "waves"}], settings=settings)
 
-    assert render_here(store, run).published == ("sea",)
+    assert render_locally(store, run).published == ("sea",)
     assert clean_latents(store, run.run_id).isfinite().all()
 
 
@@ -235,7 +235,7 @@ def test_a_bfloat16_run_stays_close_to_float32(variant: Variant, written: Writte
             [{"job_id": "sea", "prompt": "waves at night", "num_chunks": 3}],
             settings=override(settings, {"model": {"params_dtype": dtype}}),
         )
-        render_here(store, run)
+        render_locally(store, run)
         latents.append(clean_latents(store, run.run_id))
 
     assert 1e-4 < relative_error(latents[1], latents[0]) < BFLOAT16_DISTANCE
@@ -254,7 +254,7 @@ def test_an_fp8_checkpoint_renders_nearly_what_the_weights_it_was_made_of_do(
     for settings in (float32, fp8):
         store = MemoryStore()
         run = make_run(store, [{"job_id": "sea", "prompt": "waves", "num_chunks": 3}], settings=settings)
-        render_here(store, run)
+        render_locally(store, run)
         latents.append(clean_latents(store, run.run_id))
 
     assert 1e-3 < relative_error(latents[1], latents[0]) < FP8_DISTANCE

@@ -12,7 +12,7 @@ from runs import MakeRun
 from magi_ray.errors import NumericError
 from magi_ray.events import StageCommitted, StepDone
 from magi_ray.media.encoder import encoder_identity, find_ffmpeg
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.local import render_locally
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.plans.takes import add_take
 from magi_ray.render.runs.record import Run, open_run
@@ -73,7 +73,7 @@ def comes_true(store: MemoryStore, run: Run, watch: Watch) -> dict[str, Forecast
     """The forecast of ``run``, once rendering has computed just as many forwards as it said for each row."""
     expected = told(store, run)
     watch.forwards.clear()
-    assert not render_here(store, run).failed
+    assert not render_locally(store, run).failed
     assert watch.forwards == Counter({job_id: row.forwards_left for job_id, row in expected.items()})
     assert {row.what for row in told(store, run).values()} == {"reuse"}
     return expected
@@ -126,7 +126,7 @@ def test_an_edited_row_renders_from_its_first_changed_stage_and_the_others_are_r
     edit: dict[str, Any], what: str, left: int, reason: str, make_run: MakeRun, watch: Watch
 ) -> None:
     store = MemoryStore()
-    render_here(store, make_run(store, ROWS))
+    render_locally(store, make_run(store, ROWS))
     found = comes_true(store, make_run(store, [ROW | edit, *ROWS[1:]]), watch)
     assert summary(found["a"]) == (what, left, (reason,))
     assert {summary(found[job]) for job in "bc"} == {("reuse", 0, ("all of it is in the store, only to be joined",))}
@@ -134,7 +134,7 @@ def test_an_edited_row_renders_from_its_first_changed_stage_and_the_others_are_r
 
 def test_a_long_video_made_longer_keeps_what_knew_only_that_much_is_left(make_run: MakeRun, watch: Watch) -> None:
     store, row = MemoryStore(), {"job_id": "long", "prompt": "sea", "num_chunks": 11, "num_steps": 4}
-    render_here(store, make_run(store, [row]))
+    render_locally(store, make_run(store, [row]))
     found = comes_true(store, make_run(store, [row | {"num_chunks": 12}]), watch)
     # The chunks 0 to 3 of 11 have 7 or more behind them, which is as far as a chunk knows.
     assert summary(found["long"]) == ("resume at stage 5", 11, (f"longer: 11 → 12 chunks {KNOWS}",))
@@ -146,7 +146,7 @@ def test_a_killed_run_goes_on_where_it_stopped(commits: int, make_run: MakeRun, 
     run = make_run(store, ROWS)
     watch.kill_at = commits
     with pytest.raises(Killed):
-        render_here(store, run)
+        render_locally(store, run)
     found = comes_true(store, run, watch)
     assert summary(found["a"]) == (
         f"resume at stage {commits + 1}",
@@ -159,7 +159,7 @@ def test_an_edit_of_a_row_that_stopped_early_names_both(make_run: MakeRun, watch
     store = MemoryStore()
     watch.kill_at = 1
     with pytest.raises(Killed):
-        render_here(store, make_run(store, [ROW]))
+        render_locally(store, make_run(store, [ROW]))
     edited = make_run(store, [ROW | STORM])
     stopped, change = (
         "1 of 7 stages are there: the run stopped before its end", 'prompt of chunks 2 to 3: "storm" → "calm"',
@@ -168,7 +168,7 @@ def test_an_edit_of_a_row_that_stopped_early_names_both(make_run: MakeRun, watch
     # Once it has been rendered beyond the edit, that is no reason any more.
     watch.kill_at = 1 + 3
     with pytest.raises(Killed):
-        render_here(store, edited)
+        render_locally(store, edited)
     found = comes_true(store, edited, watch)
     assert summary(found["a"]) == (
         "resume at stage 5", 3, ("4 of 7 stages are there: the run stopped before its end",),
@@ -178,7 +178,7 @@ def test_an_edit_of_a_row_that_stopped_early_names_both(make_run: MakeRun, watch
 def test_a_take_is_named_until_it_has_begun(make_run: MakeRun, watch: Watch) -> None:
     store = MemoryStore()
     run = make_run(store, [ROW])
-    render_here(store, run)
+    render_locally(store, run)
     add_take(store, run.run_id, "a", 2, num_chunks=4)
     again = open_run(store, run.run_id)
     assert summary(told(store, again)["a"]) == ("resume at stage 3", 5, ("take 2 from chunk 2 on was asked",))
@@ -192,7 +192,7 @@ def test_a_take_is_named_until_it_has_begun(make_run: MakeRun, watch: Watch) -> 
 def test_a_damaged_or_missing_stage_is_named_and_rendered_alone(damage: str, make_run: MakeRun, watch: Watch) -> None:
     store = MemoryStore()
     run = make_run(store, [ROW])
-    render_here(store, run)
+    render_locally(store, run)
     remove(store, run, "segments/")
     # Stage 5 completes chunk 1, which has to be decoded.
     folder = keys.commit_folder("stage", run.plans["a"].stage_keys[4])
@@ -214,7 +214,7 @@ def test_damaged_captions_are_embedded_again_and_nothing_is_denoised(make_run: M
     run = make_run(store, [ROW])
     watch.kill_at = 6
     with pytest.raises(Killed):
-        render_here(store, run)
+        render_locally(store, run)
     [damaged, *_] = [key for key in store.list("texts/") if not key.endswith("commit.json")]
     store.put(damaged, b"")
     found = comes_true(store, run, watch)
@@ -235,22 +235,25 @@ def test_a_row_that_failed_is_left_to_retry(make_run: MakeRun, watch: Watch, mon
     store = MemoryStore()
     run = make_run(store, ROWS)
     with monkeypatch.context() as patch:
-        patch.setattr(Decoder, "decode", refuse_b(Decoder.decode))
-        assert [failed.job_id for failed in render_here(store, run).failed] == ["b"]
+        patch.setattr(Decoder, "carry_out", refuse_b(Decoder.carry_out))
+        assert [failed.job_id for failed in render_locally(store, run).failed] == ["b"]
     expected = told(store, run)
     assert summary(expected["b"]) == (
         "leave failed", 0, ("failed before (numeric), `retry` tries again: chunk 0 is black",),
     )  # fmt: skip
     watch.forwards.clear()
-    assert [failed.job_id for failed in render_here(store, run).failed] == ["b"]
+    assert [failed.job_id for failed in render_locally(store, run).failed] == ["b"]
     assert not watch.forwards
 
 
-def refuse_b(decode: Callable[[Decoder, RowPlan, int], None]) -> Callable[[Decoder, RowPlan, int], None]:
-    def refuse(self: Decoder, plan: RowPlan, chunk: int) -> None:
+Decode = Callable[[Decoder, RowPlan, int], Iterator[StepDone | StageCommitted]]
+
+
+def refuse_b(decode: Decode) -> Decode:
+    def refuse(self: Decoder, plan: RowPlan, chunk: int) -> Iterator[StepDone | StageCommitted]:
         if plan.job_id == "b":
             raise NumericError(f"chunk {chunk} is black\nin every pixel")
-        decode(self, plan, chunk)
+        return decode(self, plan, chunk)
 
     return refuse
 
@@ -258,7 +261,7 @@ def refuse_b(decode: Callable[[Decoder, RowPlan, int], None]) -> Callable[[Decod
 def test_segments_that_are_missing_are_decoded_alone(make_run: MakeRun, watch: Watch) -> None:
     store = MemoryStore()
     run = make_run(store, [ROW])
-    render_here(store, run)
+    render_locally(store, run)
     remove(store, run)
     commits = [key for key in store.list("segments/") if key.endswith("/commit.json")]
     store.delete(commits[0])
@@ -285,14 +288,14 @@ def test_what_concerns_segments_alone_reuses_all_stages(
     columns: dict[str, Any], change: dict[str, Any], reason: str, settings: Settings, make_run: MakeRun, watch: Watch
 ) -> None:
     store = MemoryStore()
-    render_here(store, make_run(store, [ROW]))
+    render_locally(store, make_run(store, [ROW]))
     found = comes_true(store, make_run(store, [ROW | columns], settings=override(settings, change)), watch)
     assert summary(found["a"]) == ("decode and join", 0, (reason,))
 
 
 def test_a_renamed_job_at_another_frame_rate_reuses_all_stages(make_run: MakeRun) -> None:
     store = MemoryStore()
-    render_here(store, make_run(store, [ROW]))
+    render_locally(store, make_run(store, [ROW]))
     found = told(store, make_run(store, [ROW | {"job_id": "z", "fps": 30}]))
     assert summary(found["z"]) == ("decode and join", 0, ("fps 24 → 30: segments are encoded anew",))
 
@@ -300,7 +303,7 @@ def test_a_renamed_job_at_another_frame_rate_reuses_all_stages(make_run: MakeRun
 def test_segments_of_another_ffmpeg_are_told_as_such(make_run: MakeRun) -> None:
     store = MemoryStore()
     run = make_run(store, [ROW])
-    render_here(store, run)
+    render_locally(store, run)
     changed = make_run(store, [ROW | {"tags": {"x": "y"}}])
     ours = encoder_identity(find_ffmpeg())
     [row] = forecast(store, changed, "ffmpeg 99")
@@ -309,7 +312,7 @@ def test_segments_of_another_ffmpeg_are_told_as_such(make_run: MakeRun) -> None:
 
 def test_an_edit_that_also_changes_the_frame_rate_says_that_nothing_is_kept_encoded(make_run: MakeRun) -> None:
     store, row = MemoryStore(), ROW | {"num_chunks": 6}
-    render_here(store, make_run(store, [row]))
+    render_locally(store, make_run(store, [row]))
     schedule = [*SCHEDULE, {"start_chunk": 5, "prompt": "night"}]
     found = told(store, make_run(store, [row | {"schedule": schedule, "fps": 30}]))
     assert summary(found["a"]) == (
@@ -320,7 +323,7 @@ def test_an_edit_that_also_changes_the_frame_rate_says_that_nothing_is_kept_enco
 def test_a_job_that_was_renamed_begins_as_the_other_did(make_run: MakeRun, watch: Watch) -> None:
     store = MemoryStore()
     first = make_run(store, [ROW])
-    render_here(store, first)
+    render_locally(store, first)
     found = comes_true(store, make_run(store, [ROW | {"job_id": "z"} | STORM]), watch)
     assert summary(found["z"]) == (
         "resume at stage 3", 5,
@@ -333,7 +336,7 @@ def test_of_several_earlier_runs_the_one_that_shares_most_is_compared(make_run: 
     store = MemoryStore(clock=lambda: float(next(clock)))
     for edit in ({}, {"seed": 7}, {"seed": 8}):
         make_run(store, [ROW | edit])
-    render_here(store, make_run(store, [ROW]))
+    render_locally(store, make_run(store, [ROW]))
     [reason] = told(store, make_run(MemoryStore(), [ROW | STORM]))["a"].reasons
     assert reason == 'prompt of chunks 2 to 3: "storm" → "calm"'
 
@@ -349,7 +352,7 @@ def test_of_earlier_runs_that_share_equally_much_the_newest_is_compared(make_run
 @pytest.mark.parametrize("submitted", [True, False])
 def test_it_makes_no_difference_whether_the_edit_was_submitted_already(submitted: bool, make_run: MakeRun) -> None:
     store = MemoryStore()
-    render_here(store, make_run(store, ROWS))
+    render_locally(store, make_run(store, ROWS))
     edited = make_run(store if submitted else MemoryStore(), [ROW | STORM, *ROWS[1:]])
     assert summary(told(store, edited)["a"])[2] == ('prompt of chunks 2 to 3: "storm" → "calm"',)
 
@@ -357,7 +360,7 @@ def test_it_makes_no_difference_whether_the_edit_was_submitted_already(submitted
 def test_an_earlier_run_that_cannot_be_read_explains_nothing_and_stops_nothing(make_run: MakeRun) -> None:
     store = MemoryStore()
     run = make_run(store, [ROW])
-    render_here(store, run)
+    render_locally(store, run)
     store.put(keys.run_record(run.run_id), b"{")
     found = told(store, make_run(MemoryStore(), [ROW | STORM]))
     assert summary(found["a"])[:2] == ("resume at stage 3", 5)

@@ -9,7 +9,7 @@ import pytest
 from runs import MakeRun, contents, flip
 
 from magi_ray.errors import InputError, ObjectDamaged, RunNotFound
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.progress import RunProgress
 from magi_ray.render.plans.takes import add_take
 from magi_ray.render.runs.record import damaged_runs, list_runs, open_run
@@ -46,7 +46,7 @@ def all_garbage(store: MemoryStore | LocalStore, *forget: str) -> list[Item]:
 def test_of_rendered_runs_nothing_is_garbage(make_run: MakeRun) -> None:
     store = MemoryStore()
     for row in (ROW, EDITED, {"job_id": "i", "prompt": "sea", "image": IMAGE, "num_chunks": 1}):
-        render_here(store, make_run(store, [row]))
+        render_locally(store, make_run(store, [row]))
     assert all_garbage(store) == []
 
 
@@ -54,7 +54,7 @@ def test_of_rendered_runs_nothing_is_garbage(make_run: MakeRun) -> None:
 def test_of_a_run_that_is_rendered_now_nothing_committed_is_garbage(stage: int, make_run: MakeRun) -> None:
     store, other = MemoryStore(), MemoryStore()
     run = make_run(store, [ROW])
-    render_here(other, make_run(other, [ROW]))
+    render_locally(other, make_run(other, [ROW]))
 
     def look(progress: RunProgress) -> None:
         if progress.videos["a"].stages_done >= stage:
@@ -63,7 +63,7 @@ def test_of_a_run_that_is_rendered_now_nothing_committed_is_garbage(stage: int, 
             assert {item.reason for item in found} <= {"no commit names it: its writer died, or another was quicker"}
             collect(store, found)
 
-    assert render_here(store, run, observe=look).published == ("a",)
+    assert render_locally(store, run, observe=look).published == ("a",)
     assert contents(store, run) == contents(other, run)
     assert verify(store).damages == []
 
@@ -72,7 +72,7 @@ def test_a_forgotten_run_keeps_its_videos_and_what_others_share(make_run: MakeRu
     store = MemoryStore()
     first, edited = make_run(store, [ROW]), make_run(store, [EDITED])
     for run in (first, edited):
-        render_here(store, run)
+        render_locally(store, run)
     video = store.get(keys.video(first.run_id, "a"))
     kept = set(edited.plans["a"].stage_keys)
     before = snapshot(store)
@@ -89,8 +89,8 @@ def test_a_forgotten_run_keeps_its_videos_and_what_others_share(make_run: MakeRu
     assert (objects, size) == (len(found), sum(len(before[item.key]) for item in found))
     assert set(before) - set(snapshot(store)) == {item.key for item in found}
     assert store.get(keys.video(first.run_id, "a")) == video
-    assert render_here(store, edited).stages_rendered == 0
-    assert render_here(store, first).already_published == 1
+    assert render_locally(store, edited).stages_rendered == 0
+    assert render_locally(store, first).already_published == 1
     assert verify(store).damages == []
     assert all_garbage(store, first.run_id) == []
 
@@ -98,7 +98,7 @@ def test_a_forgotten_run_keeps_its_videos_and_what_others_share(make_run: MakeRu
 def test_a_forgotten_run_takes_its_captions_prefixes_and_media_with_it(make_run: MakeRun) -> None:
     store = MemoryStore()
     run = make_run(store, [{"job_id": "i", "prompt": "sea", "image": IMAGE, "num_chunks": 1}])
-    render_here(store, run)
+    render_locally(store, run)
     collect(store, all_garbage(store, run.run_id))
     assert {key.split("/")[0] for key in store.list("")} == {"runs"}
     # Submitted again it has its image again, and its video was never gone.
@@ -110,10 +110,10 @@ def test_a_forgotten_run_takes_its_captions_prefixes_and_media_with_it(make_run:
 def test_the_stages_of_an_older_take_are_garbage_once_there_is_a_newer_one(make_run: MakeRun) -> None:
     store = MemoryStore()
     run = make_run(store, [ROW])
-    render_here(store, run)
+    render_locally(store, run)
     add_take(store, run.run_id, "a", 1, num_chunks=3)
     take = open_run(store, run.run_id)
-    render_here(store, take)
+    render_locally(store, take)
     gone = {item.key.split("/")[2] for item in all_garbage(store) if item.key.startswith("stages/")}
     assert gone == set(run.plans["a"].stage_keys) - set(take.plans["a"].stage_keys) != set()
     expected = contents(store, take)
@@ -126,7 +126,7 @@ def test_nothing_younger_than_a_week_is_garbage(make_run: MakeRun) -> None:
     clock = Clock()
     store = MemoryStore(clock)
     run = make_run(store, [ROW])
-    render_here(store, run)
+    render_locally(store, run)
     store.put("probes/x", b"")
     clock.now = MIN_AGE_S - 1
     forget = {"forget": [run.run_id], "watch_s": 0.0}
@@ -146,7 +146,7 @@ def test_nothing_younger_than_a_week_is_garbage(make_run: MakeRun) -> None:
 def test_what_no_commit_names_is_garbage_with_its_reason(make_run: MakeRun, tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     run = make_run(store, [ROW])
-    render_here(store, run)
+    render_locally(store, run)
     stage = run.plans["a"].stage_keys[0]
     loose = keys.commit_folder("stage", stage) + "state-dead.safetensors"
     orphan = keys.commit_folder("segment", "0" * 64) + "segment-dead.mp4"
@@ -164,7 +164,7 @@ def test_what_no_commit_names_is_garbage_with_its_reason(make_run: MakeRun, tmp_
     }
     assert collect(store, all_garbage(store)) == (5, 23)
     assert all_garbage(store) == []
-    assert render_here(store, run).already_published == 1
+    assert render_locally(store, run).already_published == 1
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing", "newer"])
@@ -172,7 +172,7 @@ def test_a_run_that_cannot_be_read_stops_collection_until_it_is_given_up(damage:
     store = MemoryStore()
     run, other = make_run(store, [ROW]), make_run(store, [EDITED])
     for each in (run, other):
-        render_here(store, each)
+        render_locally(store, each)
     key = keys.run_record(run.run_id)
     match damage:
         case "flipped":
@@ -186,7 +186,7 @@ def test_a_run_that_cannot_be_read_stops_collection_until_it_is_given_up(damage:
     assert run.run_id in caught.value.message
     assert caught.value.remedy
     collect(store, all_garbage(store, run.run_id))
-    assert render_here(store, other).already_published == 1
+    assert render_locally(store, other).already_published == 1
     assert all(verified_commit(store, "stage", key) for key in other.plans["a"].stage_keys)
 
 
@@ -219,7 +219,7 @@ def test_a_zombie_that_commits_after_its_payloads_were_collected_changes_nothing
 
     store = Slept()
     run = make_run(store, [ROW])
-    render_here(store, run)
+    render_locally(store, run)
     before = snapshot(store)
     pre_image = {"stage": 0, "of": "a run that was forgotten"}
     zombie = digest(pre_image)
@@ -257,12 +257,12 @@ def test_collecting_that_takes_longer_than_the_minimum_age_stops(make_run: MakeR
     clock = Clock()
     store = MemoryStore(clock)
     first = make_run(store, [ROW])
-    render_here(store, first)
+    render_locally(store, first)
     clock.now = 1000
     second = make_run(store, [EDITED])
     found = garbage(store, min_age_s=600, forget=[first.run_id], watch_s=0, clock=clock)
     next(found)
-    render_here(store, second)
+    render_locally(store, second)
     clock.now = 5000
     with pytest.raises(InputError, match="taken 4000 s, but what is 600 s old"):
         collect(store, found)
@@ -272,7 +272,7 @@ def test_collecting_that_takes_longer_than_the_minimum_age_stops(make_run: MakeR
 def test_a_run_submitted_while_garbage_is_collected_keeps_what_it_needs(make_run: MakeRun) -> None:
     store = MemoryStore()
     run = make_run(store, [ROW])
-    render_here(store, run)
+    render_locally(store, run)
     for key in list(store.list(keys.run(run.run_id))):
         store.delete(key)
 
@@ -307,11 +307,11 @@ def test_media_of_a_run_submitted_after_they_were_listed_as_garbage_stay(make_ru
 def test_what_others_put_into_the_folder_is_no_run_and_no_commit(make_run: MakeRun, tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     run = make_run(store, [ROW | {"num_chunks": 1}])
-    render_here(store, run)
+    render_locally(store, run)
     others = ["runs/.DS_Store", "runs/a note.txt", "stages/README", f"{keys.videos(run.run_id)}a copy.mp4"]
     for name in others:
         (tmp_path / name).write_bytes(b"theirs")
     assert (list_runs(store), damaged_runs(store)) == ([run.run_id], [])
     assert (all_garbage(store), verify(store).damages) == ([], [])
-    assert render_here(store, run).already_published == 1
+    assert render_locally(store, run).already_published == 1
     assert all((tmp_path / name).exists() for name in others)

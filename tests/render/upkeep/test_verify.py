@@ -10,7 +10,7 @@ from runs import MakeRun, flip
 
 from magi_ray.errors import RunNotFound
 from magi_ray.manifest import Defaults, manifest_of
-from magi_ray.render.driving.local_workers import render_here
+from magi_ray.render.driving.local import render_locally
 from magi_ray.render.plans.takes import add_take
 from magi_ray.render.runs.record import Run, create, prepare
 from magi_ray.render.upkeep.verify import Damage, verify
@@ -34,7 +34,7 @@ def rendered(settings: Settings) -> tuple[Run, dict[str, bytes]]:
     manifest = manifest_of(ROWS, Defaults.of(settings), base=Path("/"))
     run, files = prepare(manifest.parquet(), name="m.parquet", base=Path("/"), settings=settings)
     create(store, run, files)
-    render_here(store, run)
+    render_locally(store, run)
     return run, {key: store.get(key) for key in store.list("")}
 
 
@@ -130,12 +130,12 @@ def _only(store: MemoryStore, key: str) -> Damage:
 def test_what_retry_mends_verify_finds_no_more(store: MemoryStore, make_run: MakeRun) -> None:
     store = MemoryStore()
     run = make_run(store, ROWS)
-    render_here(store, run)
+    render_locally(store, run)
     [state, *_] = [key for key in store.list("stages/") if "/state-" in key]
     flip(store, state)
     flip(store, keys.video(run.run_id, "b"))
     jobs = {job for damage in verify(store).damages for _, job in damage.needed_by}
-    render_here(store, run, retry=jobs)
+    render_locally(store, run, retry=jobs)
     assert verify(store).damages == []
 
 
@@ -150,7 +150,7 @@ def test_payloads_that_no_commit_names_are_counted_and_are_no_damage(store: Memo
 def test_what_no_run_needs_is_said_to_be_needed_by_nobody(make_run: MakeRun) -> None:
     store = MemoryStore()
     run = make_run(store, ROWS[:1])
-    render_here(store, run)
+    render_locally(store, run)
     for key in list(store.list(keys.run(run.run_id))):
         store.delete(key)
     [segment, *_] = [key for key in store.list("segments/") if "/segment-" in key]

@@ -1,0 +1,276 @@
+"""The driver's loop: hears workers, lets the scheduler decide, carries its commands out. There is no other.
+
+Where the workers are is an argument: actors on Ray, this process, or a simulation, each a ``Workers``. So is the clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Protocol
+
+from magi_ray.errors import FailureClass, StoreError
+from magi_ray.events import (
+    Event,
+    NodesSeen,
+    StageCommitted,
+    Task,
+    TaskDone,
+    TaskFailed,
+    TaskKind,
+    TaskStopped,
+    WorkerEvent,
+    WorkerGone,
+    WorkerPlaced,
+    WorkerReady,
+)
+from magi_ray.media.encoder import encoder_identity, find_ffmpeg
+from magi_ray.render.driving.inventory import stages_done
+from magi_ray.render.driving.reports import Observer, RunResult
+from magi_ray.render.driving.scheduler import (
+    Abandon,
+    Command,
+    EndRun,
+    Inspect,
+    RowFailed,
+    RunTask,
+    StartWorker,
+    StopWorker,
+)
+from magi_ray.render.driving.session import DriveOptions, Session, Timings, session
+from magi_ray.render.plans.row_plan import RowPlan
+from magi_ray.render.runs.record import Run, require_same_weights
+from magi_ray.storage.store import Store
+from magi_ray.system import System
+
+
+class Workers(Protocol):
+    """Where tasks are carried out. Names of workers are the scheduler's, and are never used twice.
+
+    Nothing here waits but ``wait``. What goes wrong with a worker is an event of it.
+    """
+
+    def start(self, worker: str, kind: TaskKind, avoid: frozenset[str]) -> None:
+        """Begin to start a worker on none of the nodes ``avoid``. It says WorkerPlaced, then WorkerReady."""
+        ...
+
+    def run(self, worker: str, plan: RowPlan, task: Task, attempt: int) -> None:
+        """Give it a task. It says StepDone and StageCommitted, and at the end TaskDone, TaskStopped or TaskFailed."""
+        ...
+
+    def abandon(self, worker: str, attempt: int, *, to_stage_end: bool) -> None:
+        """Ask it to stop working on an attempt; it goes on to the end of its stage, or not even that far."""
+        ...
+
+    def stop(self, worker: str) -> None:
+        """End it now; it says nothing any more."""
+        ...
+
+    def wait(self, within_s: float) -> Sequence[tuple[str, WorkerEvent]]:
+        """All that workers have said since, each with the worker's name; waits for the first for ``within_s``."""
+        ...
+
+    def nodes(self, kind: TaskKind) -> frozenset[str]:
+        """The nodes that have what a worker of ``kind`` needs, were they free. Empty where there are no nodes."""
+        ...
+
+    def why_unplaced(self, worker: str) -> str:
+        """Why a worker that was started is still nowhere."""
+        ...
+
+
+def render(
+    store: Store,
+    run: Run,
+    make_workers: Callable[[Session], Workers],
+    *,
+    counts: Mapping[TaskKind, int],
+    encoder: str,
+    options: DriveOptions = DriveOptions(),
+    observers: Sequence[Observer] = (),
+    name: str = "driver",
+    timings: Timings = Timings(),
+    system: System = System(),
+) -> RunResult:
+    """Render what is left of ``run``. A row that fails is recorded and harms no other.
+
+    counts: how many workers of each kind.  encoder: identity of ffmpeg.  name: of this driver, for people.
+    Raises Superseded, StoreError when the run's own records cannot be written, and what keeps any worker of a kind from
+    starting (WeightsError, MediaError, WorkerLost). Workers are gone afterwards, whatever happened.
+    """
+    with session(
+        store,
+        run,
+        encoder=encoder,
+        workers=counts,
+        options=options,
+        observers=observers,
+        name=name,
+        timings=timings,
+        system=system,
+    ) as driving:
+        loop = _Loop(driving, make_workers(driving))
+        try:
+            loop.drive()
+        finally:
+            loop.stop_all()
+        return driving.close()
+
+
+def check_machine(run: Run) -> str:
+    """What a driver needs of its machine: ``run``'s own weights, and ffmpeg, whose identity this returns.
+
+    Raises WeightsError (not those of the submission), MediaError (no ffmpeg).
+    """
+    require_same_weights(run)
+    return encoder_identity(find_ffmpeg())
+
+
+class _Loop:
+    """``_deadlines``: when each worker that we wait for is taken for hung, by the session's clock; ``_unplaced``: those
+    that are nowhere yet; ``_logs``: where each writes."""
+
+    def __init__(self, driving: Session, workers: Workers) -> None:
+        self._driving, self._workers = driving, workers
+        self._scheduler, self._timings, self._clock = driving.scheduler, driving.timings, driving.system.clock
+        self._events: deque[Event] = deque()
+        self._deadlines: dict[str, float] = {}
+        self._unplaced: set[str] = set()
+        self._logs: dict[str, str] = {}
+        self._nodes: dict[TaskKind, frozenset[str]] = {}
+        self._nodes_asked = -self._timings.nodes_s
+
+    def drive(self) -> None:
+        """Until the run has come to rest."""
+        self._look_around()
+        self._handle_events()  # a run that is to stop does not begin
+        self._obey(self._driving.start())
+        while True:
+            self._handle_events()
+            if self._scheduler.finished:
+                return
+            self._hear(self._workers.wait(self._timings.tick_s))
+            self._handle_events()
+            self._find_silent()
+            self._look_around()
+
+    def stop_all(self) -> None:
+        for worker in list(self._logs):
+            # Where Ray itself is gone its workers are too, and the error that ended the run matters more.
+            with suppress(Exception):
+                self._stop(worker)
+
+    def _look_around(self) -> None:
+        """At the lease, at what people want, and now and then at the cluster."""
+        now = self._clock()
+        if now - self._nodes_asked >= self._timings.nodes_s:
+            self._nodes_asked = now
+            for kind in TaskKind:
+                nodes = self._workers.nodes(kind)
+                if nodes != self._nodes.get(kind, frozenset()):
+                    self._nodes[kind] = nodes
+                    self._events.append(NodesSeen(kind=kind, nodes=nodes))
+        self._events.extend(self._driving.tick())
+
+    def _handle_events(self) -> None:
+        while self._events:
+            event = self._events.popleft()
+            worker = getattr(event, "worker", None)
+            if worker is not None and worker not in self._logs:
+                continue  # it was stopped meanwhile
+            if isinstance(event, WorkerGone):
+                for committed in self._committed_unseen(self._scheduler.task_of(event.worker)):
+                    self._obey(self._driving.handle(committed))
+                self._stop(event.worker)
+            self._obey(self._driving.handle(event))
+
+    def _obey(self, commands: Iterable[Command]) -> None:
+        for command in commands:
+            match command:
+                case StartWorker(worker=worker, kind=kind, avoid=avoid):
+                    self._logs[worker] = ""
+                    self._unplaced.add(worker)
+                    self._expect(worker, self._timings.placement_s)
+                    self._workers.start(worker, kind, avoid)
+                case StopWorker(worker=worker):
+                    self._stop(worker)
+                case RunTask(worker=worker, task=task, attempt=attempt):
+                    self._expect(worker, self._timings.silence_s[task.kind])
+                    self._workers.run(worker, self._driving.run.plans[task.job_id], task, attempt)
+                case Abandon(worker=worker, attempt=attempt, to_stage_end=to_stage_end):
+                    self._workers.abandon(worker, attempt, to_stage_end=to_stage_end)
+                case Inspect(job_id=job_id):
+                    self._events.append(self._driving.inspect(job_id))
+                case EndRun(error=error):
+                    error.next_command = error.next_command or self._driving.resume_command
+                    raise error
+                case RowFailed():
+                    pass  # for the reports
+
+    def _hear(self, said: Iterable[tuple[str, WorkerEvent]]) -> None:
+        for worker, event in said:
+            if worker not in self._logs:
+                continue  # it was stopped
+            match event:
+                case WorkerPlaced(log=log):
+                    self._logs[worker] = log
+                    self._unplaced.discard(worker)
+                    self._expect(worker, self._timings.load_s)
+                case WorkerReady() | TaskDone() | TaskStopped():
+                    self._deadlines.pop(worker, None)
+                case TaskFailed(failure=failure):
+                    self._deadlines.pop(worker, None)
+                    if failure is FailureClass.PREEMPTED:
+                        self._driving.recheck_leadership()
+                    event = replace(event, log=self._logs[worker])
+                case WorkerGone():
+                    event = replace(event, log=self._logs[worker])
+                case _:
+                    if (task := self._scheduler.task_of(worker)) is not None:
+                        self._expect(worker, self._timings.silence_s[task.kind])
+            self._events.append(event)
+
+    def _find_silent(self) -> None:
+        """Take workers for hung that have said nothing for too long."""
+        if not self._silent():
+            return
+        # Perhaps they have spoken, and it was we who did not listen: the store was out of reach.
+        self._hear(self._workers.wait(0.0))
+        self._handle_events()
+        for worker in self._silent():
+            no_room = worker in self._unplaced
+            message = (
+                self._workers.why_unplaced(worker) if no_room else f"Nothing was heard of worker {worker} for too long."
+            )
+            gone = WorkerGone(worker=worker, failure=FailureClass.INFRASTRUCTURE, message=message, no_room=no_room)
+            self._hear([(worker, gone)])
+            self._handle_events()
+
+    def _silent(self) -> list[str]:
+        now = self._clock()
+        return [worker for worker, deadline in self._deadlines.items() if now > deadline]
+
+    def _committed_unseen(self, task: Task | None) -> list[StageCommitted]:
+        """The stages a lost worker committed, reported or not: none of them is to be computed again."""
+        if task is None or task.kind is not TaskKind.DENOISE:
+            return []
+        plan = self._driving.run.plans[task.job_id]
+        try:
+            done = stages_done(self._driving.store, plan)
+        except StoreError:
+            return []  # then those that were reported have to do
+        return [
+            StageCommitted(job_id=task.job_id, stage=stage, chunk=plan.timeline.finished(stage))
+            for stage in range(task.index, done)
+        ]
+
+    def _expect(self, worker: str, within_s: float) -> None:
+        self._deadlines[worker] = self._clock() + within_s
+
+    def _stop(self, worker: str) -> None:
+        self._deadlines.pop(worker, None)
+        self._unplaced.discard(worker)
+        del self._logs[worker]
+        self._workers.stop(worker)
