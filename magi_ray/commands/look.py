@@ -107,7 +107,8 @@ def _say_at_rest(stored: StoredRun, found: RunStatus) -> int:
         return 0
     if failed == left or found.state == "broken":
         ended = "Finished" if failed == left else "Stopped"
-        say(f"{ended}; {failed} of {counted(videos, 'video')} failed, {left} not done.")
+        others = f", {counted(left - failed, 'other')} not done" if left > failed else ""
+        say(f"{ended}; {failed} of {counted(videos, 'video')} failed{others}.")
         say_next(stored.command("retry --failed"))
         return FAILED_ROWS
     match found.state:
