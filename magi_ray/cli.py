@@ -5,7 +5,7 @@ Exit codes:
   1  failure                           6  paused, by somebody else
   2  usage or input                    7  the store denied access
   3  invalid manifest                  8  another process renders the run, or took it over
-  4  finished with failed rows       130  detached, interrupted
+  4  finished with failed rows       130  left rendering, or interrupted
 
 Heavy imports are inside the commands: a wrong manifest is explained before torch would have been found.
 """
@@ -13,7 +13,6 @@ Heavy imports are inside the commands: a wrong manifest is explained before torc
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,13 +20,19 @@ from typing import Any, NoReturn
 
 import click
 
-from magi_ray import __version__
-from magi_ray.commands.common import FAILURE, INTERRUPTED, USAGE, as_ours, example, json_option, print_json, say
+from magi_ray.commands.console import command_line, print_json, say, say_next
+from magi_ray.commands.doctor import doctor
+from magi_ray.commands.exit_codes import FAILURE, INTERRUPTED, USAGE
+from magi_ray.commands.look import list_command, status, watch
 from magi_ray.commands.manifests import manifest
+from magi_ray.commands.options import example, json_option
 from magi_ray.commands.plan import plan
-from magi_ray.commands.runs import drive, list_command, render, resume, status, submit, watch
-from magi_ray.commands.steering import cancel, pause, retry
-from magi_ray.commands.upkeep import doctor, gc, verify
+from magi_ray.commands.render import render
+from magi_ray.commands.retry import retry
+from magi_ray.commands.serialized_error import as_magi_ray_error
+from magi_ray.commands.stop import cancel, pause
+from magi_ray.commands.submit import drive, resume, submit
+from magi_ray.commands.upkeep import gc, verify
 from magi_ray.errors import InputError, MagiRayError, ManifestError
 
 
@@ -58,7 +63,7 @@ class _Group(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(FAILURE)
         except Exception as exc:  # noqa: BLE001 - the last line of defence
-            error, traceback = as_ours(exc)
+            error, traceback = as_magi_ray_error(exc)
             click.echo(traceback, err=True, nl=False)
             _explain(error, typed)
             sys.exit(FAILURE)
@@ -82,10 +87,10 @@ def main() -> NoReturn:
 
 def _explain(error: MagiRayError, typed: Sequence[str]) -> None:
     """Say what is wrong, how to mend it, and what to type next; with --json also as an object on stdout."""
-    again = shlex.join(["magi-ray", *typed])
+    again = command_line(typed)
     if isinstance(error, ManifestError) and any(problem.row or problem.column for problem in error.problems):
         # Not the error's own: only the typed command has the settings that the rows were checked against.
-        remedy, following = error.remedy or "Correct the rows, then type the command again.", again
+        remedy, following = error.remedy or "Correct the rows, then run the command again.", again
     elif isinstance(error, ManifestError):
         remedy, following = error.remedy, "magi-ray manifest build --help"
     elif isinstance(error, InputError):
@@ -104,22 +109,19 @@ def _explain(error: MagiRayError, typed: Sequence[str]) -> None:
     say(f"Error: {first}", style="red")
     for line in [*rest, *remedy.splitlines()]:
         say(line)
-    say(f"next: {following}", style="bold")
+    say_next(following)
 
 
 def _command_path(typed: Sequence[str]) -> str:
-    """The words of ``typed`` that name a command."""
-    words = ["magi-ray"]
-    at: click.Group = cli
-    for word in typed:
-        command = at.commands.get(word)
-        if command is None:
+    """``magi-ray manifest build`` for whatever was typed behind it."""
+    path = ["magi-ray"]
+    at: click.Command | None = cli
+    for argument in typed:
+        at = at.commands.get(argument) if isinstance(at, click.Group) else None
+        if at is None:
             break
-        words.append(word)
-        if not isinstance(command, click.Group):
-            break
-        at = command
-    return " ".join(words)
+        path.append(argument)
+    return " ".join(path)
 
 
 @click.group(
@@ -134,11 +136,14 @@ def cli() -> None:
 @cli.command(epilog=example("magi-ray version"))
 @json_option
 def version(as_json: bool) -> None:
-    """The version of magi-ray."""
+    """Print the version of magi-ray."""
+    from importlib.metadata import version as version_of
+
+    installed = version_of("magi-ray")
     if as_json:
-        print_json({"version": __version__})
+        print_json({"version": installed})
     else:
-        click.echo(__version__)
+        click.echo(installed)
 
 
 _SECTIONS = {

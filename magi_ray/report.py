@@ -1,4 +1,4 @@
-"""What people see while a run goes on and when it has ended. Progress goes to stderr, data to stdout.
+"""What people see of runs, stores and manifests: live progress, and tables.
 
 Captions and messages are shown as they are: the consoles these tables are printed on must not read markup in them.
 """
@@ -55,19 +55,19 @@ def follow(console: Console, *, clock: Callable[[], float] = time.monotonic) -> 
 
 
 @contextmanager
-def count_up(console: Console, *, clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[str], None]]:
-    """A function to call with how far something is, in words, as often as one likes. Arguments as of ``follow``."""
+def status_line(console: Console, *, clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[str], None]]:
+    """A function to call, as often as one likes, with how far something is in one line. Arguments as ``follow``."""
     if console.is_terminal and not console.is_dumb_terminal:
         with console.status("") as status:
             yield status.update
         return
     last = clock()
 
-    def line(words: str) -> None:
+    def line(text: str) -> None:
         nonlocal last
         if clock() - last >= LINE_INTERVAL_S:
             last = clock()
-            console.print(words, soft_wrap=True)
+            console.print(text, soft_wrap=True)
 
     yield line
 
@@ -88,7 +88,7 @@ def bars(progress: RunProgress, *, width: int = 80, height: int = 24) -> Table:
     table.add_column(width=bar_width)
     table.add_column(no_wrap=True, overflow="ellipsis")
     for video in shown:
-        bar = ProgressBar(total=video.steps_total, completed=_steps_shown(video), width=bar_width)
+        bar = ProgressBar(total=video.steps_total, completed=_steps_completed(video), width=bar_width)
         table.add_row(video.job_id, bar, describe(video), style=_COLOURS.get(video.phase, ""))
     whole = Table.grid()
     whole.add_column(no_wrap=True, overflow="ellipsis")
@@ -148,8 +148,8 @@ def findings_table(findings: Sequence[Finding]) -> Table:
     """A line for each thing that `magi-ray doctor` looked at."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     for finding in findings:
-        mark, style = ("ok", "green") if finding.ok else ("missing", "red") if finding.needed else ("note", "yellow")
-        table.add_row(mark, finding.name, finding.seen, style="" if finding.ok else style)
+        verdict, style = ("ok", "green") if finding.ok else ("missing", "red") if finding.needed else ("note", "yellow")
+        table.add_row(verdict, finding.name, finding.seen, style="" if finding.ok else style)
     return table
 
 
@@ -227,7 +227,7 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _steps_shown(video: VideoProgress) -> int:
+def _steps_completed(video: VideoProgress) -> int:
     return video.steps_total if video.phase is Phase.DONE else video.steps_done
 
 

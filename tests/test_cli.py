@@ -23,8 +23,8 @@ from rgw import Rgw
 from runs import MakeRun, prepared
 
 from magi_ray.cli import cli
-from magi_ray.commands import standing, steering
-from magi_ray.commands.common import find_run
+from magi_ray.commands import driver_monitor, stop
+from magi_ray.commands.stored_run import find_run
 from magi_ray.errors import MediaError
 from magi_ray.manifest import write_manifest
 from magi_ray.render.driving.progress import RunProgress
@@ -193,8 +193,9 @@ WRONG: list[tuple[tuple[str, ...], int, str, tuple[str, ...]]] = [
     (("submit", "m.parquet", "--preset", "magi-tny"), 2, "Did you mean magi-tiny?", ("submit", "--help")),
     (("submit", "m.parquet", "--job", "no.toml"), 2, "no job file no.toml", ("submit", "--help")),
     (("submit", "m.parquet", "--job", "."), 2, "Is a directory", ("submit", "--help")),
-    (("submit", "m.parquet", "--job", "a", "--config", "b"), 2, "--job and --config stand", ("submit", "--help")),
-    (("submit", "m.parquet", "--config", "a", "--weights", "b"), 2, "--weights stands beside --config",
+    (("submit", "m.parquet", "--job", "a", "--config", "b"), 2, "--job and --config cannot be combined",
+     ("submit", "--help")),
+    (("submit", "m.parquet", "--config", "a", "--weights", "b"), 2, "--weights and --config cannot be combined",
      ("submit", "--help")),
     (("submit", "m.parquet", "--config", "field.json"), 2, "unknown field model.colour", ("submit", "--help")),
     (("submit", "m.parquet", "--config", "cfg.json"), 2, "cfg_number is 1, but a base model needs 3",
@@ -215,7 +216,7 @@ WRONG: list[tuple[tuple[str, ...], int, str, tuple[str, ...]]] = [
     (("pause", "x"), 2, "There is no store", ("pause", "--help")),
     (("cancel", "x"), 2, "There is no store", ("cancel", "--help")),
     (("retry", "x"), 2, "There is no store", ("retry", "--help")),
-    (("retry", "x", "--failed", "--job", "y"), 2, "--failed stands beside --job", ("retry", "--help")),
+    (("retry", "x", "--failed", "--job", "y"), 2, "--failed and --job cannot be combined", ("retry", "--help")),
     (("retry", "x", "--from-chunk", "1"), 2, "0 are named", ("retry", "--help")),
     (("doctor", "--store", "small.toml"), 2, "small.toml is a file", ("doctor", "--help")),
     (("manifest", "build", "rows.jsonl", "-o", "rows.csv"), 2, "does not end in .parquet",
@@ -292,6 +293,12 @@ def test_what_needs_no_network_loads_neither_torch_nor_ray(here: Path, words: tu
     assert ended.stdout.splitlines()[-1] == "set()"
 
 
+def test_looking_at_a_run_loads_neither_torch_nor_ray(here: Path) -> None:
+    run_id = begun(3)
+    for words in (("status", run_id), ("list",), ("watch", run_id), ("pause", run_id), ("cancel", run_id)):
+        test_what_needs_no_network_loads_neither_torch_nor_ray(here, words)
+
+
 # Runs -----------------------------------------------------------------------------------------------------------
 
 
@@ -321,7 +328,7 @@ def test_a_run_is_gone_on_with_and_a_finished_one_renders_nothing(here: Path, mo
     assert "was submitted before; going on with it" in again.stderr
     assert re.search(r"[1-9]\d* reused", again.stderr)
     # Without --local, and yet no Ray; with --no-wait, and yet nothing in the background.
-    monkeypatch.setitem(sys.modules, "magi_ray.cluster.driver", None)
+    monkeypatch.setitem(sys.modules, "magi_ray.cluster.workers", None)
     for words in (("submit", "m.parquet", "--job", "small.toml"), ("resume", run_id_of())):
         for more in ((), ("--no-wait",)) if words[0] == "submit" else ((),):
             result = run(*words, *more, "--json")
@@ -352,6 +359,28 @@ def test_status_and_list_tell_how_far_a_run_is(here: Path) -> None:
     assert json.loads(run("watch", run_id_of(), "--json").stdout)["state"] == "done"
 
 
+def test_looking_at_a_run_at_rest_needs_no_ffmpeg(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = begun(5)
+    whole = json.loads(run("status", run_id, "--json").stdout)
+
+    def none() -> Path:
+        raise MediaError("No ffmpeg with libx264 was found.", remedy="Install one.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("magi_ray.media.encoder.find_ffmpeg", none)
+        assert json.loads(run("status", run_id, "--json").stdout) == whole
+        assert run("watch", run_id).exit_code == 1
+        assert json.loads(run("list", "--json").stdout)["runs"][0]["state"] == "stopped"
+    assert (whole["state"], whole["videos"][0]["chunks_done"]) == ("stopped", 1)
+    assert run("drive", run_id, "--local").exit_code == 0
+    monkeypatch.setattr("magi_ray.media.encoder.find_ffmpeg", none)
+    done = json.loads(run("status", run_id, "--json").stdout)
+    assert done["state"] == "done"
+    assert [video["chunks_done"] for video in done["videos"]] == [2, 1]
+    assert run("watch", run_id).exit_code == 0
+    assert run("resume", run_id).exit_code == 0, "nothing is left to render"
+
+
 def test_a_run_that_another_machine_renders_is_told_as_such_until_nothing_is_heard_of_it(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,7 +393,7 @@ def test_a_run_that_another_machine_renders_is_told_as_such_until_nothing_is_hea
     assert next_command(shown) == ["watch", run_id]
     told = json.loads(run("status", run_id, "--json").stdout)
     assert (told["state"], told["driver"]) == ("rendering", {"host": "farm-7", "pid": 4711, "beat": 3})
-    monkeypatch.setattr(steering, "ASKED_S", 0.5)
+    monkeypatch.setattr(stop, "ASKED_S", 0.5)
     cancelled = run("cancel", run_id)
     assert cancelled.exit_code == 1
     assert "Asked process 4711 on farm-7 to cancel" in cancelled.stderr
@@ -372,10 +401,10 @@ def test_a_run_that_another_machine_renders_is_told_as_such_until_nothing_is_hea
     assert json.loads(run("list", "--json").stdout)["runs"][0]["state"] == "cancelling"
     paused = run("pause", run_id, "--timeout", "0.1")
     assert (paused.exit_code, next_command(paused)) == (1, ["watch", run_id])
-    monkeypatch.setattr(standing, "TTL_S", 0.5)
+    monkeypatch.setattr(driver_monitor, "TTL_S", 0.5)
     watched = run("watch", run_id)
     assert watched.exit_code == 6
-    assert "Nothing was heard any more of process 4711 on farm-7" in watched.stderr
+    assert "Nothing has been heard from process 4711 on farm-7 for too long" in watched.stderr
 
 
 def test_a_run_is_found_by_the_beginning_of_its_id_and_a_near_one_is_proposed(here: Path) -> None:
@@ -492,7 +521,7 @@ def test_no_wait_renders_on_ray_in_the_background_while_others_watch(here: Path)
     assert status["driver"]["pid"] == told["pid"]
     second = run("resume", told["run_id"])
     assert second.exit_code == 8
-    assert f"is being rendered already, by process {told['pid']}" in second.stderr
+    assert f"is already being rendered by process {told['pid']}." in second.stderr
     watched = spawn(*next_command(second), "--json")
     assert watched.returncode == 0, Path(told["log"]).read_text()
     assert [video["phase"] for video in json.loads(watched.stdout)["videos"]] == ["done", "done"]
@@ -540,6 +569,6 @@ def test_a_bug_is_told_as_one(here: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_whole_run_id_is_found_without_listing_every_run(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     store = MemoryStore()
     run = make_run(store, [{"job_id": "a", "prompt": "sea", "num_chunks": 1}])
-    assert find_run(store, run.run_id[:6], "cancel", "memory:") == run.run_id
+    assert find_run(store, run.run_id[:6], "memory:", verb="cancel") == run.run_id
     monkeypatch.setattr(store, "list", None)
-    assert find_run(store, f"runs/{run.run_id}", "cancel", "memory:") == run.run_id
+    assert find_run(store, f"runs/{run.run_id}", "memory:", verb="cancel") == run.run_id

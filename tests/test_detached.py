@@ -6,11 +6,14 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from click.testing import CliRunner, Result
 from rgw import Rgw
@@ -18,8 +21,9 @@ from runs import contents, flip, prepared
 from typed import Command, wait_until
 
 from magi_ray.cli import cli
-from magi_ray.commands import steering
-from magi_ray.commands.drivers import last_error, notes_path, noting, read_notes
+from magi_ray.commands import stop
+from magi_ray.commands.processes import alive, in_session, kill, tree_below
+from magi_ray.commands.status_file import driver_on_this_machine, last_error, read_status, status_file, status_path
 from magi_ray.errors import MagiRayError, ObjectDamaged, StoreDenied, Superseded, WeightsError, WorkerLost
 from magi_ray.manifest import write_manifest
 from magi_ray.render.driving.local import render_locally
@@ -30,6 +34,7 @@ from magi_ray.storage import keys
 from magi_ray.storage.local import LocalStore
 from magi_ray.storage.memory import MemoryStore
 from magi_ray.storage.opening import open_store
+from magi_ray.system import Owner
 
 IMAGE = Path(__file__).parents[1] / "manifests" / "quickstart-image.png"
 JOB = """
@@ -222,25 +227,62 @@ def test_an_error_of_the_driver_reads_as_if_it_had_happened_here(here: Path, tin
 @pytest.mark.parametrize("kind", [ObjectDamaged, StoreDenied, Superseded, WeightsError, WorkerLost])
 def test_errors_reach_the_other_process_whole(here: Path, kind: type[MagiRayError]) -> None:
     error = kind("what", remedy="how", next_command="magi-ray list")
-    with pytest.raises(kind), noting(store(), "run"):
+    with pytest.raises(kind), status_file(store(), "run"):
         raise error
-    notes = read_notes(notes_path(store(), "run", os.getpid()))
-    assert notes is not None
-    assert notes.end is not None
-    assert notes.end.error is not None
-    again = notes.end.error.error()
+    written = read_status(status_path(store(), "run", os.getpid()))
+    assert written is not None
+    assert written.ended is not None
+    assert written.ended.error is not None
+    again = written.ended.error.error()
     assert (type(again), vars(again)) == (kind, vars(error) | {"exit_code": kind.exit_code})
-    assert notes.end.error.traceback == ""
+    assert written.ended.error.traceback == ""
 
 
 def test_a_bug_reaches_the_other_process_with_its_traceback(here: Path) -> None:
-    with pytest.raises(ZeroDivisionError), noting(store(), "run"):
+    with pytest.raises(ZeroDivisionError), status_file(store(), "run"):
         _ = 1 / 0
     told = last_error(store(), "run")
     assert told is not None
     assert "ZeroDivisionError: division by zero" in told.traceback
     assert "This is a bug in magi-ray" in told.message
     assert told.exit_code == 1
+
+
+def test_a_status_file_of_another_version_is_left_unread(here: Path) -> None:
+    path = status_path(store(), "run", os.getpid())
+    path.parent.mkdir(parents=True)
+    driver = Owner.here("driver").model_dump()
+    path.write_text(json.dumps({"driver": driver, "end": {"outcome": None, "error": None, "seconds": 1.0}}))
+    assert read_status(path) is None
+    assert last_error(store(), "run") is None
+    assert driver_on_this_machine(store(), "run") is None
+    with status_file(store(), "run"):
+        assert driver_on_this_machine(store(), "run") is not None
+
+
+# Processes ------------------------------------------------------------------------------------------------------
+
+
+def test_the_processes_of_a_driver_are_found_below_it_and_in_its_session_and_killed_for_good() -> None:
+    program = "import subprocess, time; subprocess.Popen(['sleep', '300']); time.sleep(300)"
+    driver = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+    try:
+        wait_until(lambda: len(tree_below(driver.pid)) == 2, "it has a child")
+        tree = tree_below(driver.pid)
+        assert tree == in_session(driver.pid) == alive(tree)
+        driver.kill()
+        wait_until(lambda: len(alive(tree)) == 1, "it has ended, though nobody has waited for it: a zombie")
+        assert driver.pid not in {process.pid for process in alive(tree)}
+        [left] = alive(in_session(driver.pid))
+        driver.wait()
+        assert tree_below(driver.pid) == set()
+        kill(tree)
+        wait_until(lambda: not alive(tree), "its child was killed too")
+        assert not left.is_running() or left.status() == psutil.STATUS_ZOMBIE
+        kill(tree)
+    finally:
+        kill(in_session(driver.pid))
+        driver.wait()
 
 
 # Pausing and cancelling -----------------------------------------------------------------------------------------
@@ -288,7 +330,7 @@ def test_cancel_stops_at_once_and_leaves_no_process(here: Path, start: Start) ->
 
 
 def test_cancel_ends_a_driver_that_does_not_listen(here: Path, start: Start) -> None:
-    assert steering.ASKED_S + steering.TOLD_S + 2 * steering.KILLED_S < 15
+    assert stop.ASKED_S + stop.TERMINATED_S + 2 * stop.KILLED_S < 15
     submit = start(*rows(here, {"job_id": "one", "num_chunks": ENDLESS}))
     rendering(submit)
     driver = submit.driver()

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from runs import flip
 
 from magi_ray.cli import cli
-from magi_ray.commands.common import out
+from magi_ray.commands.console import print_table
 from magi_ray.errors import MediaError
 from magi_ray.manifest import Defaults, manifest_of
 from magi_ray.render.driving.local import render_locally
@@ -187,8 +187,8 @@ def test_gc_tells_every_object_as_json(store: LocalStore, run_id: str) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--min-age", "7"), "'7' is not a time; write 30m, 12h or 7d"),
-        (("--min-age", "-1d"), "is not a time"),
+        (("--min-age", "7"), "'7' is not a duration; write 30m, 12h or 7d"),
+        (("--min-age", "-1d"), "is not a duration"),
         (("--forget", "nonsense"), "There is no run 'nonsense'"),
     ],
 )
@@ -207,7 +207,7 @@ def test_thousands_of_objects_are_shown_in_a_few_lines(capsys: pytest.CaptureFix
         Item(key=f"stages/aa/{n:064}/commit.json", size=1024, age_s=86400.0 * (8 + n % 30), reason=reasons[n % 2])
         for n in range(3000)
     ]
-    out(garbage_table(items))
+    print_table(garbage_table(items))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0].strip() for line in lines] == ["where", "stages/…", "stages/…"]
     assert re.search(r"1500 +1\.5 MiB +8 d to 36 d", lines[1])

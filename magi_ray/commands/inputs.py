@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from magi_ray.commands.console import command_line
 from magi_ray.errors import InputError, ManifestError
 
 SOURCES = (".jsonl", ".csv", ".yaml", ".yml")
@@ -21,7 +22,7 @@ def require_manifest(path: Path, typed: list[str]) -> None:
             remedy, following = f"Did you mean {built}?", _instead(typed, path, built)
         else:
             remedy = "Build a manifest of it first."
-            following = shlex.join(["magi-ray", "manifest", "build", str(path), "-o", str(built)])
+            following = command_line(["manifest", "build", str(path), "-o", str(built)])
         raise InputError(f"{path} is not a Parquet file.", remedy=remedy, next_command=following)
     require_file(path, (".parquet",), typed)
 
@@ -47,12 +48,12 @@ def require_file(path: Path, suffixes: Sequence[str], typed: list[str]) -> None:
 
 def _instead(typed: list[str], old: Path, new: Path) -> str:
     """The typed command with another path in it."""
-    words = [
-        prefix + str(new) if Path(word.removeprefix(prefix)) == old else word
-        for word in typed
-        for prefix in [next((p for p in ("--out=", "-o") if word.startswith(p) and word != p), "")]
+    arguments = [
+        prefix + str(new) if Path(argument.removeprefix(prefix)) == old else argument
+        for argument in typed
+        for prefix in [next((p for p in ("--out=", "-o") if argument.startswith(p) and argument != p), "")]
     ]
-    return shlex.join(["magi-ray", *words])
+    return command_line(arguments)
 
 
 def require_place(out: Path, typed: list[str]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import click
 
-from magi_ray.commands.common import counted, example, json_option, out, print_json, say, settings_options, without
+from magi_ray.commands.console import command_line, counted, print_json, print_table, say, say_next
 from magi_ray.commands.inputs import SOURCES, require_file, require_manifest
+from magi_ray.commands.options import example, json_option, settings_options
 from magi_ray.settings import Settings
 
 
@@ -42,7 +42,7 @@ def build(
     else:
         click.echo(str(out))
     say(f"{counted(count, 'row')}, {'not checked' if no_check else 'all valid'}.")
-    say(f"next: magi-ray {'manifest validate' if no_check else 'submit'} {shlex.quote(str(out))}", style="bold")
+    say_next(command_line([*(["manifest", "validate"] if no_check else ["submit"]), str(out)]))
 
 
 @manifest.command(epilog=example("magi-ray manifest validate manifests/quickstart.parquet"))
@@ -66,7 +66,7 @@ def validate(
     if as_json:
         print_json({"manifest": str(path), "rows": len(checked.rows), "notes": checked.notes})
     say(f"{path}: {counted(len(checked.rows), 'row')}, all valid.")
-    say(f"next: {shlex.join(['magi-ray', 'submit', *without(typed[2:], '--json')])}", style="bold")
+    say_next(command_line(["submit", *typed[2:]], without=["--json"]))
 
 
 @manifest.command(epilog=example("magi-ray manifest show manifests/quickstart.parquet"))
@@ -80,7 +80,7 @@ def show(
     settings: Settings,
     as_json: bool,
 ) -> None:
-    """The rows of MANIFEST with the run's defaults filled in."""
+    """Show the rows of MANIFEST with the defaults of a run filled in."""
     from magi_ray.manifest import Defaults, read_manifest, table_for_show
     from magi_ray.report import manifest_table
 
@@ -89,4 +89,4 @@ def show(
     if as_json:
         print_json({"rows": rows})
     else:
-        out(manifest_table(rows))
+        print_table(manifest_table(rows))

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from magi_ray.commands.common import (
-    counted,
-    example,
-    json_option,
-    out,
-    print_json,
-    say,
-    settings_options,
-    store_option,
-    store_to_write,
-)
+from magi_ray.commands.console import command_line, counted, print_json, print_table, say, say_next
 from magi_ray.commands.inputs import require_manifest
+from magi_ray.commands.options import example, json_option, settings_options, store_option
+from magi_ray.commands.stores import store_to_write
 from magi_ray.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,7 +26,8 @@ if TYPE_CHECKING:
 @json_option
 @click.pass_obj
 def plan(typed: list[str], manifest: Path, store_uri: str, settings: Settings, as_json: bool) -> None:
-    """What `submit` would do with every row of MANIFEST, why, and how many forwards it would cost. Writes nothing."""
+    """Show what `submit` would do with each row of MANIFEST, and why. Also how many forwards it would cost. Writes
+    nothing."""
     store, run, _ = prepared(typed, manifest, store_uri, settings)
     show_plan(typed, store, run, as_json=as_json)
 
@@ -68,12 +60,11 @@ def show_plan(typed: list[str], store: Store, run: Run, *, as_json: bool) -> Non
     rows = forecast(store, with_takes(store, run), encoder_identity(find_ffmpeg()))
     stages = sum(row.stages_left for row in rows)
     forwards = sum(row.forwards_left for row in rows)
-    words = [word for word in typed[1:] if word not in ("--json", "--dry-run")]
-    following = shlex.join(["magi-ray", "submit", *words])
+    following = command_line(["submit", *typed[1:]], without=["--json", "--dry-run"])
     if as_json:
         sums = {"stages_left": stages, "forwards_left": forwards, "next_command": following}
         print_json({"run_id": run.run_id, "videos": [asdict(row) for row in rows]} | sums)
     else:
-        out(plan_table(rows))
+        print_table(plan_table(rows))
     say(f"Run {run.run_id}: {counted(stages, 'stage')} to render, {counted(forwards, 'forward')}. Nothing was written.")
-    say(f"next: {following}", style="bold")
+    say_next(following)

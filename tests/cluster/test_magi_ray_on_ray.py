@@ -17,8 +17,8 @@ from runs import MakeRun, contents, prepared, stage_commits
 from typed import Command
 
 from magi_ray.cli import cli
-from magi_ray.commands.common import FAILED_ROWS, INTERRUPTED
-from magi_ray.commands.drivers import log_path
+from magi_ray.commands.exit_codes import FAILED_ROWS, INTERRUPTED
+from magi_ray.commands.status_file import log_path
 from magi_ray.manifest import write_manifest
 from magi_ray.render.driving.local import render_locally
 from magi_ray.render.runs.record import Run, open_run

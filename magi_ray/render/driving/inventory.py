@@ -33,7 +33,7 @@ def stages_done(store: Store, plan: RowPlan) -> int:
 def take_inventory_of_run(
     store: Store,
     run: Run,
-    encoder: str,
+    encoder: str | None,
     *,
     reread: Collection[str] = (),
     meanwhile: Callable[[], None] = lambda: None,
@@ -61,7 +61,7 @@ def take_inventory(
     store: Store,
     run_id: str,
     plan: RowPlan,
-    encoder: str,
+    encoder: str | None,
     *,
     sizes: Mapping[str, int] | None = None,
     reread: bool = False,
@@ -70,6 +70,7 @@ def take_inventory(
 
     Of a published row its record and the size of its mp4 are looked at; of another one everything is read whole that
     is still needed. ``reread``: read every object of the row whole, whether it is published or not.
+    encoder: whose segments count; None: no segments are looked up, and none is said to be there.
     sizes: ``finish.video_sizes``, if the caller has them.
     """
     timeline, row = plan.timeline, untouched(plan)
@@ -82,6 +83,8 @@ def take_inventory(
         done = next((stage for stage in range(done) if not whole(stage)), done)
     segments = set()
     for chunk in range(_clean(plan, done)):
+        if encoder is None:
+            break
         if verified_commit(store, "segment", digest(segment_pre_image(store, plan, chunk, encoder))) is not None:
             segments.add(chunk)
         elif not whole(timeline.finishing_stage(chunk)):

@@ -1,0 +1,54 @@
+"""How commands speak: data to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import click
+from rich.console import Console, RenderableType
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def say(text: str, *, style: str = "") -> None:
+    """A line for people, on stderr."""
+    stderr().print(text, style=style or None, soft_wrap=True)
+
+
+def say_next(command: str) -> None:
+    """What to type next."""
+    say(f"next: {command}", style="bold")
+
+
+def print_table(table: RenderableType) -> None:
+    """A table on stdout."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    if console.is_terminal:
+        console.print(table)
+        return
+    # A pipe or a file gets whole lines, however narrow Rich takes it to be, and no spaces to fill them.
+    console.width = 4096
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        click.echo(line.rstrip())
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    """One JSON object on stdout."""
+    click.echo(json.dumps(content))
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 video``, ``2 videos``."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def command_line(arguments: Sequence[str], *, without: Collection[str] = ()) -> str:
+    """``magi-ray`` with these arguments but for those in ``without``, quoted for a shell."""
+    return shlex.join(["magi-ray", *(argument for argument in arguments if argument not in without)])

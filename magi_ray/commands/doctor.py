@@ -1,0 +1,112 @@
+"""magi-ray doctor."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+import click
+
+from magi_ray.commands.console import counted, print_json, print_table, say, say_next
+from magi_ray.commands.exit_codes import FAILURE
+from magi_ray.commands.options import example, json_option
+from magi_ray.commands.stores import store_to_write
+from magi_ray.errors import MediaError
+from magi_ray.settings import cache_folder, device_here
+
+if TYPE_CHECKING:
+    from magi_ray.storage.probe import Finding
+
+
+@click.command(epilog=example("magi-ray doctor --store ./magi-ray-store"))
+@click.option(
+    "--store", "store_uri", metavar="URI", help="Test this store, too: a folder, file:///… or s3://bucket/prefix."
+)
+@json_option
+def doctor(store_uri: str | None, as_json: bool) -> None:
+    """Show what this machine has, and test what a store really does. Exit code 1 if something needed is missing."""
+    from magi_ray.report import findings_table
+    from magi_ray.storage.probe import probe
+
+    store = None if store_uri is None else store_to_write(store_uri)
+    machine = list(_machine())
+    if not as_json:
+        print_table(findings_table(machine))
+    found: list[Finding] = []
+    if store is not None:
+        say(f"Testing the store at {store.uri} …")
+        found = probe(store, thorough=True)
+        if not as_json:
+            print_table(findings_table(found))
+    missing = [finding for finding in (*machine, *found) if not finding.ok]
+    needed = [finding for finding in missing if finding.needed]
+    if as_json:
+        print_json(
+            {
+                "ok": not needed,
+                "machine": [asdict(finding) for finding in machine],
+                "store": store_uri,
+                "findings": [asdict(finding) for finding in found],
+            }
+        )
+    for finding in missing:
+        say(f"{finding.name}: {finding.seen} {finding.why}", style="red" if finding.needed else "yellow")
+    if needed:
+        store_alone = all(finding in found for finding in needed)
+        where = "this store" if store_alone else "this machine"
+        say(f"Error: {where} lacks {counted(len(needed), 'thing')} that magi-ray needs.", style="red")
+        say_next("magi-ray doctor --store ANOTHER" if store_alone else "magi-ray doctor")
+        sys.exit(FAILURE)
+    say("All that is needed is there." if not missing else "All that is needed is there; see above for the rest.")
+
+
+def _machine() -> Iterator[Finding]:
+    """What rendering needs of this machine, and whether it is there."""
+    from magi_ray.storage.probe import Finding
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    about = f"{version('magi-ray')}, Python {platform.python_version()}, {counted(cores, 'core')}"
+    yield Finding(name="magi-ray", ok=True, seen=about, why="")
+    try:
+        import torch
+    except (ImportError, OSError) as exc:
+        yield Finding(name="torch", ok=False, seen=f"cannot be imported: {exc}.", why="It computes everything.")
+    else:
+        cuda = torch.cuda.is_available()
+        where = torch.cuda.get_device_name() if cuda else f"the CPU, {counted(torch.get_num_threads(), 'thread')}"
+        yield Finding(name="torch", ok=True, seen=f"{torch.__version__}, computes on {where}", why="")
+        if device_here() == "cuda" and not cuda:
+            why = "Install a build of torch for CUDA, or everything is computed on the CPU."
+            seen = "there is an NVIDIA driver, but torch does not find a device."
+            yield Finding(name="CUDA", ok=False, seen=seen, why=why, needed=False)
+    try:
+        yield Finding(name="ray", ok=True, seen=version("ray"), why="")
+    except PackageNotFoundError:
+        why = "Without it only --local renders, one task after the other."
+        yield Finding(name="ray", ok=False, seen="is not installed.", why=why, needed=False)
+    yield _ffmpeg()
+    folder = cache_folder()
+    above = next(path for path in (folder, *folder.parents) if path.exists())
+    free = f"{folder}, {shutil.disk_usage(above).free / 2**30:.0f} GiB free"
+    if os.access(above, os.W_OK):
+        yield Finding(name="cache", ok=True, seen=free, why="")
+    else:
+        why = "Weights of magi-tiny and logs are kept there; set MAGI_RAY_CACHE to a folder of yours."
+        yield Finding(name="cache", ok=False, seen=f"{folder} cannot be written.", why=why)
+
+
+def _ffmpeg() -> Finding:
+    from magi_ray.media.encoder import encoder_identity, find_ffmpeg
+    from magi_ray.storage.probe import Finding
+
+    try:
+        path = find_ffmpeg()
+        return Finding(name="ffmpeg", ok=True, seen=f"{encoder_identity(path)}, with libx264, {path}", why="")
+    except MediaError as exc:
+        return Finding(name="ffmpeg", ok=False, seen=exc.message, why=exc.remedy)

@@ -1,0 +1,84 @@
+"""Which process renders a run: by its lease in the store, the same on every machine."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from magi_ray.commands.console import say
+from magi_ray.commands.status_file import driver_on_this_machine
+from magi_ray.commands.stored_run import StoredRun
+from magi_ray.errors import Superseded
+from magi_ray.storage import keys
+from magi_ray.storage.leases import BEAT_S, TTL_S, read_lease
+from magi_ray.storage.store import Store
+from magi_ray.system import Owner, gone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Driver:
+    """The process that renders a run. ``beat``: of its lease; None while it loads and has none yet."""
+
+    owner: Owner
+    beat: int | None
+
+    @property
+    def here(self) -> bool:
+        """Whether it is a process of this machine, which can be signalled."""
+        here = Owner.here("")
+        return bool(here.boot) and (self.owner.host, self.owner.boot) == (here.host, here.boot)
+
+    def __str__(self) -> str:
+        if self.owner.host == platform.node():
+            return f"process {self.owner.pid}"
+        return f"process {self.owner.pid} on {self.owner.host}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {"host": self.owner.host, "pid": self.owner.pid, "beat": self.beat}
+
+
+def find_driver(store: Store, run_id: str) -> Driver | None:
+    """Who renders the run, as far as one look can tell: a driver elsewhere that has died still counts."""
+    lease = read_lease(store, keys.run_lease(run_id))
+    if lease is not None and lease.holder is not None and not gone(lease.holder):
+        return Driver(owner=lease.holder, beat=lease.beat)
+    loading = driver_on_this_machine(store, run_id)
+    return None if loading is None else Driver(owner=loading, beat=None)
+
+
+class DriverMonitor:
+    """Looks again and again, and so notices that a driver elsewhere has died: by TTL_S without a beat.
+
+    last: the driver that was seen last.  silent: whether the last look found none because that one had gone silent.
+    """
+
+    def __init__(self, store: Store, run_id: str) -> None:
+        self._store, self._run_id = store, run_id
+        self._changed = 0.0
+        self.last: Driver | None = None
+        self.silent = False
+
+    def look(self) -> Driver | None:
+        """Who renders the run now."""
+        driver = find_driver(self._store, self._run_id)
+        now = time.monotonic()
+        if driver != self.last:
+            self.last, self._changed = driver, now
+        self.silent = driver is not None and not driver.here and now - self._changed > TTL_S
+        return None if self.silent else driver
+
+
+def refuse_second_driver(stored: StoredRun) -> None:
+    """Raises Superseded while a process of this machine renders the run. Whether one elsewhere still lives only time
+    can tell: the new driver waits for that."""
+    driver = find_driver(stored.store, stored.run_id)
+    if driver is not None and driver.here:
+        raise Superseded(
+            f"Run {stored.run_id} is already being rendered by {driver}.",
+            remedy="Watch it, pause it first, or take it over with --take-over.",
+            next_command=stored.command("watch"),
+        )
+    if driver is not None:
+        say(f"It was last rendered by {driver}; {TTL_S + BEAT_S:.0f} s will show whether it still is.")

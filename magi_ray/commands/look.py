@@ -1,0 +1,138 @@
+"""magi-ray status, list, watch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from magi_ray.commands.console import counted, print_json, print_table, say, say_next, stderr
+from magi_ray.commands.exit_codes import CANCELLED, FAILED_ROWS, FAILURE, PAUSED
+from magi_ray.commands.options import example, json_option, run_argument, store_option
+from magi_ray.commands.stored_run import StoredRun, open_named_run
+from magi_ray.commands.stores import store_to_read
+
+if TYPE_CHECKING:
+    from magi_ray.commands.run_status import RunStatus
+
+WATCH_REFRESH_S = 1.0
+
+
+@click.command(epilog=example("magi-ray status quickstart"))
+@run_argument
+@store_option
+@json_option
+def status(name: str, store_uri: str, as_json: bool) -> None:
+    """Show how far RUN is and which process renders it. RUN is the id of a run, or the beginning of one."""
+    from magi_ray.commands.driver_monitor import find_driver
+    from magi_ray.commands.run_status import run_status
+    from magi_ray.report import status_table
+
+    stored = open_named_run(store_to_read(store_uri), name, store_uri, verb="status")
+    found = run_status(stored.store, stored.run, find_driver(stored.store, stored.run_id))
+    if as_json:
+        print_json(found.as_json())
+        return
+    print_table(status_table(found.progress))
+    if found.driver is None:
+        _say_at_rest(stored, found)
+    else:
+        heard = "still loading" if found.driver.beat is None else f"beat {found.driver.beat}"
+        say(f"{found.state.capitalize()}, by {found.driver} ({heard}).")
+        say_next(stored.command("watch"))
+
+
+@click.command(name="list", epilog=example("magi-ray list --store ./magi-ray-store"))
+@store_option
+@json_option
+def list_command(store_uri: str, as_json: bool) -> None:
+    """List the runs in the store, oldest first."""
+    from magi_ray.commands.run_status import run_summary
+    from magi_ray.render.runs.record import all_runs
+    from magi_ray.report import runs_table
+
+    store = store_to_read(store_uri)
+    readable, damaged = all_runs(store)
+    runs = [run_summary(store, run_id) for run_id in readable]
+    if as_json:
+        print_json({"runs": runs, "damaged": damaged})
+    elif runs:
+        print_table(runs_table(runs))
+    else:
+        say(f"The store at {store.uri} holds no runs.")
+    for run_id in damaged:
+        say(f"Run {run_id} is damaged: its record cannot be read. Submit its manifest again to mend it.", style="red")
+    if not runs and not as_json:
+        say_next("magi-ray submit --help")
+
+
+@click.command(epilog=example("magi-ray watch quickstart"))
+@run_argument
+@store_option
+@json_option
+def watch(name: str, store_uri: str, as_json: bool) -> None:
+    """Follow RUN, which another process renders, until it ends. Ctrl-C stops watching, not rendering."""
+    from magi_ray.commands.driver_monitor import DriverMonitor
+    from magi_ray.commands.run_status import run_status
+    from magi_ray.report import follow
+
+    stored = open_named_run(store_to_read(store_uri), name, store_uri, verb="watch")
+    monitor = DriverMonitor(stored.store, stored.run_id)
+    with follow(stderr()) as show:
+        while True:
+            found = run_status(stored.store, stored.run, monitor.look())
+            show(found.progress)
+            if found.driver is None:
+                break
+            time.sleep(WATCH_REFRESH_S)
+    if monitor.silent:
+        say(f"Nothing has been heard from {monitor.last} for too long; it is presumed dead.")
+    if as_json:
+        print_json(found.as_json())
+    sys.exit(_say_at_rest(stored, found))
+
+
+def _say_at_rest(stored: StoredRun, found: RunStatus) -> int:
+    """What to know of a run that nobody renders; the exit code that fits."""
+    from magi_ray.render.driving.progress import Phase
+    from magi_ray.storage import keys
+
+    videos = len(found.progress.videos)
+    left = videos - found.progress.count(Phase.DONE)
+    failed = found.progress.count(Phase.FAILED)
+    if not left:
+        say(f"All videos are done: {stored.store.uri.rstrip('/')}/{keys.videos(stored.run_id)}")
+        return 0
+    if failed == left or found.state == "broken":
+        ended = "Finished" if failed == left else "Stopped"
+        others = f", {counted(left - failed, 'other')} not done" if left > failed else ""
+        say(f"{ended}; {failed} of {counted(videos, 'video')} failed{others}.")
+        say_next(stored.command("retry --failed"))
+        return FAILED_ROWS
+    match found.state:
+        case "paused":
+            code, state = PAUSED, "Paused"
+        case "cancelled":
+            code, state = CANCELLED, "Cancelled"
+        case _:
+            code, state = FAILURE, "Not being rendered"
+    say(f"{state}; {left} of {counted(videos, 'video')} not done.")
+    if code == FAILURE:
+        _say_last_error(stored)
+    say_next(stored.command("resume"))
+    return code
+
+
+def _say_last_error(stored: StoredRun) -> None:
+    """Why the last driver stopped, as far as this machine knows."""
+    from magi_ray.commands.status_file import last_error, log_path
+
+    error, log = last_error(stored.store, stored.run_id), log_path(stored.store, stored.run_id)
+    if error is not None:
+        say(f"The last process stopped: {error.message}", style="red")
+        if error.remedy:
+            say(error.remedy)
+    if log.exists():
+        say(f"The last background process wrote to {log}.")

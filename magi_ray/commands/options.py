@@ -1,0 +1,145 @@
+"""Options and arguments that several commands have, and the values that they become."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from magi_ray.commands.stores import DEFAULT_STORE
+from magi_ray.errors import SettingsError
+from magi_ray.settings import PRESETS, device_here, job, override, preset, published
+
+_PATH = click.Path(path_type=Path)
+
+
+def example(command: str) -> str:
+    """The end of a command's help."""
+    return f"\b\nExample:\n  {command}"
+
+
+def run_argument(command: Callable[..., Any]) -> Callable[..., Any]:
+    """RUN: the id of a run, or the beginning of it; the command gets ``name``."""
+    return click.argument("name", metavar="RUN")(command)
+
+
+def store_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--store", "store_uri", default=DEFAULT_STORE, show_default=True, metavar="URI",
+        help="Where runs, checkpoints and videos are kept: a folder, file:///… or s3://bucket/prefix.",
+    )(command)  # fmt: skip
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")(command)
+
+
+def weights_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """For runs that exist: their weights may lie elsewhere on this machine."""
+    return click.option(
+        "--weights", type=_PATH, metavar="FOLDER",
+        help="Where the weights are on this machine; default: where they were at submission.",
+    )(command)  # fmt: skip
+
+
+def no_wait_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--no-wait", is_flag=True, help="Return as soon as the background process has started rendering."
+    )(command)
+
+
+def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say what to render with; the command gets ``settings``."""
+
+    @functools.wraps(command)
+    def with_settings(
+        *args: Any,
+        job_file: Path | None,
+        preset_name: str | None,
+        config_file: Path | None,
+        weights: Path | None,
+        device: Literal["cpu", "cuda"] | None,
+        **others: Any,
+    ) -> Any:
+        sources = {"--job": job_file, "--preset": preset_name, "--config": config_file}
+        given = [name for name, value in sources.items() if value is not None]
+        if len(given) > 1:
+            raise SettingsError(f"{' and '.join(given)} cannot be combined.", remedy="Give one of them.")
+        if weights is not None and config_file is not None:
+            raise SettingsError(
+                "--weights and --config cannot be combined.", remedy="Name the folders of the weights in the config."
+            )
+        if job_file is not None:
+            settings = job(job_file, weights=weights)
+        elif config_file is not None:
+            settings = published(config_file, device=device or device_here())
+        else:
+            settings = preset(PRESETS[0] if preset_name is None else preset_name, weights=weights)
+        if device is not None:
+            settings = override(settings, {"numeric": {"device": device}}, source="--device")
+        return command(*args, settings=settings, **others)
+
+    for option in (
+        click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where to compute; default: as configured."),
+        click.option("--weights", type=_PATH, metavar="FOLDER", help="Where the weights of the preset or job are."),
+        click.option("--config", "config_file", type=_PATH, metavar="FILE", help="A published MAGI-1 config (JSON)."),
+        click.option(
+            "--preset", "preset_name", metavar="NAME", help=f"One of {', '.join(PRESETS)}; default {PRESETS[0]}."
+        ),
+        click.option("--job", "job_file", type=_PATH, metavar="FILE", help="A job file (jobs/*.toml)."),
+    ):
+        with_settings = option(with_settings)
+    return with_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderOptions:
+    """How to render a run: the options of ``drive``.
+
+    local: in one process, without Ray.  dashboard: serve Ray's.  take_over: from the process that renders the run now.
+    max_failed_rows: stop when more have failed.  retry_failed, retry: the rows to try again although they failed.
+    weights: the folder of the weights on this machine, if not where they were at submission.
+    """
+
+    local: bool = False
+    dashboard: bool = True
+    take_over: bool = False
+    max_failed_rows: int | None = None
+    retry_failed: bool = False
+    retry: tuple[str, ...] = ()
+    weights: Path | None = None
+
+    def argv(self) -> list[str]:
+        """The same, to be typed after ``magi-ray drive RUN``."""
+        argv = ["--local"] if self.local else ["--dashboard" if self.dashboard else "--no-dashboard"]
+        argv += ["--take-over"] if self.take_over else []
+        argv += ["--max-failed-rows", str(self.max_failed_rows)] if self.max_failed_rows is not None else []
+        argv += ["--retry-failed"] if self.retry_failed else []
+        argv += [argument for job_id in self.retry for argument in ("--retry", job_id)]
+        return argv + (["--weights", str(self.weights)] if self.weights is not None else [])
+
+
+def render_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of all commands that render a run; the command gets ``options``."""
+
+    @functools.wraps(command)
+    def with_options(
+        *args: Any, local: bool, dashboard: bool, take_over: bool, max_failed_rows: int | None, **others: Any
+    ) -> Any:
+        options = RenderOptions(local=local, dashboard=dashboard, take_over=take_over, max_failed_rows=max_failed_rows)
+        return command(*args, options=options, **others)
+
+    for option in (
+        click.option(
+            "--max-failed-rows", type=click.IntRange(min=0), metavar="N", help="Stop when more than N rows have failed."
+        ),
+        click.option("--take-over", is_flag=True, help="Take the run over from the process that renders it now."),
+        click.option("--dashboard/--no-dashboard", default=True, show_default=True, help="Serve the Ray dashboard."),
+        click.option("--local", is_flag=True, help="Render without Ray, in one process."),
+    ):
+        with_options = option(with_options)
+    return with_options

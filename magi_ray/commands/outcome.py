@@ -1,0 +1,93 @@
+"""How rendering ended, for people and scripts: words, the videos' paths, an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from magi_ray.commands.console import counted, print_json, say, say_next
+from magi_ray.commands.exit_codes import CANCELLED, FAILED_ROWS, INTERRUPTED, PAUSED
+from magi_ray.commands.stored_run import StoredRun
+
+if TYPE_CHECKING:
+    from magi_ray.commands.status_file import DriverExit
+    from magi_ray.render.driving.reports import RunResult
+
+
+def report_exit(
+    stored: StoredRun,
+    ended: DriverExit,
+    *,
+    as_json: bool,
+    again: str | None = None,
+    delivered: Mapping[str, Any] | None = None,
+) -> None:
+    """Say how rendering ended: the videos' paths to stdout, the rest to stderr. Exits with another code than 0 unless
+    all videos are done.
+
+    again: the command that goes on and tries again what failed; default: ``resume`` and ``retry``.
+    delivered: what a command made of the videos: printed in place of their paths.
+    """
+    from magi_ray.storage import keys
+
+    result = ended.run_result
+    resume, retry = again or stored.command("resume"), again or stored.command("retry --failed")
+    if result is None:
+        if as_json:
+            print_json({"run_id": stored.run_id, "interrupted": True, "next_command": resume})
+        say("Stopped. What was committed is kept.")
+        say_next(resume)
+        sys.exit(INTERRUPTED)
+    videos = {job: f"{stored.store.uri.rstrip('/')}/{keys.video(stored.run_id, job)}" for job in result.published}
+    if as_json:
+        print_json(
+            {
+                "run_id": stored.run_id,
+                "state": result.state,
+                "videos": videos,
+                "failed": [{"job_id": f.job_id, "class": f.failure, "message": f.message} for f in result.failed],
+                "stages_rendered": result.stages_rendered,
+                "stages_reused": result.stages_reused,
+                "seconds": round(ended.seconds, 1),
+                **(delivered or {}),
+            }
+        )
+    else:
+        for path in (delivered or videos).values():
+            click.echo(path)
+    _say_result(stored, result, ended.seconds)
+    match result.state:
+        case "paused":
+            code, next_command = PAUSED, resume
+            say("Paused. What was committed is kept.")
+        case "cancelled":
+            code, next_command = CANCELLED, resume
+            say("Cancelled. What was committed is kept.")
+        case "broken":
+            code, next_command = FAILED_ROWS, retry
+            say("Stopped: more rows failed than --max-failed-rows allows.")
+        case _ if result.failed:
+            code, next_command = FAILED_ROWS, retry
+        case _:
+            return
+    say_next(next_command)
+    sys.exit(code)
+
+
+def _say_result(stored: StoredRun, result: RunResult, seconds: float) -> None:
+    videos = counted(len(stored.run.plans), "video")
+    if result.already_published == len(stored.run.plans):
+        say(f"Nothing to render: {videos} of run {stored.run_id} published before.")
+    else:
+        say(
+            f"{len(result.published)} of {videos} published in {seconds:.0f} s; "
+            f"{counted(result.stages_rendered, 'stage')} rendered, {result.stages_reused} reused."
+        )
+    for failure in result.failed:
+        first, *rest = failure.message.splitlines() or [""]
+        say(f"{failure.job_id} failed ({failure.failure}, {failure.kind}): {first}", style="red")
+        for line in rest:
+            say(f"  {line}")

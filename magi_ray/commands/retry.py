@@ -1,0 +1,113 @@
+"""magi-ray retry."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from magi_ray.commands.background import render_in_background
+from magi_ray.commands.console import counted, print_json, say, say_next
+from magi_ray.commands.options import (
+    RenderOptions,
+    example,
+    json_option,
+    no_wait_option,
+    render_options,
+    run_argument,
+    store_option,
+    weights_option,
+)
+from magi_ray.commands.stored_run import StoredRun, open_named_run
+from magi_ray.commands.stores import store_to_read
+from magi_ray.errors import InputError, Superseded
+
+
+@click.command(epilog=example("magi-ray retry quickstart --failed"))
+@run_argument
+@click.option("--failed", is_flag=True, help="All rows that failed; the default.")
+@click.option("--job", "job_ids", multiple=True, metavar="ID", help="This row; may be repeated.")
+@click.option("--from-chunk", type=int, metavar="N", help="Render the row of --job anew from chunk N on: another take.")
+@store_option
+@weights_option
+@render_options
+@no_wait_option
+@json_option
+def retry(
+    name: str,
+    failed: bool,
+    job_ids: tuple[str, ...],
+    from_chunk: int | None,
+    store_uri: str,
+    weights: Path | None,
+    options: RenderOptions,
+    no_wait: bool,
+    as_json: bool,
+) -> None:
+    """Try rows of RUN again: all that failed, or those that are named. A row that is done is read again, and what is
+    damaged of it is made again."""
+    from magi_ray.render.driving.reports import read_failures
+
+    if failed and job_ids:
+        raise InputError("--failed and --job cannot be combined.", remedy="Give one of them.")
+    if from_chunk is not None and len(job_ids) != 1:
+        raise InputError(
+            f"--from-chunk is for one row, but {len(job_ids)} are named.", remedy="Name the row with one --job ID."
+        )
+    stored = open_named_run(store_to_read(store_uri), name, store_uri, verb="retry", weights=weights)
+    for job_id in job_ids:
+        _require_row(stored, job_id)
+    if not options.take_over:
+        _require_nobody_here(stored)
+    options = replace(options, weights=weights, retry=job_ids)
+    if from_chunk is not None:
+        stored = _with_take(stored, job_ids[0], from_chunk, weights)
+    elif not job_ids:
+        count = len(read_failures(stored.store, stored.run_id))
+        if not count:
+            if as_json:
+                print_json({"run_id": stored.run_id, "retried": 0})
+            say(f"No row of run {stored.run_id} has failed.")
+            say_next(stored.command("status" if stored.all_published() else "resume"))
+            return
+        options = replace(options, retry_failed=True)
+        say(f"Trying {counted(count, 'row')} of run {stored.run_id} again.")
+    render_in_background(stored, options, as_json=as_json, no_wait=no_wait)
+
+
+def _require_row(stored: StoredRun, job_id: str) -> None:
+    rows = list(stored.run.plans)
+    if job_id in rows:
+        return
+    near = difflib.get_close_matches(job_id, rows, n=1, cutoff=0.4)
+    raise InputError(
+        f"Run {stored.run_id} has no row {job_id!r}.",
+        remedy=f"Did you mean {near[0]}?" if near else f"Its rows are {', '.join(rows[:5])}{' …' * (len(rows) > 5)}",
+        next_command=stored.command("status"),
+    )
+
+
+def _require_nobody_here(stored: StoredRun) -> None:
+    """Raises Superseded while a process of this machine renders the run, before a take is added to it."""
+    from magi_ray.commands.driver_monitor import find_driver
+
+    driver = find_driver(stored.store, stored.run_id)
+    if driver is not None and driver.here:
+        raise Superseded(
+            f"Run {stored.run_id} is being rendered by {driver}.",
+            remedy="Retry when it has ended, or pause it first.",
+            next_command=stored.command("pause"),
+        )
+
+
+def _with_take(stored: StoredRun, job_id: str, from_chunk: int, weights: Path | None) -> StoredRun:
+    """The run with another take of ``job_id`` asked for."""
+    from magi_ray.render.plans.takes import add_take
+    from magi_ray.render.runs.record import open_run
+
+    chunks = stored.run.plans[job_id].timeline.num_chunks
+    number = add_take(stored.store, stored.run_id, job_id, from_chunk, num_chunks=chunks)
+    say(f"Take {number} of run {stored.run_id}: {job_id} anew from chunk {from_chunk} on.")
+    return replace(stored, run=open_run(stored.store, stored.run_id, weights=weights))

@@ -1,0 +1,109 @@
+"""How far a run is and how it stands, for people who ask: also at rest, and without torch, Ray or ffmpeg."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pyarrow import BufferReader, parquet
+
+from magi_ray.commands.driver_monitor import Driver, find_driver
+from magi_ray.render.driving import requests
+from magi_ray.render.driving.inventory import take_inventory_of_run
+from magi_ray.render.driving.progress import Phase, RunProgress
+from magi_ray.render.driving.reports import ReportedProgress, read_failures, read_progress
+from magi_ray.render.runs.record import Run
+from magi_ray.storage import keys
+from magi_ray.storage.records import read_record
+from magi_ray.storage.store import Store
+
+# How people are told that a run stands: more words than its driver needs (``RunState``).
+State = Literal["new", "rendering", "pausing", "cancelling", "paused", "cancelled", "broken", "stopped", "done"]
+_WHILE_DRIVEN: dict[requests.Request | None, State] = {None: "rendering", "pause": "pausing", "cancel": "cancelling"}
+_AT_REST: dict[requests.Request, State] = {"pause": "paused", "cancel": "cancelled"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """``driver``: the process that renders the run now, if any."""
+
+    progress: RunProgress
+    state: State
+    driver: Driver | None
+
+    def as_json(self) -> dict[str, Any]:
+        driver = None if self.driver is None else self.driver.as_json()
+        return self.progress.as_json() | {"state": self.state, "driver": driver}
+
+
+def run_status(store: Store, run: Run, driver: Driver | None) -> RunStatus:
+    """While ``run`` is rendered, what its driver reports is newest; otherwise the store is asked for what it holds."""
+    reported = read_progress(store, run.run_id)
+    if driver is not None and reported is not None:
+        progress = reported.progress
+    else:
+        progress = _progress_at_rest(store, run, reported)
+    done = progress.count(Phase.DONE) == len(progress.videos)
+    return RunStatus(
+        progress=progress, state=state_of(store, run.run_id, driver, reported, all_done=done), driver=driver
+    )
+
+
+def run_summary(store: Store, run_id: str) -> dict[str, Any]:
+    """A run in one line, without planning it: a video counts as done if its record, written last, is there."""
+    record = read_record(store.get(keys.run_record(run_id)))
+    videos = parquet.read_metadata(BufferReader(store.get(keys.run_manifest(run_id)))).num_rows
+    done = {
+        key.removeprefix(keys.videos(run_id)).removesuffix(".json")
+        for key in store.list(keys.videos(run_id))
+        if key.endswith(".json")
+    }
+    driver, reported = find_driver(store, run_id), read_progress(store, run_id)
+    return {
+        "run_id": run_id,
+        "submitted": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["created_unix"])),
+        "videos": videos,
+        "done": len(done),
+        "failed": len(set(read_failures(store, run_id)) - done),
+        "state": state_of(store, run_id, driver, reported, all_done=len(done) == videos),
+        "settings": record["settings"]["name"],
+    }
+
+
+def state_of(
+    store: Store, run_id: str, driver: Driver | None, reported: ReportedProgress | None, *, all_done: bool
+) -> State:
+    """The run in one word. A driver that is gone can no longer say that it renders.
+
+    reported: what the last driver wrote.  all_done: whether all videos are.
+    """
+    wanted = requests.requested(store, run_id)
+    if driver is not None:
+        return _WHILE_DRIVEN[wanted]
+    if all_done:
+        return "done"
+    if wanted is not None:
+        return _AT_REST[wanted]
+    if reported is None:
+        return "new"
+    return "broken" if reported.state == "broken" else "done" if reported.state == "done" else "stopped"
+
+
+def _progress_at_rest(store: Store, run: Run, reported: ReportedProgress | None) -> RunProgress:
+    """What the store holds, with the failures that were reported.
+
+    Segments bear the identity of the ffmpeg that made them, which this machine may lack: how many there are is taken
+    from what was last reported.
+    """
+    rows = take_inventory_of_run(store, run, None)
+    progress = RunProgress.of(run.run_id, rows, {job_id: plan.forwards_per_stage for job_id, plan in run.plans.items()})
+    before = {} if reported is None else reported.progress.videos
+    for video in progress.videos.values():
+        if video.phase is not Phase.DONE and video.job_id in before:
+            clean = max(0, video.stages_done - (video.stages - video.chunks))
+            video.chunks_done = min(clean, before[video.job_id].chunks_done)
+    for job_id, failure in read_failures(store, run.run_id).items():
+        if progress.videos[job_id].phase is not Phase.DONE:
+            progress.note(failure)
+    return progress

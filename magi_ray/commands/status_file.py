@@ -1,0 +1,123 @@
+"""What a driver leaves on this machine for whoever started it or looks after it: a log, and a status file that says
+which process it is, where Ray's dashboard is, and how it ended. Losing them loses no work."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from magi_ray.commands.serialized_error import SerializedError
+from magi_ray.render.driving.reports import RunResult
+from magi_ray.settings import Frozen, cache_folder
+from magi_ray.storage.store import Store
+from magi_ray.system import Owner, gone
+
+# Status files of ended drivers are kept this long for those who still want to read them.
+KEEP_STATUS_S = 3600.0
+
+
+class DriverExit(Frozen):
+    """How a driver ended: with the run's result, with an error, or with neither, that is interrupted."""
+
+    run_result: RunResult | None = None
+    error: SerializedError | None = None
+    seconds: float = 0.0
+
+
+class DriverStatus(Frozen):
+    """``ended``: None while the driver goes on, or when it died without a word."""
+
+    driver: Owner
+    dashboard: str | None = None
+    ended: DriverExit | None = None
+
+
+class StatusFile:
+    """The status of this process, rewritten with every change."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._status = DriverStatus(driver=Owner.here("driver"))
+
+    def write(self, *, dashboard: str | None = None, ended: DriverExit | None = None) -> None:
+        """What is not given stays as it is."""
+        self._status = DriverStatus(
+            driver=self._status.driver,
+            dashboard=dashboard or self._status.dashboard,
+            ended=ended or self._status.ended,
+        )
+        part = self._path.with_suffix(".part")
+        # Rendering does not depend on it.
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(self._status.model_dump_json())
+            part.replace(self._path)
+
+
+@contextmanager
+def status_file(store: Store, run_id: str) -> Iterator[StatusFile]:
+    """The status file of this process, for as long as the block runs; an error that ends the block is written too."""
+    for path in _status_paths(store, run_id):
+        with suppress(OSError):
+            status = read_status(path)
+            if time.time() - path.stat().st_mtime > KEEP_STATUS_S and (status is None or gone(status.driver)):
+                path.unlink()
+    file = StatusFile(status_path(store, run_id, os.getpid()))
+    file.write()
+    try:
+        yield file
+    except Exception as exc:
+        file.write(ended=DriverExit(error=SerializedError.of(exc)))
+        raise
+
+
+def log_path(store: Store, run_id: str) -> Path:
+    """The log of all background processes that rendered the run here, one after the other."""
+    return _folder(store) / f"{run_id}.log"
+
+
+def status_path(store: Store, run_id: str, pid: int) -> Path:
+    return _folder(store) / f"{run_id}.{pid}.json"
+
+
+def read_status(path: Path) -> DriverStatus | None:
+    """None if there is no file, or none that this version can read."""
+    try:
+        return DriverStatus.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def driver_on_this_machine(store: Store, run_id: str) -> Owner | None:
+    """A process here that renders the run, or is about to: it takes the lease only after it has loaded."""
+    return next((driver for found, driver in drivers_on_this_machine(store, run_id) if found == run_id), None)
+
+
+def drivers_on_this_machine(store: Store, beginning: str) -> Iterator[tuple[str, Owner]]:
+    """The runs whose id begins so and that a process here renders, with that process. The store is not asked."""
+    for path in sorted(_folder(store).glob(f"{beginning}*.json")):
+        status = read_status(path)
+        if status is not None and status.ended is None and not gone(status.driver):
+            yield path.stem.rpartition(".")[0], status.driver
+
+
+def last_error(store: Store, run_id: str) -> SerializedError | None:
+    """What ended the last process that rendered the run here, if that was an error that nobody has been told yet."""
+    paths = sorted(_status_paths(store, run_id), key=lambda path: path.stat().st_mtime)
+    status = read_status(paths[-1]) if paths else None
+    return None if status is None or status.ended is None else status.ended.error
+
+
+def _status_paths(store: Store, run_id: str) -> list[Path]:
+    return list(_folder(store).glob(f"{run_id}.*.json"))
+
+
+def _folder(store: Store) -> Path:
+    """One for each store: the same id may be in several."""
+    return cache_folder() / "runs" / hashlib.sha256(store.uri.encode()).hexdigest()[:8]

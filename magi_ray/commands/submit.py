@@ -1,0 +1,142 @@
+"""magi-ray submit, resume, drive."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from magi_ray.commands.background import render_in_background
+from magi_ray.commands.console import counted, say
+from magi_ray.commands.foreground import render_in_foreground
+from magi_ray.commands.options import (
+    RenderOptions,
+    example,
+    json_option,
+    no_wait_option,
+    render_options,
+    run_argument,
+    settings_options,
+    store_option,
+    weights_option,
+)
+from magi_ray.commands.outcome import report_exit
+from magi_ray.commands.plan import prepared, show_plan
+from magi_ray.commands.stored_run import StoredRun, open_named_run
+from magi_ray.commands.stores import store_to_read
+from magi_ray.settings import Settings
+
+
+@click.command(epilog=example("magi-ray submit manifests/quickstart.parquet --store ./magi-ray-store"))
+@click.argument("manifest", type=click.Path(path_type=Path))
+@store_option
+@settings_options
+@render_options
+@no_wait_option
+@click.option("--dry-run", is_flag=True, help="Check everything and say what would be rendered; write nothing.")
+@json_option
+@click.pass_obj
+def submit(
+    typed: list[str],
+    manifest: Path,
+    store_uri: str,
+    settings: Settings,
+    options: RenderOptions,
+    no_wait: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Render every row of MANIFEST into a video. What exists already is not rendered again.
+
+    A background process renders and this one follows it. Ctrl-C leaves it running; `magi-ray watch` follows it again.
+    """
+    store, run, files = prepared(typed, manifest, store_uri, settings)
+    if dry_run:
+        show_plan(typed, store, run, as_json=as_json)
+        return
+    from magi_ray.render.runs.record import read_run, with_takes
+
+    stored = StoredRun(store=store, store_uri=store_uri, run=run)
+    if create_run(stored, files):
+        say(f"Run {run.run_id}: {counted(len(run.plans), 'video')}, settings {settings.name}, store {store.uri}")
+        warn_of_made_weights(settings)
+    else:
+        stored = replace(stored, run=with_takes(store, run))
+        if not stored.all_published():
+            say(f"Run {run.run_id} was submitted before; going on with it.")
+        if read_run(store, run.run_id)[0].settings.weights != settings.weights:
+            # They have moved since.
+            options = replace(options, weights=click.get_current_context().params["weights"])
+    render_in_background(stored, options, as_json=as_json, no_wait=no_wait)
+
+
+def create_run(stored: StoredRun, files: Mapping[str, Path]) -> bool:
+    """Check the store and write the run into it; False if it was there already.
+
+    files: the media that the run needs, by sha256.
+    """
+    from magi_ray.render.runs.submission import create
+    from magi_ray.storage.probe import check_store
+
+    # Only now that the run is sure to be written: this leaves a folder behind.
+    check_store(stored.store)
+    return create(stored.store, stored.run, files)
+
+
+def warn_of_made_weights(settings: Settings) -> None:
+    if settings.weights.made_in is not None:
+        say("note: these weights are made, not trained: videos will not show their prompts.", style="yellow")
+
+
+@click.command(epilog=example("magi-ray resume quickstart"))
+@run_argument
+@store_option
+@weights_option
+@render_options
+@no_wait_option
+@json_option
+def resume(
+    name: str, store_uri: str, weights: Path | None, options: RenderOptions, no_wait: bool, as_json: bool
+) -> None:
+    """Go on with RUN where it stopped, here or on another machine. Also if it was paused or cancelled. Rows that failed
+    are left alone: see `magi-ray retry`. RUN is the id of a run, or the beginning of one."""
+    stored = open_named_run(store_to_read(store_uri), name, store_uri, verb="resume", weights=weights)
+    render_in_background(stored, replace(options, weights=weights), as_json=as_json, no_wait=no_wait)
+
+
+@click.command(epilog=example("magi-ray drive quickstart --local"))
+@run_argument
+@store_option
+@weights_option
+@render_options
+@click.option("--retry-failed", is_flag=True, help="Try the rows that failed again.")
+@click.option("--retry", multiple=True, metavar="ID", help="Try this row again, or repair its video; may be repeated.")
+@click.option("--resume", "resumed", is_flag=True, help="Go on even if the run was paused or cancelled.")
+@json_option
+def drive(
+    name: str,
+    store_uri: str,
+    weights: Path | None,
+    options: RenderOptions,
+    retry_failed: bool,
+    retry: tuple[str, ...],
+    resumed: bool,
+    as_json: bool,
+) -> None:
+    """Render RUN in this very process until it ends. For job systems and containers; `submit` and `resume` run it in
+    the background. Ctrl-C and SIGTERM stop it. A run that was paused or cancelled stays so."""
+    from magi_ray.commands.status_file import status_file
+    from magi_ray.render.driving import requests
+
+    # Nobody waits here: an outage may last.
+    store = store_to_read(store_uri, patience_s=None)
+    stored = open_named_run(store, name, store_uri, verb="drive", weights=weights)
+    options = replace(options, weights=weights, retry_failed=retry_failed, retry=retry)
+    if resumed:
+        requests.clear(store, stored.run_id)
+    with status_file(store, stored.run_id) as status:
+        ended = render_in_foreground(stored, options, on_dashboard=lambda url: status.write(dashboard=url))
+        status.write(ended=ended)
+    report_exit(stored, ended, as_json=as_json)
