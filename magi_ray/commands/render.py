@@ -58,7 +58,7 @@ def render(
     from magi_ray.render.runs.submission import prepare
 
     with as_options():
-        run, files = prepare(manifest.parquet(), name=out.name, base=Path.cwd(), settings=settings)
+        run, files = prepare(manifest, name=out.name, settings=settings)
     stored = StoredRun(store=store, store_uri=store_uri, run=run)
     if create_run(stored, files):
         warn_of_made_weights(settings)

@@ -42,7 +42,8 @@ from magi_ray.render.driving.scheduler import (
 )
 from magi_ray.render.driving.session import DriveOptions, Session, Timings, session
 from magi_ray.render.plans.row_plan import RowPlan
-from magi_ray.render.runs.record import Run, require_same_weights
+from magi_ray.render.runs.record import Run
+from magi_ray.render.runs.weights import require_same_weights
 from magi_ray.storage.store import Store
 from magi_ray.system import System
 
