@@ -56,7 +56,7 @@ def _hardware(x: Tensor, weight: Tensor, input_scale: Tensor, weight_scale: Tens
     rows = x.flatten(0, -2).view(torch.uint8)
     padding = -len(rows) % 16
     rows = F.pad(rows, (0, 0, 0, padding)).view(E4M3)
-    y: Tensor = torch._scaled_mm(rows, weight.t(), scale_a=input_scale[0], scale_b=weight_scale[0], out_dtype=torch.float32)
+    y = torch._scaled_mm(rows, weight.t(), scale_a=input_scale[0], scale_b=weight_scale[0], out_dtype=torch.float32)
     return y[: len(y) - padding].reshape(*x.shape[:-1], -1)
 
 

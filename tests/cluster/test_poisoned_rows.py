@@ -9,8 +9,7 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch

@@ -109,8 +109,9 @@ class Attention(nn.Module):
         self_attention = self._self_attention(q, k, v, context)
         cross_attention = self._cross_attention(self.q_layernorm_xattn(qx), context)
         # Interleaved in 8 blocks of heads: the order that 8 tensor-parallel training ranks left in linear_proj.
-        blocks = [out.flatten(-2).unflatten(-1, (HEAD_BLOCKS, -1)) for out in (self_attention, cross_attention)]
-        return self.linear_proj(torch.stack(blocks, dim=-2).flatten(-3))
+        blocks = [torch.unflatten(out.flatten(-2), -1, (HEAD_BLOCKS, -1)) for out in (self_attention, cross_attention)]
+        out_RSD: Tensor = self.linear_proj(torch.stack(blocks, dim=-2).flatten(-3))
+        return out_RSD
 
     def _self_attention(self, q_RSHK: Tensor, k_RSGK: Tensor, v_RSGK: Tensor, context: Context) -> Tensor:
         own = {chunk: (k_RSGK[i], v_RSGK[i]) for i, chunk in enumerate(context.chunks)}
@@ -163,7 +164,8 @@ class MLP(nn.Module):
         self.activation: Callable[[Tensor], Tensor] = _silu_gated if config.gated_linear_unit else F.gelu
 
     def forward(self, x_RSD: Tensor) -> Tensor:
-        return self.linear_fc2(self.activation(self.linear_fc1(self.layer_norm(x_RSD))))
+        out_RSD: Tensor = self.linear_fc2(self.activation(self.linear_fc1(self.layer_norm(x_RSD))))
+        return out_RSD
 
 
 class AdaModulate(nn.Module):
@@ -196,7 +198,8 @@ class Block(nn.Module):
     def forward(self, x_RSD: Tensor, context: Context) -> Tensor:
         dtype = x_RSD.dtype
         attention_gate, mlp_gate = self.ada_modulate_layer(context.condition)
-        out = self.self_attention(x_RSD, context)
+        out: Tensor = self.self_attention(x_RSD, context)
         x_RSD = (x_RSD.float() + self.self_attn_post_norm(out * attention_gate)).to(dtype)
         out = self.mlp(x_RSD).float()
-        return (x_RSD.float() + self.mlp_post_norm(out * mlp_gate)).to(dtype)
+        x_RSD = (x_RSD.float() + self.mlp_post_norm(out * mlp_gate)).to(dtype)
+        return x_RSD
