@@ -89,7 +89,7 @@ class Attention(nn.Module):
         xattn_width = int(width * config.xattn_cond_hidden_ratio)
         self.linear_kv_xattn = nn.Linear(xattn_width, 2 * kv, bias=False, dtype=dtype)
         self.linear_proj = (
-            Fp8Linear(2 * q, width, kind="smooth", out_dtype=torch.float32)
+            Fp8Linear(2 * q, width, scaling="smooth", out_dtype=torch.float32)
             if fp8
             else Float32Linear(2 * q, width, bias=False, dtype=dtype)
         )
@@ -141,7 +141,7 @@ def _cached(context: Context, layer: int, chunk: int) -> tuple[Tensor, Tensor]:
 
 def _linear(width_in: int, width_out: int, dtype: torch.dtype, *, fp8: bool) -> nn.Module:
     if fp8:
-        return Fp8Linear(width_in, width_out, kind="channel", out_dtype=dtype)
+        return Fp8Linear(width_in, width_out, scaling="channel", out_dtype=dtype)
     return nn.Linear(width_in, width_out, bias=False, dtype=dtype)
 
 
@@ -157,7 +157,7 @@ class MLP(nn.Module):
         self.layer_norm = LayerNorm(width, config, one_plus=False, dtype=dtype)
         self.linear_fc1 = _linear(width, ffn * (1 + config.gated_linear_unit), dtype, fp8=fp8)
         self.linear_fc2 = (
-            Fp8Linear(ffn, width, kind="smooth", out_dtype=dtype)
+            Fp8Linear(ffn, width, scaling="smooth", out_dtype=dtype)
             if fp8
             else nn.Linear(ffn, width, bias=False, dtype=dtype)
         )
