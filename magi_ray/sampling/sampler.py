@@ -126,9 +126,7 @@ class Sampler:
     def run_stage(self, stage: int) -> Generator[Forwards, Velocities, StageResult]:
         """Yields once for each step, all its forwards, and is sent their velocities; returns what to commit.
 
-        Stages are run in order, after ``start``.
-
-        Raises NumericError when a velocity is not finite.
+        Stages are run in order, after ``start``. Raises NumericError when a velocity is not finite.
         """
         entering = self.timeline.entering(stage)
         if entering is not None:
