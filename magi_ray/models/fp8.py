@@ -15,23 +15,23 @@ from torch import Tensor, nn
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 
-Kind = Literal["channel", "smooth"]
+Scaling = Literal["channel", "smooth"]
 
 
 class Fp8Linear(nn.Module):
     """y = e4m3(x / scale) @ weightᵀ × input_scale[0] × weight_scale.
 
-    kind: what x is divided by: "channel": input_scale [in]; "smooth": smooth_scale [1, in], input_scale being [1].
+    scaling: what x is divided by: "channel": input_scale [in]; "smooth": smooth_scale [1, in], input_scale being [1].
     out_dtype: of the result. Parameter names and shapes are the published ones.
     """
 
-    def __init__(self, width_in: int, width_out: int, *, kind: Kind, out_dtype: torch.dtype) -> None:
+    def __init__(self, width_in: int, width_out: int, *, scaling: Scaling, out_dtype: torch.dtype) -> None:
         super().__init__()
         self.out_dtype = out_dtype
         self.weight = _frozen((1, width_out, width_in), E4M3)
         self.weight_scale = _frozen((1,), torch.float32)
-        self.input_scale = _frozen((width_in if kind == "channel" else 1,), torch.float32)
-        self.smooth_scale = _frozen((1, width_in), torch.float32) if kind == "smooth" else None
+        self.input_scale = _frozen((width_in if scaling == "channel" else 1,), torch.float32)
+        self.smooth_scale = _frozen((1, width_in), torch.float32) if scaling == "smooth" else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, in] → […, out] in ``out_dtype``."""
@@ -56,9 +56,7 @@ def _hardware(x: Tensor, weight: Tensor, input_scale: Tensor, weight_scale: Tens
     rows = x.flatten(0, -2).view(torch.uint8)
     padding = -len(rows) % 16
     rows = F.pad(rows, (0, 0, 0, padding)).view(E4M3)
-    y: Tensor = torch._scaled_mm(
-        rows, weight.t(), scale_a=input_scale[0], scale_b=weight_scale[0], out_dtype=torch.float32
-    )
+    y = torch._scaled_mm(rows, weight.t(), scale_a=input_scale[0], scale_b=weight_scale[0], out_dtype=torch.float32)
     return y[: len(y) - padding].reshape(*x.shape[:-1], -1)
 
 

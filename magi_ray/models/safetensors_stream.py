@@ -58,7 +58,7 @@ def read_header(file: Path) -> dict[str, Entry]:
 
     Raises WeightsError: not readable, not this format, or cut short (with both sizes).
     """
-    with _telling(file):
+    with _as_weights_error(file):
         if file.suffix == COMPRESSED:
             packed = _require_whole_frames(file)
             with _unpacked(file) as stream:
@@ -79,7 +79,7 @@ def read_tensors(file: Path, wanted: Collection[str]) -> Iterator[tuple[str, Ten
     Those of a plain file are mapped; of a compressed one, each is unpacked when it is its turn.
     Raises WeightsError as ``read_header``, and for compressed bytes that do not unpack.
     """
-    with _telling(file):
+    with _as_weights_error(file):
         if file.suffix == COMPRESSED:
             with _unpacked(file) as stream:
                 entries, _ = _parse_header(stream, file)
@@ -147,7 +147,7 @@ def _unpacked(file: Path) -> Iterator[BinaryIO]:
 
 
 def _require_whole_frames(file: Path) -> int | None:
-    """Hop from block to block, unpacking nothing; the unpacked size where the frames say it.
+    """Go from block to block without unpacking. Returns the unpacked size, None where the frames do not say it.
 
     Raises WeightsError for a file that ends within a frame.
     """
@@ -189,7 +189,7 @@ def _cut_short(file: Path, found: str, expected: int, *, least: bool = False) ->
 
 
 @contextmanager
-def _telling(file: Path) -> Iterator[None]:
+def _as_weights_error(file: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, zstandard.ZstdError, ValueError, KeyError, TypeError, AttributeError) as exc:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -134,7 +135,8 @@ def _write(paths: WeightPaths, settings: Settings, seed: int, *, shards: int, co
     (t5 / "config.json").write_text(json.dumps(t5_config(width), indent=1, sort_keys=True))
     _save(t5 / SINGLE[0], _tensors(t5_weights(width, draw)))
     counts = {"caption_token": 1, "logo_token": 1, "other_tokens": OTHER_TOKENS}
-    np.savez(paths.special_tokens, **{name: draw(name, (n, width)).astype(np.float16) for name, n in counts.items()})
+    tokens: dict[str, Any] = {name: draw(name, (n, width)).astype(np.float16) for name, n in counts.items()}
+    np.savez(paths.special_tokens, **tokens)
 
 
 def _tensors(arrays: Mapping[str, Array]) -> dict[str, Tensor]:

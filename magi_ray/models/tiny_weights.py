@@ -137,7 +137,8 @@ def _patch_basis() -> tuple[Array, Array]:
 
 def _dct(frequency: int, size: int) -> NDArray[np.float64]:
     wave = np.array([cos(pi * frequency * (i + 0.5) / size) for i in range(size)])
-    return wave / np.linalg.norm(wave)
+    unit: NDArray[np.float64] = wave / np.linalg.norm(wave)
+    return unit
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ Velocities = Sequence[Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """What a finished stage leaves behind.
+    """What is to be committed of a stage.
 
     state: the window before the next stage.  finished: the chunk that became clean, if any, and ``clean_chunk`` its
     latents [1, 16, 6, h, w] float32 on the CPU (chunk 0 of a video prefix holds the prefix's frames, an image's chunk
@@ -94,8 +94,8 @@ class Sampler:
         assert (0 if prefix is None else prefix.shape[2]) == timeline.prefix_latents
         self.timeline, self.runtime, self.engine = timeline, runtime, engine
         self.captions, self.noise, self.device = captions, noise, device
-        self.null_caption = self._here(null_caption)
-        self.prefix = None if prefix is None else self._here(prefix)
+        self.null_caption = self._on_device(null_caption)
+        self.prefix = None if prefix is None else self._on_device(prefix)
         self.controls = controls or {}
         self.ranges = KVRanges.of(runtime, self.controls, offset=timeline.offset)
         self.cache_depth = cache_depth(timeline, self.ranges)
@@ -106,31 +106,31 @@ class Sampler:
         self.just_clean: Tensor | None = None
 
     def start(self, state: WindowState, clean: Mapping[int, Tensor]) -> Iterator[Forward[Tensor]]:
-        """Stand before ``state.stage``, as if all earlier stages had just been run. Yields what fills the cache, which
-        is empty and has ``cache_depth`` places; nothing is sent back. Takes effect when it is exhausted.
+        """Go to ``state.stage``, as if all earlier stages had just been run. Yields the forwards that fill the cache,
+        which is new and holds ``cache_depth`` chunks; nothing is sent back. To be exhausted before ``run_stage``.
 
         clean: the clean latents of ``ranges.clean_chunks_needed(timeline, ranges, stage)``; more do no harm.
         The keys and values of earlier clean chunks come from the same clean passes as in an undisturbed run.
         """
         stage = state.stage
         assert set(state.latents) == set(chunks_under_way(self.timeline, stage))
-        self.latents = {chunk: self._here(x) for chunk, x in state.latents.items()}
+        self.latents = {chunk: self._on_device(x) for chunk, x in state.latents.items()}
         needed = clean_chunks_needed(self.timeline, self.ranges, stage)
         # The last one is sent through by the stage itself.
-        self.just_clean = self._here(clean[needed[-1]]) if needed else None
+        self.just_clean = self._on_device(clean[needed[-1]]) if needed else None
         for chunk in range(first_needed(self.timeline, self.ranges, stage), self.timeline.offset):
             yield self._prefix_pass(chunk)
         for chunk in needed[:-1]:
-            yield self._clean_pass(chunk, self._here(clean[chunk]), dropped=self.guided)
+            yield self._clean_pass(chunk, self._on_device(clean[chunk]), dropped=self.guided)
 
     def run_stage(self, stage: int) -> Generator[Forwards, Velocities, StageResult]:
-        """Yields once a step, all forwards of the step; returns what to commit. Stages run in order after ``start``.
+        """Yields once for each step, all its forwards, and is sent their velocities; returns what to commit.
 
-        Raises NumericError when a velocity is not finite.
+        Stages are run in order, after ``start``. Raises NumericError when a velocity is not finite.
         """
         entering = self.timeline.entering(stage)
         if entering is not None:
-            self.latents[entering] = self._here(self.noise(entering))
+            self.latents[entering] = self._on_device(self.noise(entering))
         for step in range(self.steps):
             inputs = self._inputs(stage, step)
             velocity = yield from self._guided(inputs) if self.guided else self._unguided(inputs)
@@ -151,10 +151,10 @@ class Sampler:
             for t, control in zip(inputs.t.tolist(), inputs.controls, strict=True)
         ]
         text, previous, alone = (
-            self._here(torch.tensor([getattr(share, name) for share in shares])).view(-1, 1, 1, 1, 1)
+            self._on_device(torch.tensor([getattr(share, name) for share in shares])).view(-1, 1, 1, 1, 1)
             for name in ("text", "previous", "alone")
         )
-        nulls = [self.null_caption] * len(inputs.chunks)
+        null_captions = [self.null_caption] * len(inputs.chunks)
         isolated = [i for i, share in enumerate(shares) if share.alone]
 
         # A branch whose share is 0 for all chunks is not computed.
@@ -162,15 +162,15 @@ class Sampler:
         if text.any():
             # Chunks of share 0 stay in this forward: younger ones attend to them.
             forwards += self._just_clean_pass(inputs, dropped=False)
-            forwards.append(self._window(inputs, captions=inputs.captions, dropped=False))
+            forwards.append(self._whole_window(inputs, captions=inputs.captions, dropped=False))
         # Takes the place of the text branch's keys, and stays.
         forwards += self._just_clean_pass(inputs, dropped=True)
         if previous.any():
-            forwards.append(self._window(inputs, captions=nulls, dropped=True))
+            forwards.append(self._whole_window(inputs, captions=null_captions, dropped=True))
         if isolated:
-            forwards.append(self._each_alone(inputs, isolated))
+            forwards.append(self._isolated(inputs, isolated))
 
-        velocities = yield from _ask(forwards)
+        velocities = yield from _velocities_of(forwards)
         velocity = torch.zeros_like(inputs.x)
         if text.any():
             velocity += text * next(velocities)
@@ -185,15 +185,17 @@ class Sampler:
         # In double precision: the float32 nearest to 0.3 is greater than 0.3.
         nearly_clean = float(inputs.t[0]) > self.engine.distill_nearly_clean_chunk_threshold
         if not (self.engine.distill and nearly_clean):
-            (velocity,) = yield from _ask([*forwards, self._window(inputs, captions=inputs.captions, dropped=False)])
+            (velocity,) = yield from _velocities_of(
+                [*forwards, self._whole_window(inputs, captions=inputs.captions, dropped=False)]
+            )
             return velocity
-        (velocity,) = yield from _ask([*forwards, self._oldest_twice(inputs)])
+        (velocity,) = yield from _velocities_of([*forwards, self._oldest_twice(inputs)])
         with_history, by_itself = velocity[:1], velocity[-1:]
         return torch.cat([_HISTORY_SHARE * with_history + (1 - _HISTORY_SHARE) * by_itself, velocity[1:-1]])
 
     # Forwards of the window.
 
-    def _window(self, inputs: StepInputs, *, captions: Sequence[Tensor], dropped: bool) -> Forward[Tensor]:
+    def _whole_window(self, inputs: StepInputs, *, captions: Sequence[Tensor], dropped: bool) -> Forward[Tensor]:
         return Forward(
             latents=inputs.x,
             t=inputs.t,
@@ -205,7 +207,7 @@ class Sampler:
             dt=self._dt(inputs.step),
         )
 
-    def _each_alone(self, inputs: StepInputs, indices: Sequence[int]) -> Forward[Tensor]:
+    def _isolated(self, inputs: StepInputs, indices: Sequence[int]) -> Forward[Tensor]:
         """Some chunks of the window, without caption, each as if it were the first and only one of its video."""
         return Forward(
             latents=inputs.x[indices],
@@ -243,17 +245,17 @@ class Sampler:
 
     def _clean_pass(self, chunk: int, x: Tensor, *, dropped: bool) -> Forward[Tensor]:
         absolute = self.timeline.offset + chunk
-        return self._cached(absolute, self._with_prefix(chunk, x), self.ranges.clean_chunk(absolute), dropped=dropped)
+        return self._caching(absolute, self._with_prefix(chunk, x), self.ranges.clean_chunk(absolute), dropped=dropped)
 
     def _prefix_pass(self, absolute: int) -> Forward[Tensor]:
         assert self.prefix is not None
         x = self.prefix[:, :, absolute * LATENTS_PER_CHUNK : (absolute + 1) * LATENTS_PER_CHUNK]
-        return self._cached(absolute, x, self.ranges.prefix_chunk(absolute), dropped=self.guided)
+        return self._caching(absolute, x, self.ranges.prefix_chunk(absolute), dropped=self.guided)
 
-    def _cached(self, absolute: int, x: Tensor, kv_range: tuple[int, int], *, dropped: bool) -> Forward[Tensor]:
+    def _caching(self, absolute: int, x: Tensor, kv_range: tuple[int, int], *, dropped: bool) -> Forward[Tensor]:
         return Forward(
             latents=x,
-            t=self._here(torch.tensor([self.runtime.clean_t])),
+            t=self._on_device(torch.tensor([self.runtime.clean_t])),
             captions=[self.null_caption],
             chunks=[absolute],
             positions=[absolute],
@@ -268,7 +270,7 @@ class Sampler:
     def _inputs(self, stage: int, step: int) -> StepInputs:
         window = self.timeline.window(stage)
         done = [(stage - chunk) * self.steps + step for chunk in window]
-        captions = [self._here(self.captions(chunk)) for chunk in window]
+        captions = [self._on_device(self.captions(chunk)) for chunk in window]
         absolute = [self.timeline.offset + chunk for chunk in window]
         return StepInputs(
             stage=stage,
@@ -277,8 +279,8 @@ class Sampler:
             chunks=absolute,
             controls=[self.controls.get(chunk, AS_THE_RUN) for chunk in window],
             x=torch.cat([self._with_prefix(chunk, self.latents[chunk]) for chunk in window]),
-            t=self._here(self.grid[done]),
-            delta=self._here(self.grid[[k + 1 for k in done]] - self.grid[done]),
+            t=self._on_device(self.grid[done]),
+            delta=self._on_device(self.grid[[k + 1 for k in done]] - self.grid[done]),
             captions=[caption if len(caption) else self.null_caption for caption in captions],
             kv_ranges=[self.ranges.in_flight(chunk, k) for chunk, k in zip(absolute, done, strict=True)],
         )
@@ -321,11 +323,11 @@ class Sampler:
             return None
         return distilled_dt(self.runtime.num_steps, step, shortcut_mode=self.engine.shortcut_mode)
 
-    def _here(self, x: Tensor) -> Tensor:
+    def _on_device(self, x: Tensor) -> Tensor:
         return x.to(self.device)
 
 
-def _ask(forwards: Forwards) -> Generator[Forwards, Velocities, Iterator[Tensor]]:
+def _velocities_of(forwards: Forwards) -> Generator[Forwards, Velocities, Iterator[Tensor]]:
     """The velocities of those forwards that are no clean passes."""
     velocities = yield forwards
     return iter([v for forward, v in zip(forwards, velocities, strict=True) if not forward.writes_cache])

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from magi_ray.errors import WeightsError
 from magi_ray.models.dit.model import DiT
-from magi_ray.models.fp8 import E4M3, E4M3_MAX, Fp8Linear, Kind, _hardware, _plain, fp8_matmul
+from magi_ray.models.fp8 import E4M3, E4M3_MAX, Fp8Linear, Scaling, _hardware, _plain, fp8_matmul
 from magi_ray.models.weights import check_fit
 from magi_ray.settings import override, preset
 
 SCALE = 0.5
 
 
-def layer(kind: Kind, weight: Tensor, *, out_dtype: torch.dtype = torch.float32) -> Fp8Linear:
+def layer(scaling: Scaling, weight: Tensor, *, out_dtype: torch.dtype = torch.float32) -> Fp8Linear:
     """One whose e4m3 weight is ``weight``, weight_scale 2, inputs divided by SCALE."""
-    made = Fp8Linear(weight.shape[1], weight.shape[0], kind=kind, out_dtype=out_dtype)
+    made = Fp8Linear(weight.shape[1], weight.shape[0], scaling=scaling, out_dtype=out_dtype)
     made.weight.data = weight.to(E4M3)[None]
     made.weight_scale.data.fill_(2)
     made.input_scale.data.fill_(SCALE)
@@ -30,30 +30,30 @@ def layer(kind: Kind, weight: Tensor, *, out_dtype: torch.dtype = torch.float32)
 
 
 @pytest.mark.parametrize(
-    ("kind", "shapes"),
+    ("scaling", "shapes"),
     [
         ("channel", {"weight": [1, 3, 8], "weight_scale": [1], "input_scale": [8]}),
         ("smooth", {"weight": [1, 3, 8], "weight_scale": [1], "input_scale": [1], "smooth_scale": [1, 8]}),
     ],
 )
-def test_the_parameters_have_the_published_names_and_shapes(kind: Kind, shapes: dict[str, list[int]]) -> None:
-    state = layer(kind, torch.zeros(3, 8)).state_dict()
+def test_the_parameters_have_the_published_names_and_shapes(scaling: Scaling, shapes: dict[str, list[int]]) -> None:
+    state = layer(scaling, torch.zeros(3, 8)).state_dict()
     assert {name: list(tensor.shape) for name, tensor in state.items()} == shapes
     assert state["weight"].dtype == E4M3
 
 
-@pytest.mark.parametrize("kind", ["channel", "smooth"])
+@pytest.mark.parametrize("scaling", ["channel", "smooth"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_any_leading_shape_is_kept_and_the_dtype_is_the_one_asked_for(kind: Kind, dtype: torch.dtype) -> None:
-    y = layer(kind, torch.eye(3, 8), out_dtype=dtype)(torch.ones(2, 5, 8, dtype=torch.bfloat16))
+def test_any_leading_shape_is_kept_and_the_dtype_is_the_one_asked_for(scaling: Scaling, dtype: torch.dtype) -> None:
+    y = layer(scaling, torch.eye(3, 8), out_dtype=dtype)(torch.ones(2, 5, 8, dtype=torch.bfloat16))
     assert (y.shape, y.dtype) == ((2, 5, 3), dtype)
     assert torch.equal(y.float(), torch.full((2, 5, 3), 2.0))  # 1 / SCALE · 1 · SCALE · 2
 
 
-@pytest.mark.parametrize("kind", ["channel", "smooth"])
-def test_inputs_beyond_what_e4m3_holds_are_clamped(kind: Kind) -> None:
+@pytest.mark.parametrize("scaling", ["channel", "smooth"])
+def test_inputs_beyond_what_e4m3_holds_are_clamped(scaling: Scaling) -> None:
     x = torch.tensor([[1e6, 0.0], [-1e6, 0.0], [E4M3_MAX * SCALE, 0.0]])
-    y = layer(kind, torch.eye(2))(x)
+    y = layer(scaling, torch.eye(2))(x)
     largest = E4M3_MAX * SCALE * 2
     assert y[:, 0].tolist() == [largest, -largest, largest]
 
@@ -100,7 +100,7 @@ def test_all_layers_of_the_dit_but_the_first_and_the_last_are_fp8() -> None:
 def test_a_weight_stored_in_another_dtype_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     with torch.device("meta"):
-        module = nn.Sequential(Fp8Linear(8, 3, kind="channel", out_dtype=torch.float32))
+        module = nn.Sequential(Fp8Linear(8, 3, scaling="channel", out_dtype=torch.float32))
     tensors = {name: torch.zeros(want.shape) for name, want in module.state_dict().items()}
     save_file(tensors, file)
     with pytest.raises(WeightsError, match=r"dtype: 0\.weight found F32, expected one of F8_E4M3"):

@@ -21,7 +21,7 @@ def test_an_fp8_linear_equals_the_reference(parity_dir: Path, name: str, kind: s
         pytest.skip(f"{parity_dir} has no fp8_linear.safetensors")
     case = {k.removeprefix(f"{name}."): v for k, v in load_file(file).items() if k.startswith(f"{name}.")}
     x, expected = case.pop("x"), case.pop("y")
-    layer = Fp8Linear(x.shape[-1], expected.shape[-1], kind=kind, out_dtype=torch.float32)  # type: ignore[arg-type]
+    layer = Fp8Linear(x.shape[-1], expected.shape[-1], scaling=kind, out_dtype=torch.float32)  # type: ignore[arg-type]
     layer.load_state_dict(case, strict=True)
     error = (layer(x) - expected).abs().max() / expected.abs().max()
     assert float(error) <= TOLERANCE

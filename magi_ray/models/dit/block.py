@@ -89,7 +89,7 @@ class Attention(nn.Module):
         xattn_width = int(width * config.xattn_cond_hidden_ratio)
         self.linear_kv_xattn = nn.Linear(xattn_width, 2 * kv, bias=False, dtype=dtype)
         self.linear_proj = (
-            Fp8Linear(2 * q, width, kind="smooth", out_dtype=torch.float32)
+            Fp8Linear(2 * q, width, scaling="smooth", out_dtype=torch.float32)
             if fp8
             else Float32Linear(2 * q, width, bias=False, dtype=dtype)
         )
@@ -109,8 +109,9 @@ class Attention(nn.Module):
         self_attention = self._self_attention(q, k, v, context)
         cross_attention = self._cross_attention(self.q_layernorm_xattn(qx), context)
         # Interleaved in 8 blocks of heads: the order that 8 tensor-parallel training ranks left in linear_proj.
-        blocks = [out.flatten(-2).unflatten(-1, (HEAD_BLOCKS, -1)) for out in (self_attention, cross_attention)]
-        return self.linear_proj(torch.stack(blocks, dim=-2).flatten(-3))
+        blocks = [torch.unflatten(out.flatten(-2), -1, (HEAD_BLOCKS, -1)) for out in (self_attention, cross_attention)]
+        out_RSD: Tensor = self.linear_proj(torch.stack(blocks, dim=-2).flatten(-3))
+        return out_RSD
 
     def _self_attention(self, q_RSHK: Tensor, k_RSGK: Tensor, v_RSGK: Tensor, context: Context) -> Tensor:
         own = {chunk: (k_RSGK[i], v_RSGK[i]) for i, chunk in enumerate(context.chunks)}
@@ -140,7 +141,7 @@ def _cached(context: Context, layer: int, chunk: int) -> tuple[Tensor, Tensor]:
 
 def _linear(width_in: int, width_out: int, dtype: torch.dtype, *, fp8: bool) -> nn.Module:
     if fp8:
-        return Fp8Linear(width_in, width_out, kind="channel", out_dtype=dtype)
+        return Fp8Linear(width_in, width_out, scaling="channel", out_dtype=dtype)
     return nn.Linear(width_in, width_out, bias=False, dtype=dtype)
 
 
@@ -156,14 +157,15 @@ class MLP(nn.Module):
         self.layer_norm = LayerNorm(width, config, one_plus=False, dtype=dtype)
         self.linear_fc1 = _linear(width, ffn * (1 + config.gated_linear_unit), dtype, fp8=fp8)
         self.linear_fc2 = (
-            Fp8Linear(ffn, width, kind="smooth", out_dtype=dtype)
+            Fp8Linear(ffn, width, scaling="smooth", out_dtype=dtype)
             if fp8
             else nn.Linear(ffn, width, bias=False, dtype=dtype)
         )
         self.activation: Callable[[Tensor], Tensor] = _silu_gated if config.gated_linear_unit else F.gelu
 
     def forward(self, x_RSD: Tensor) -> Tensor:
-        return self.linear_fc2(self.activation(self.linear_fc1(self.layer_norm(x_RSD))))
+        out_RSD: Tensor = self.linear_fc2(self.activation(self.linear_fc1(self.layer_norm(x_RSD))))
+        return out_RSD
 
 
 class AdaModulate(nn.Module):
@@ -196,7 +198,8 @@ class Block(nn.Module):
     def forward(self, x_RSD: Tensor, context: Context) -> Tensor:
         dtype = x_RSD.dtype
         attention_gate, mlp_gate = self.ada_modulate_layer(context.condition)
-        out = self.self_attention(x_RSD, context)
+        out: Tensor = self.self_attention(x_RSD, context)
         x_RSD = (x_RSD.float() + self.self_attn_post_norm(out * attention_gate)).to(dtype)
         out = self.mlp(x_RSD).float()
-        return (x_RSD.float() + self.mlp_post_norm(out * mlp_gate)).to(dtype)
+        x_RSD = (x_RSD.float() + self.mlp_post_norm(out * mlp_gate)).to(dtype)
+        return x_RSD

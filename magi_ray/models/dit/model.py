@@ -36,7 +36,8 @@ class Blocks(nn.Module):
     def forward(self, x_RSD: Tensor, context: Context) -> Tensor:
         for layer in self.layers:
             x_RSD = layer(x_RSD, context)
-        return self.final_layernorm(x_RSD)
+        out_RSD: Tensor = self.final_layernorm(x_RSD)
+        return out_RSD
 
 
 class FinalLinear(nn.Module):
@@ -131,7 +132,7 @@ class DiT(nn.Module):
 
     def _unpatchify(self, x_RSP: Tensor, frames: int, height: int, width: int) -> Tensor:
         pt, p, channels = self.config.t_patch_size, self.config.patch_size, self.config.out_channels
-        x = x_RSP.unflatten(-1, (pt, p, p, channels)).unflatten(1, (frames, height, width))
+        x = torch.unflatten(torch.unflatten(x_RSP, -1, (pt, p, p, channels)), 1, (frames, height, width))
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [R, C, T, pT, H, pH, W, pW]
         x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
         return x[:, : channels // 2] if self.config.half_channel_vae else x

@@ -22,7 +22,8 @@ def attend(q_BNSh: Tensor, k_BNSh: Tensor, v_BNSh: Tensor, *, kind: AttentionKin
     if kind == "sdpa":
         return F.scaled_dot_product_attention(q_BNSh, k_BNSh, v_BNSh)
     scores_BNSS = (q_BNSh * q_BNSh.shape[-1] ** -0.5) @ k_BNSh.transpose(-2, -1)
-    return scores_BNSS.softmax(dim=-1) @ v_BNSh
+    out_BNSh: Tensor = scores_BNSS.softmax(dim=-1) @ v_BNSh
+    return out_BNSh
 
 
 def normalise_head(x_BNSh: Tensor) -> Tensor:
@@ -43,7 +44,8 @@ class Attention(nn.Module):
         if self.normalise:
             qkv = normalise_head(qkv)
         out_BNSh = attend(*qkv.unbind(0), kind=self.kind)
-        return self.proj(out_BNSh.transpose(1, 2).flatten(2))
+        out_BSD: Tensor = self.proj(out_BNSh.transpose(1, 2).flatten(2))
+        return out_BSD
 
 
 class MLP(nn.Module):
@@ -54,7 +56,8 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, config.embed_dim)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BSD)))
+        out_BSD: Tensor = self.fc2(F.gelu(self.fc1(x_BSD)))
+        return out_BSD
 
 
 class Block(nn.Module):
@@ -68,7 +71,8 @@ class Block(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         x_BSD = x_BSD + self.attn(self.norm1(x_BSD))
-        return x_BSD + self.mlp(self.norm2(x_BSD))
+        x_BSD = x_BSD + self.mlp(self.norm2(x_BSD))
+        return x_BSD
 
 
 class Transformer(nn.Module):
@@ -89,7 +93,7 @@ class Transformer(nn.Module):
         if grid_THW == self.learned_grid:
             return self.pos_embed
         extra = 0 if self.cls_token is None else 1
-        learned = self.pos_embed[:, extra:].transpose(1, 2).unflatten(-1, self.learned_grid)  # [1, D, T, H, W]
+        learned = torch.unflatten(self.pos_embed[:, extra:].transpose(1, 2), -1, self.learned_grid)  # [1, D, T, H, W]
         resized = F.interpolate(learned, size=grid_THW, mode="trilinear", align_corners=False)
         return torch.cat([self.pos_embed[:, :extra], resized.flatten(2).transpose(1, 2)], dim=1)
 
@@ -105,4 +109,4 @@ class Transformer(nn.Module):
         x = self.norm(x)
         if self.cls_token is not None:
             x = x[:, 1:]
-        return x.unflatten(1, grid)
+        return torch.unflatten(x, 1, grid)

@@ -25,7 +25,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, config.embed_dim, kernel_size=patch, stride=patch)
 
     def forward(self, pixels_BCTHW: Tensor) -> Tensor:
-        return self.proj(pixels_BCTHW).movedim(1, -1)  # [B, T, H, W, D]
+        patches_BDTHW: Tensor = self.proj(pixels_BCTHW)
+        return patches_BDTHW.movedim(1, -1)
 
 
 class Encoder(Transformer):
@@ -37,7 +38,8 @@ class Encoder(Transformer):
     def forward(self, pixels_BCTHW: Tensor) -> Tensor:
         x_BTHWD = self.patch_embed(pixels_BCTHW)
         x_BTHWD = self.transform(x_BTHWD)
-        mean_BTHWC, _log_variance = self.last_layer(x_BTHWD).chunk(2, dim=-1)
+        moments: Tensor = self.last_layer(x_BTHWD)
+        mean_BTHWC, _log_variance = moments.chunk(2, dim=-1)
         return mean_BTHWC.movedim(-1, 1)
 
 
@@ -56,9 +58,10 @@ class Decoder(Transformer):
         x_BTHWD = self.proj_in(latent_BCTHW.movedim(1, -1))
         x_BTHWD = self.transform(x_BTHWD)
         x_BTHWD = self.final_norm(self.final_proj(x_BTHWD))
-        pixels = x_BTHWD.unflatten(-1, self.patch)  # [B, T, H, W, pT, pH, pW, C]
+        pixels = torch.unflatten(x_BTHWD, -1, self.patch)  # [B, T, H, W, pT, pH, pW, C]
         pixels = pixels.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [B, C, T, pT, H, pH, W, pW]
-        return self.last_layer(pixels.flatten(6, 7).flatten(4, 5).flatten(2, 3))
+        out_BCTHW: Tensor = self.last_layer(pixels.flatten(6, 7).flatten(4, 5).flatten(2, 3))
+        return out_BCTHW
 
 
 class VAE(nn.Module):
@@ -85,7 +88,8 @@ class VAE(nn.Module):
         assert H % size == W % size == 0, f"{H} × {W} pixels"
         if T == 1:
             pixels_BCTHW = pixels_BCTHW.expand(-1, -1, length, -1, -1)
-        return self.encoder(pixels_BCTHW)
+        latent_BCTHW: Tensor = self.encoder(pixels_BCTHW)
+        return latent_BCTHW
 
     @torch.no_grad()
     def decode(self, latent_BCTHW: Tensor) -> Tensor:
@@ -93,7 +97,7 @@ class VAE(nn.Module):
 
         One latent frame gives one frame, the first of its four: it is how an image comes back.
         """
-        pixels_BCTHW = self.decoder(latent_BCTHW)
+        pixels_BCTHW: Tensor = self.decoder(latent_BCTHW)
         return pixels_BCTHW[:, :, :1] if latent_BCTHW.shape[2] == 1 else pixels_BCTHW
 
 
