@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -12,9 +13,10 @@ import av
 import numpy as np
 import pytest
 import torch
-from runs import MakeRun, flip
+from runs import MakeRun, flip, prepared
 
 from magi_ray.errors import InputError, ManifestError, ObjectDamaged, RunNotFound, WeightsError
+from magi_ray.manifest import write_manifest
 from magi_ray.media.reader import read_video
 from magi_ray.render.artifacts.latents import load_clean_chunk
 from magi_ray.render.artifacts.prefix import prefix_pixels
@@ -43,6 +45,18 @@ def test_a_run_is_opened_again_as_it_was_submitted(make_run: MakeRun) -> None:
 def test_the_same_submission_is_the_same_run_and_another_seed_is_another(make_run: MakeRun) -> None:
     ids = [make_run(MemoryStore(), rows).run_id for rows in ([TEXT], [TEXT], [TEXT | {"seed": 9}])]
     assert ids[0] == ids[1] != ids[2]
+
+
+def test_rows_and_the_file_they_are_written_to_are_one_run_and_the_run_keeps_what_it_has_the_digest_of(
+    settings: Settings, make_run: MakeRun, tmp_path: Path
+) -> None:
+    write_manifest([TEXT], tmp_path / "test.parquet")
+    of_file, _ = prepared(tmp_path / "test.parquet", settings)
+    store = MemoryStore()
+    run = make_run(store, [TEXT])
+    assert run.run_id == of_file.run_id
+    kept = store.get(keys.run_manifest(run.run_id))
+    assert hashlib.sha256(kept).hexdigest() == run.record.manifest_sha256
 
 
 def test_where_the_weights_lie_does_not_make_another_run(settings: Settings, tmp_path: Path, make_run: MakeRun) -> None:
