@@ -453,18 +453,19 @@ def driving(run: Bench, how: str) -> Iterator[Command]:
 
 def drive(how: str, store_uri: str, run_id: str) -> None:
     import ray
-    from magi_ray.cluster.driver import Deadlines, render_on_ray
     from ray.cluster_utils import Cluster
 
     from magi_ray.cluster.resources import local_ray, prepare_ray_environment
+    from magi_ray.cluster.workers import render_on_ray
     from magi_ray.events import TaskKind
+    from magi_ray.render.driving.session import Timings
 
     store = open_store(store_uri)
     run = open_run(store, run_id)
     if how == "one-node":
-        silence = {**Deadlines().silence_s, TaskKind.DENOISE: SILENCE_S}
+        silence = {**Timings().silence_s, TaskKind.DENOISE: SILENCE_S}
         with local_ray(namespace="faults", dashboard=False):
-            render_on_ray(store, run, deadlines=Deadlines(silence_s=silence))
+            render_on_ray(store, run, timings=Timings(silence_s=silence))
         return
     prepare_ray_environment()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})

@@ -1,7 +1,9 @@
 """Imports point down. Reads every import of magi_ray, those inside functions too, and a few more promises of the text.
 
-cli commands report > cluster > render > {sampling models storage media} > parallel >
-{errors timeline manifest settings}
+cli commands report api > cluster > render > {sampling models storage media} >
+{errors events forward system timeline manifest settings}
+
+and within render: upkeep > driving > {tasks runs} > artifacts > plans
 """
 
 from __future__ import annotations
@@ -15,23 +17,26 @@ import pytest
 ROOT = Path(__file__).parents[1]
 HEIGHT = {
     "errors": 0, "events": 0, "forward": 0, "system": 0, "timeline": 0, "manifest": 0, "settings": 0,
-    "parallel": 1,
-    "sampling": 2, "models": 2, "storage": 2, "media": 2,
-    "render": 3,
-    "cluster": 4,
-    "api": 5, "commands": 5, "cli": 5, "report": 5, "__main__": 5,
+    "sampling": 1, "models": 1, "storage": 1, "media": 1,
+    "render.plans": 2, "render.artifacts": 3, "render.tasks": 4, "render.runs": 4, "render.driving": 5,
+    "render.upkeep": 6, "render": 6,
+    "cluster": 7,
+    "api": 8, "commands": 8, "cli": 8, "report": 8, "__main__": 8,
 }  # fmt: skip
 # Parts of one height that may know each other; other neighbours may not.
 TOGETHER = (
-    {"errors", "events", "system", "timeline", "manifest", "settings"},
+    {"errors", "events", "forward", "system", "timeline", "manifest", "settings"},
     {"cli", "commands", "report", "__main__"},
 )
 NOT_ON_THE_GROUND = {"torch", "ray", "boto3", "botocore", "requests", "httpx", "socket", "http", "urllib.request"}
 
 
 def part_of(module: str) -> str:
-    """The part that ``module`` belongs to: "render" for magi_ray.render.plans.row_plan; "" for the package itself."""
-    return module.split(".")[1] if "." in module else ""
+    """The part that ``module`` belongs to: "render.plans" for magi_ray.render.plans.row_plan, "storage" for
+    magi_ray.storage.keys; "" for the package itself."""
+    part, _, rest = module.partition(".")[2].partition(".")
+    room = f"{part}.{rest.partition('.')[0]}"
+    return room if room in HEIGHT else part
 
 
 def imports(module: str, tree: ast.AST, is_package: bool) -> Iterator[tuple[int, str]]:
@@ -69,8 +74,11 @@ def import_faults(module: str, tree: ast.AST, is_package: bool) -> Iterator[str]
         top = name.split(".")[0]
         if top == "magi_ray":
             other = part_of(name)
-            # ``from magi_ray import __version__`` is of the package itself.
-            if other == part or other not in HEIGHT:
+            if other not in HEIGHT:
+                of_root = name.removeprefix("magi_ray.")
+                yield f"{line}: {part or 'the package'} imports {of_root} from the package's root"
+                continue
+            if other == part:
                 continue
             if (part, other) == ("", "api"):
                 continue  # magi_ray.load, fetched when it is asked for
@@ -140,7 +148,8 @@ def test_imports_point_down(path: Path) -> None:
 
 def test_all_modules_are_read() -> None:
     assert {part_of(".".join(path.relative_to(ROOT).with_suffix("").parts)) for path in modules()} >= {
-        "errors", "timeline", "manifest", "settings", "sampling", "models", "storage", "media", "render",
+        "errors", "timeline", "manifest", "settings", "sampling", "models", "storage", "media",
+        "render.plans", "render.artifacts", "render.tasks", "render.runs", "render.driving", "render.upkeep",
     }  # fmt: skip
 
 
@@ -149,25 +158,31 @@ ONLY = ", which only cluster does"
 GROUND = ", but the ground has no torch, no ray, no network"
 ENVIRONMENT = "reads the environment, which only settings.environment does"
 THREAD = "a thread that is not a daemon"
+PLAN = "storage imports render.plans"
+PLANS = "render.plans imports render.artifacts"
+DRIVING = "render.driving imports render.upkeep"
 
 
 @pytest.mark.parametrize(
     ("module", "source", "fault"),
     [
-        ("magi_ray.storage.local", "from magi_ray.render.plans.row_plan import Plan", "storage imports render" + ABOVE),
+        ("magi_ray.storage.local", "from magi_ray.render.plans.row_plan import Plan", PLAN + ABOVE),
         ("magi_ray.storage.local", "from magi_ray import render", "storage imports render" + ABOVE),
-        ("magi_ray.storage.local", "import magi_ray.render.plans.row_plan", "storage imports render" + ABOVE),
+        ("magi_ray.storage.local", "import magi_ray.render.plans.row_plan", "storage imports render.plans" + ABOVE),
         ("magi_ray.storage.local", "from ..render import plan", "storage imports render" + ABOVE),
         ("magi_ray.storage.local", "from .. import render", "storage imports render" + ABOVE),
         ("magi_ray.errors", "def f():\n    from magi_ray import storage", "errors imports storage" + ABOVE),
-        ("magi_ray.render.plans.row_plan", "import magi_ray.cluster", "render imports cluster" + ABOVE),
+        ("magi_ray.render.plans.row_plan", "import magi_ray.cluster", "render.plans imports cluster" + ABOVE),
+        ("magi_ray.render.plans.identity", "from magi_ray.render.artifacts import commits", PLANS + ABOVE),
+        ("magi_ray.render.driving.loop", "from magi_ray.render.upkeep import gc", DRIVING + ABOVE),
+        ("magi_ray.render.tasks.embed", "from ..runs import record", "render.tasks imports its neighbour render.runs"),
         ("magi_ray.cluster.actors", "from magi_ray.cli import main", "cluster imports cli" + ABOVE),
-        ("magi_ray.parallel.groups", "import magi_ray.models", "parallel imports models" + ABOVE),
+        ("magi_ray.cli", "from magi_ray import __version__", "cli imports __version__ from the package's root"),
         ("magi_ray", "from magi_ray.cli import main", "the package imports cli" + ABOVE),
         ("magi_ray.storage.local", "from magi_ray.media import reader", "storage imports its neighbour media"),
         ("magi_ray.models.dit.model", "from ...sampling import window", "models imports its neighbour sampling"),
-        ("magi_ray.render.driving.local", "import ray", "render imports ray" + ONLY),
-        ("magi_ray.render.driving.local", "from ray.util import state", "render imports ray" + ONLY),
+        ("magi_ray.render.driving.local", "import ray", "render.driving imports ray" + ONLY),
+        ("magi_ray.render.driving.local", "from ray.util import state", "render.driving imports ray" + ONLY),
         ("magi_ray.cli", "import importlib\nimportlib.import_module('ray')", "cli imports ray" + ONLY),
         ("magi_ray.cli", "__import__('r' + 'ay')", "imports a name made at run time, which no one can check"),
         ("magi_ray.manifest", "import torch.nn", "manifest imports torch" + GROUND),
@@ -201,7 +216,7 @@ def test_the_reader_of_imports_sees_what_is_wrong(module: str, source: str, faul
         ("magi_ray.cluster.driver", "import ray\nray.get(x, timeout=5)\nray.wait([x], timeout=limit)\nq.get()"),
         ("magi_ray.render.driving.local", "import threading\nthreading.Thread(target=f, daemon=True)"),
         ("magi_ray.settings.environment", "import os\nos.environ['A']"),
-        ("magi_ray.cli", "from magi_ray import __version__\nfrom magi_ray.report import show"),
+        ("magi_ray.cli", "from magi_ray.report import show\nfrom magi_ray.commands import look"),
     ],
 )
 def test_the_reader_of_imports_lets_pass_what_is_right(module: str, source: str) -> None:
