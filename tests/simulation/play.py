@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import traceback
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -36,6 +38,7 @@ from .server import Client, Server, Weather
 from .world import Process, SimulatedSystem, World
 
 MOST_DRIVERS = 200
+MEMORY = "/dev/shm"
 MISHAPS = {"worker dies": 4, "driver dies": 2, "stall": 4, "another": 2, "gone": 2, "cut off": 2, "halt": 1}
 
 
@@ -55,7 +58,10 @@ def simulate(seed: int) -> Result:
     """Never raises what the simulated code does wrong: ``wrong`` says it."""
     world = World(seed)
     wrong = ""
-    with patch.object(uuid, "uuid4", lambda: uuid.UUID(int=world.random.getrandbits(128))):
+    with (
+        patch.object(uuid, "uuid4", lambda: uuid.UUID(int=world.random.getrandbits(128))),
+        patch.object(tempfile, "tempdir", MEMORY if Path(MEMORY).is_dir() else None),  # small files, by the thousand
+    ):
         simulation = Simulation(world)
         try:
             with _inventories_checked(simulation):
