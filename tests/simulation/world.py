@@ -83,7 +83,8 @@ class World:
         for process in self.processes.values():
             for thread in process.threads:
                 if thread and not thread.dead:
-                    thread.throw(Killed)
+                    with suppress(Violation):  # it was told when it was found
+                        thread.throw(Killed)
 
 
 class Thread(greenlet):

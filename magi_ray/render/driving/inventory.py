@@ -71,7 +71,7 @@ def take_inventory(
     Of a published row its record and the size of its mp4 are looked at; of another one everything is read whole that
     is still needed. ``reread``: read every object of the row whole, whether it is published or not.
     encoder: whose segments count; None: no segments are looked up, and none is said to be there.
-    sizes: ``finish.video_sizes``, if the caller has them.
+    sizes: ``videos.video_sizes``, if the caller has them.
     """
     timeline, row = plan.timeline, untouched(plan)
     found = published(store, run_id, plan, sizes=sizes, reread=reread)
