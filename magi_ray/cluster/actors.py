@@ -64,10 +64,10 @@ class WorkerActor:
         return Place(node=ray.get_runtime_context().get_node_id(), log=log)
 
     @in_group("work")
-    def load(self) -> None:
+    def load(self) -> float:
         """As ``Worker.load``."""
         self._use_threads()
-        self._worker.load()
+        return self._worker.load()
 
     @in_group("work")
     def carry_out(

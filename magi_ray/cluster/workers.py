@@ -185,9 +185,9 @@ class RayWorkers:
         """What a worker said; None when it has nothing more to say of its task."""
         worker = pending.worker
         if pending.task is None:
-            answer: Place | None = ray.get(waitable, timeout=ANSWER_S)
-            if answer is None:
-                return WorkerReady(worker=worker)
+            answer: Place | float = ray.get(waitable, timeout=ANSWER_S)
+            if not isinstance(answer, Place):
+                return WorkerReady(worker=worker, seconds=answer)
             self._pending[self._actors[worker].handle.load.remote()] = pending
             return WorkerPlaced(worker=worker, node=answer.node, log=answer.log)
         try:

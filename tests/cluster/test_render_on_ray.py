@@ -120,11 +120,12 @@ def test_several_decoders_share_the_chunks_and_change_no_byte(
 ) -> None:
     class Waiting(WorkerActor):
         @in_group("work")
-        def load(self) -> None:
-            super().load()
+        def load(self) -> float:
+            seconds = super().load()
             (tmp_path / self._worker.name).touch()
             while len(list(tmp_path.glob("decode-*"))) < 2:  # both are there before the first chunk is decoded
                 time.sleep(0.05)
+            return seconds
 
     run = make_run(store, [TEXT], settings=override(settings, {"decoders": 2}))
     assert run.run_id == make_run(MemoryStore(), [TEXT]).run_id
@@ -259,10 +260,11 @@ def test_a_worker_that_dies_while_loading_is_tried_a_few_times_only(
 ) -> None:
     class StillBorn(WorkerActor):
         @in_group("work")
-        def load(self) -> None:
+        def load(self) -> float:
             with (tmp_path / "starts").open("a") as starts:
                 starts.write("x")
             os.kill(os.getpid(), signal.SIGKILL)
+            return 0.0
 
     run = make_run(store, [TEXT])
     with pytest.raises(WorkerLost, match=f"{MAX_FAILED_STARTS} embed workers failed to start") as raised:

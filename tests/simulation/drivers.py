@@ -199,11 +199,11 @@ class SimulatedWorker:
             say(WorkerPlaced(worker=name, node=self.process.host))
             self.process.sleep(self.process.world.random.uniform(1, 20))
             try:
-                self.worker.load()
+                seconds = self.worker.load()
             except MagiRayError as exc:
                 say(WorkerGone(worker=name, failure=exc.failure_class, message=str(exc), error=exc))
             else:
-                say(WorkerReady(worker=name))
+                say(WorkerReady(worker=name, seconds=seconds))
 
         self.process.start(work)
 

@@ -50,12 +50,14 @@ class Worker:
         self._body: TaskBody | None = None
         self._asked: tuple[int, bool] | None = None  # attempt to abandon, and whether at the end of its stage
 
-    def load(self) -> None:
-        """Load what the tasks need, so that the first one starts at once. Raises StoreError also when this machine has
-        no way to the store: said here it ends the run, in a task it would end row after row."""
+    def load(self) -> float:
+        """Load what the tasks need, so that the first one starts at once; the seconds that it took. Raises StoreError
+        also when this machine has no way to the store: here that ends the run, in a task it would end row after row."""
+        begun = self._system.clock()
         with self._errors_told("Loading"):
             self._store.exists(keys.run_record(self._run_id))
             self._body = self._load()
+        return self._system.clock() - begun
 
     def abandon(self, attempt: int, *, to_stage_end: bool) -> None:
         """Stop working on ``attempt``: after the forward in work, or once its stage is committed. May be called from
