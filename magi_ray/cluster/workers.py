@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -148,9 +147,6 @@ class RayWorkers:
             remove_placement_group(actor.placement)
 
     def wait(self, within_s: float) -> Sequence[tuple[str, WorkerEvent]]:
-        if not self._pending:
-            time.sleep(within_s)
-            return []
         ray.wait(list(self._pending), num_returns=1, timeout=within_s, fetch_local=False)
         ready, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0, fetch_local=False)
         said: list[tuple[str, WorkerEvent]] = []

@@ -153,6 +153,7 @@ class _Loop:
             self._handle_events()
             if self._scheduler.finished:
                 return
+            assert self._deadlines, "the run is not finished, but nobody works on it"
             self._hear(self._workers.wait(self._timings.tick_s))
             self._find_silent()
             self._look_around()

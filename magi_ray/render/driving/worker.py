@@ -62,7 +62,8 @@ class Worker:
     def abandon(self, attempt: int, *, to_stage_end: bool) -> None:
         """Stop working on ``attempt``: after the forward in work, or once its stage is committed. May be called from
         another thread than the one that works; of an attempt that has ended it says nothing."""
-        self._asked = attempt, to_stage_end
+        if self._asked != (attempt, False):  # what is to stop at once does not go on to the end of its stage
+            self._asked = attempt, to_stage_end
 
     def carry_out(
         self, plan: RowPlan, task: Task, attempt: int

@@ -109,3 +109,14 @@ def test_what_goes_wrong_is_said_in_one_event_and_logged_whole(
     assert isinstance(last, TaskFailed)
     assert (last.attempt, last.failure, last.message) == (1, kind, message)
     assert fixed.errors == [("Denoising job a from stage 0 on", failure)]
+
+
+def test_what_is_to_stop_at_once_does_not_go_on_to_the_end_of_its_stage(fixed: Fixed) -> None:
+    # The row has failed elsewhere, and then somebody pauses the run.
+    events = fixed.attempt(1)
+    heard = [next(events)]
+    fixed.worker.abandon(1, to_stage_end=False)
+    fixed.worker.abandon(1, to_stage_end=True)
+    heard += events
+    assert isinstance(heard.pop(), TaskStopped)
+    assert len(heard) == 1
