@@ -83,6 +83,8 @@ class WorkerActor:
         self._worker.abandon(attempt, to_stage_end=to_stage_end)
 
     def _use_threads(self) -> None:
+        if self._worker.kind is TaskKind.FINISH:
+            return  # it computes nothing, and starts faster without torch
         from magi_ray.render.artifacts.latents import set_torch_threads
 
         set_torch_threads(self._settings.numeric.cpu_threads)

@@ -147,10 +147,11 @@ class RayWorkers:
             remove_placement_group(actor.placement)
 
     def wait(self, within_s: float) -> Sequence[tuple[str, WorkerEvent]]:
-        ray.wait(list(self._pending), num_returns=1, timeout=within_s, fetch_local=False)
-        ready, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0, fetch_local=False)
+        waitables = list(self._pending)
+        first, _ = ray.wait(waitables, num_returns=1, timeout=within_s, fetch_local=False)
+        others, _ = ray.wait(waitables, num_returns=len(waitables), timeout=0, fetch_local=False)
         said: list[tuple[str, WorkerEvent]] = []
-        for waitable in ready:
+        for waitable in dict.fromkeys([*first, *others]):
             pending = self._pending.pop(waitable)
             try:
                 event = self._receive(waitable, pending)
@@ -174,7 +175,7 @@ class RayWorkers:
         return (
             f"No{other} node has {dict(actor.needs) or 'room'} free for a {actor.kind} worker after "
             f"{self._driving.timings.placement_s:.0f} s; the cluster has {ray.cluster_resources()}, of which "
-            f"{ray.available_resources()} are free."
+            f"{ray.available_resources()} are free. Add such a node, or stop what holds it."
         )
 
     def _receive(self, waitable: Any, pending: _Pending) -> WorkerEvent | None:

@@ -47,6 +47,7 @@ class Driver:
     def __init__(self, of: Simulation, name: str, *, take_over: bool, retry: bool, started_calm: bool) -> None:
         self.simulation, self.take_over, self.retry, self.started_calm = of, take_over, retry, started_calm
         self.process = Process(of.world, name, of.world.random.choice(of.nodes))
+        self.max_failed_rows = None if started_calm else of.world.random.choice([None, None, None, 0, 1])
         self.result: RunResult | None = None
         self.workers: SimulatedWorkers | None = None
         self.thread = self.process.start(self._drive)
@@ -64,7 +65,9 @@ class Driver:
                 self._make_workers,
                 counts=simulation.counts,
                 encoder=ENCODER,
-                options=DriveOptions(take_over=self.take_over, retry=frozenset(failures)),
+                options=DriveOptions(
+                    take_over=self.take_over, retry=frozenset(failures), max_failed_rows=self.max_failed_rows
+                ),
                 name=process.name,
                 timings=Timings(
                     tick_s=5.0,
@@ -130,7 +133,8 @@ class SimulatedWorkers:
 
         process.on_death.append(notice)
         self._workers[worker] = SimulatedWorker(self.simulation, process, kind, worker, self.session)
-        self._workers[worker].begin(lambda event: self.say(worker, event))
+        if self.simulation.weather.clear or not self.world.chance(0.03):  # else there is no room for it
+            self._workers[worker].begin(lambda event: self.say(worker, event))
 
     def run(self, worker: str, plan: RowPlan, task: Task, attempt: int) -> None:
         self.world.after(DELAY_S, lambda: self._workers[worker].take(plan, task, attempt))

@@ -6,6 +6,7 @@ import json
 import tempfile
 import traceback
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -77,12 +78,11 @@ def simulate(seed: int) -> Result:
 
 @dataclass(eq=False)
 class Attempt:
-    """One go at denoising a row. forwards: computed while it held the row.  late: ended after it must have noticed that
-    another has taken the row.  before: the stages that were there when it got the row."""
+    """One go at denoising a row. late: forwards that ended after it must have noticed that another has taken the row.
+    before: the stages that were there when it got the row."""
 
     process: Process
     plan: RowPlan
-    forwards: int = 0
     late: int = 0
     completed: bool = False
     before: set[str] = field(default_factory=set)
@@ -111,8 +111,12 @@ class Simulation:
             TaskKind.DECODE: random.choice([1, 1, 2]),
         }
         self.mishaps = 0
-        self._row_of = {key: job_id for job_id, plan in self.run.plans.items() for key in plan.stage_keys}
-        self._stages_won = dict.fromkeys(self.run.plans, 0)
+        self._stage_of = {
+            key: (job_id, stage) for job_id, plan in self.run.plans.items() for stage, key in enumerate(plan.stage_keys)
+        }
+        # Of each row and stage: forwards by those who held the row; and the stages that were ever committed.
+        self._forwards: Counter[tuple[str, int]] = Counter()
+        self._committed: set[tuple[str, int]] = set()
         self._holders: dict[str, tuple[int, float]] = {}  # lease of a row: who took it last, and when
         self._commits: dict[str, bytes] = {}
         self._payloads: dict[str, str] = {}  # digests, from the commits that name them
@@ -163,7 +167,7 @@ class Simulation:
         self.world.note(name, "computes", job_id, stage, step)
         holder, since = self._holders[keys.row_lease(self.run.run_id, job_id)]
         if holder == attempt.process.pid:
-            attempt.forwards += 1
+            self._forwards[job_id, stage] += 1
         elif self.world.now > since + TTL_S:
             attempt.late += 1
             if attempt.late > 1:
@@ -357,9 +361,8 @@ class Simulation:
                 if self.server.peek(name) is None and name not in self._collected:
                     self._say(f"{by.process.name} commits {key} before its payload {payload['name']}")
                 self._payloads[name] = payload["sha256"]
-            job_id = self._row_of.get(key.split("/")[2])
-            if job_id is not None and before is None:
-                self._stages_won[job_id] += 1
+            if stage := self._stage_of.get(key.split("/")[2]):
+                self._committed.add(stage)
 
     def _is_needed(self, key: str, data: bytes | None) -> bool:
         """Whether this run reaches a commit."""
@@ -428,10 +431,14 @@ class Simulation:
         group computes that has lost its row, and will soon know, is lost to nobody."""
         for job_id, plan in self.run.plans.items():
             attempts = [attempt for attempt in self.attempts if attempt.plan.job_id == job_id]
-            needed = plan.forwards_per_stage * self._stages_won[job_id]
-            wasted = sum(attempt.forwards for attempt in attempts) - needed
+            each = plan.forwards_per_stage
+            wasted = sum(
+                max(0, forwards - each * ((job_id, stage) in self._committed))
+                for (row, stage), forwards in self._forwards.items()
+                if row == job_id
+            )
             interrupted = sum(not attempt.completed for attempt in attempts)
-            if wasted > interrupted * (plan.forwards_per_stage + 1):
+            if wasted > interrupted * (each + 1):
                 self._say(f"{wasted} forwards of {job_id} were wasted in {interrupted} interruptions")
 
     def no_lease_is_held_for_ever(self) -> None:

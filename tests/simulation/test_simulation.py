@@ -93,7 +93,7 @@ def test_it_notices_an_inventory_that_is_off_by_one() -> None:
 
 def test_it_notices_a_writer_that_takes_its_own_commit_for_anothers() -> None:
     def never_ours(self: retrying.RetryingStore, key: str, data: bytes) -> bool:
-        return self._patiently(lambda: self.inner.put_if_absent(key, data))
+        return self._retried(lambda: self.inner.put_if_absent(key, data))
 
     def somebodys(*args: Any) -> Any:
         found = verified_commit(*args)

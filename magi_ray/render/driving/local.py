@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from functools import partial
+from math import inf
 
 from magi_ray.errors import MagiRayError
-from magi_ray.events import Task, TaskKind, WorkerEvent, WorkerPlaced, WorkerReady
+from magi_ray.events import (
+    Task,
+    TaskDone,
+    TaskFailed,
+    TaskKind,
+    TaskStopped,
+    WorkerEvent,
+    WorkerPlaced,
+    WorkerReady,
+)
 from magi_ray.render.artifacts.latents import set_torch_threads
 from magi_ray.render.driving.loop import check_machine, render
 from magi_ray.render.driving.reports import Observer, RunResult
@@ -42,7 +53,8 @@ def render_locally(
         encoder=encoder,
         options=options,
         observers=observers,
-        timings=timings,
+        # One works while the others wait: silence says nothing.
+        timings=replace(timings, silence_s=dict.fromkeys(TaskKind, inf)),
     )
 
 
@@ -98,11 +110,10 @@ class LocalWorkers:
         if not self._said and self._working:
             # Denoising last: what it has completed is decoded at once.
             worker = min(self._working, key=lambda name: self._workers[name].kind is TaskKind.DENOISE)
-            event = next(self._working[worker], None)
-            if event is None:
+            event = next(self._working[worker])
+            if isinstance(event, TaskDone | TaskStopped | TaskFailed):
                 del self._working[worker]
-            else:
-                self._said.append((worker, event))
+            self._said.append((worker, event))
         said, self._said = list(self._said), deque()
         return said
 

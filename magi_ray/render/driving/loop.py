@@ -177,7 +177,7 @@ class _Loop:
         self._events.extend(self._driving.tick())
 
     def _handle_events(self) -> None:
-        while self._events:
+        while self._events and not self._scheduler.finished:
             event = self._events.popleft()
             worker = getattr(event, "worker", None)
             if worker is not None and worker not in self._logs:
@@ -205,6 +205,7 @@ class _Loop:
                     self._workers.abandon(worker, attempt, to_stage_end=to_stage_end)
                 case Inspect(job_id=job_id):
                     self._events.append(self._driving.inspect(job_id))
+                    self._look_around()  # there may be many of them, and each takes its time
                 case EndRun(error=error):
                     error.next_command = error.next_command or self._driving.resume_command
                     raise error

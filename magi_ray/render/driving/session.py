@@ -75,12 +75,14 @@ class Session:
 
     def start(self) -> list[Command]:
         """The commands the run begins with."""
-        return self.scheduler.start()
+        return self._noted(self.scheduler.start())
 
     def handle(self, event: Event) -> list[Command]:
         """Let the reports and the scheduler know; what is to be done about it."""
         self._reports.note(event)
-        commands = self.scheduler.handle(event)
+        return self._noted(self.scheduler.handle(event))
+
+    def _noted(self, commands: list[Command]) -> list[Command]:
         for command in commands:
             self._reports.note(command)
         return commands

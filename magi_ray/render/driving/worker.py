@@ -55,9 +55,14 @@ class Worker:
         also when this machine has no way to the store: here that ends the run, in a task it would end row after row."""
         begun = self._system.clock()
         with self._errors_told("Loading"):
+            self._loaded()
+        return self._system.clock() - begun
+
+    def _loaded(self) -> TaskBody:
+        if self._body is None:
             self._store.exists(keys.run_record(self._run_id))
             self._body = self._load()
-        return self._system.clock() - begun
+        return self._body
 
     def abandon(self, attempt: int, *, to_stage_end: bool) -> None:
         """Stop working on ``attempt``: after the forward in work, or once its stage is committed. May be called from
@@ -72,17 +77,15 @@ class Worker:
         begun, stopped = self._system.clock(), False
         try:
             with self._errors_told(_described(task)):
-                if self._body is None:
-                    self.load()
-                assert self._body is not None
+                body = self._loaded()
                 with self._right_to(task) as check:
-                    for event in self._body.carry_out(plan, task.index):
+                    for event in body.carry_out(plan, task.index):
                         check()
                         yield event
                         if stopped := self._is_abandoned(attempt, event):
                             break
         except Exception as exc:  # noqa: BLE001 - one row's failure must not end the others
-            message = str(exc) if isinstance(exc, MagiRayError) else traceback.format_exception_only(exc)[-1].strip()
+            message = str(exc) if isinstance(exc, MagiRayError) else f"{type(exc).__name__}: {exc}"
             yield TaskFailed(
                 worker=self.name,
                 task=task,

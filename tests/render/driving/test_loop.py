@@ -11,6 +11,7 @@ from runs import MakeRun
 from magi_ray.errors import FailureClass, Superseded, WeightsError
 from magi_ray.events import (
     Event,
+    Inspected,
     StageCommitted,
     Task,
     TaskDone,
@@ -22,10 +23,11 @@ from magi_ray.events import (
     WorkerPlaced,
     WorkerReady,
 )
+from magi_ray.render.driving import requests
 from magi_ray.render.driving.loop import render
 from magi_ray.render.driving.progress import RunProgress
 from magi_ray.render.driving.reports import RunResult
-from magi_ray.render.driving.scheduler import ONE_OF_EACH, Command, StartWorker
+from magi_ray.render.driving.scheduler import ONE_OF_EACH, Command, RunState, StartWorker
 from magi_ray.render.driving.session import Session, Timings
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.runs.record import Run
@@ -101,6 +103,7 @@ class Play:
 
     def __init__(self, run: Run, store: MemoryStore) -> None:
         self.run, self.store, self.time = run, store, OtherTime()
+        self.counts = dict(ONE_OF_EACH)
         self.heard: list[Event | Command] = []
         self.workers: Scripted | None = None
 
@@ -114,7 +117,7 @@ class Play:
             self.heard.append(happened)
 
         return render(
-            self.store, self.run, make, counts=ONE_OF_EACH, encoder="an encoder", observers=[note], timings=TIMINGS,
+            self.store, self.run, make, counts=self.counts, encoder="an encoder", observers=[note], timings=TIMINGS,
             system=self.time,
         )  # fmt: skip
 
@@ -266,3 +269,45 @@ def test_a_stopped_attempt_is_begun_anew_on_the_same_worker(play: Play) -> None:
     assert play(stops_once).published == ("a",)
     assert len(attempts) == len(set(attempts)) == 2
     assert play.gone() == []
+
+
+def test_people_are_heard_between_inspections_however_many_there_are(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryStore()
+    play = Play(make_run(store, [ROWS[0] | {"num_chunks": 8}]), store)
+    play.counts[TaskKind.DECODE] = 8
+    inspected: list[str] = []
+    inspect = Session.inspect
+
+    def slow(session: Session, job_id: str) -> Inspected:
+        inspected.append(job_id)
+        play.time.now += 30
+        requests.request(store, play.run.run_id, "cancel")
+        return inspect(session, job_id)
+
+    monkeypatch.setattr(Session, "inspect", slow)
+
+    def fail_together(workers: Scripted) -> None:
+        waiting: list[tuple[str, WorkerEvent]] = []
+
+        def instead(worker: str, task: Task, attempt: int) -> list[WorkerEvent] | None:
+            if task.kind is not TaskKind.DECODE:
+                return None
+            failure = FailureClass.STORE
+            failed = TaskFailed(worker=worker, task=task, attempt=attempt, failure=failure, message="no")
+            waiting.append((worker, failed))
+            if len(waiting) == 8:
+                workers.said.extend(waiting)
+            return []
+
+        workers.instead = instead
+
+    assert play(fail_together).state is RunState.CANCELLED
+    assert len(inspected) == 1
+
+
+def test_whoever_watches_hears_of_the_first_workers_too(play: Play) -> None:
+    play()
+    started = [command.worker for command in play.heard if isinstance(command, StartWorker)]
+    assert started == [f"{kind}-0" for kind in TaskKind]
