@@ -174,7 +174,7 @@ class _Loop:
                 if nodes != self._nodes.get(kind, frozenset()):
                     self._nodes[kind] = nodes
                     self._events.append(NodesSeen(kind=kind, nodes=nodes))
-        self._events.extend(self._driving.tick())
+        self._events.extendleft(self._driving.tick())  # people first
 
     def _handle_events(self) -> None:
         while self._events and not self._scheduler.finished:
