@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -88,3 +88,30 @@ class WorkerActor:
         from magi_ray.render.artifacts.latents import set_torch_threads
 
         set_torch_threads(self._settings.numeric.cpu_threads)
+
+
+# A class of each kind, since `ps` and the Ray dashboard show its name.
+
+
+class EmbedWorker(WorkerActor):
+    pass
+
+
+class DenoiseWorker(WorkerActor):
+    pass
+
+
+class DecodeWorker(WorkerActor):
+    pass
+
+
+class FinishWorker(WorkerActor):
+    pass
+
+
+ACTORS: Mapping[TaskKind, type[WorkerActor]] = {
+    TaskKind.EMBED: EmbedWorker,
+    TaskKind.DENOISE: DenoiseWorker,
+    TaskKind.DECODE: DecodeWorker,
+    TaskKind.FINISH: FinishWorker,
+}

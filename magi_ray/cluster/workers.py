@@ -10,7 +10,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from magi_ray.cluster.actors import Place, WorkerActor
+from magi_ray.cluster.actors import ACTORS, Place, WorkerActor
 from magi_ray.cluster.failures import classify, own_error, worker_is_gone
 from magi_ray.errors import WorkerLost
 from magi_ray.events import (
@@ -33,7 +33,6 @@ from magi_ray.render.runs.record import Run
 from magi_ray.settings import Settings
 from magi_ray.storage.store import Store
 
-ACTORS: Mapping[TaskKind, type[WorkerActor]] = dict.fromkeys(TaskKind, WorkerActor)
 # How long Ray may take to deliver what it said is ready.
 ANSWER_S = 60.0
 # Events are a few dozen bytes; this many may wait for the driver before denoising would.

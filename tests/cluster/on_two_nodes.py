@@ -18,9 +18,9 @@ import psutil
 import ray
 from ray.cluster_utils import Cluster
 
-from magi_ray.cluster.actors import WorkerActor, in_group
+from magi_ray.cluster.actors import ACTORS, WorkerActor, in_group
 from magi_ray.cluster.resources import prepare_ray_environment
-from magi_ray.cluster.workers import ACTORS, render_on_ray
+from magi_ray.cluster.workers import render_on_ray
 from magi_ray.events import StageCommitted, Task, TaskKind
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.runs.record import open_run

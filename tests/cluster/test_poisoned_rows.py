@@ -21,8 +21,8 @@ import torch
 from on_ray import wait_until, working_actors
 from runs import MakeRun, contents
 
-from magi_ray.cluster.actors import WorkerActor, in_group
-from magi_ray.cluster.workers import ACTORS, render_on_ray
+from magi_ray.cluster.actors import ACTORS, WorkerActor, in_group
+from magi_ray.cluster.workers import render_on_ray
 from magi_ray.errors import FailureClass, StoreUnavailable, Superseded
 from magi_ray.events import StepDone, Task, TaskKind
 from magi_ray.render.artifacts.latents import load_clean_chunk
@@ -150,7 +150,7 @@ def test_of_poisoned_rows_of_each_class_exactly_those_fail_each_with_its_reason(
         "input": (FailureClass.INPUT, TaskKind.EMBED, 0, "sha256", "Embedding job input failed"),
         "code": (FailureClass.CODE, TaskKind.DECODE, 3, "RuntimeError", "RuntimeError: a bug of ours"),
         "nan": (FailureClass.NUMERIC, TaskKind.DECODE, 3, "NaN", "in require_finite"),
-        "black": (FailureClass.NUMERIC, TaskKind.DECODE, 3, "black in every pixel", "in _require_light"),
+        "black": (FailureClass.NUMERIC, TaskKind.DECODE, 3, "black in every pixel", "in _require_no_black_frame"),
     }
     rows = [row("first", 1), row("preempted", 2)]
     rows += [row(job_id, 10 + number) for number, job_id in enumerate(expected)] + [row("last", 3)]

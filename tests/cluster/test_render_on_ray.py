@@ -17,8 +17,8 @@ import ray
 from on_ray import wait_until, working_actors
 from runs import MakeRun, by_progress, contents, stage_commits
 
-from magi_ray.cluster.actors import WorkerActor, in_group
-from magi_ray.cluster.workers import ACTORS, render_on_ray
+from magi_ray.cluster.actors import ACTORS, WorkerActor, in_group
+from magi_ray.cluster.workers import render_on_ray
 from magi_ray.errors import FailureClass, MediaError, Superseded, WeightsError, WorkerLost
 from magi_ray.events import Event, StageCommitted, Task, TaskKind, WorkerGone
 from magi_ray.render.driving.local import render_locally
