@@ -173,10 +173,7 @@ def _save_shards(folder: Path, weights: Mapping[str, Tensor], *, shards: int, co
     for file in names:
         part = {name: weights[name] for name, its in weight_map.items() if its == file}
         _save(folder / file, part, compress=compress)
-    index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in weights.values())},
-        "weight_map": weight_map,
-    }
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in weights.values())}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
 
 

@@ -54,13 +54,7 @@ def read_lease(store: Store, key: str) -> LeaseRecord | None:
     return _Watch(store, key, System()).look()
 
 
-def holding(
-    store: Store,
-    key: str,
-    *,
-    watch_s: float = 0.0,
-    system: System = System(),
-) -> Holding | None:
+def holding(store: Store, key: str, *, watch_s: float = 0.0, system: System = System()) -> Holding | None:
     """Who holds the lease, as somebody sees it who does not want it; None when nobody does.
 
     Watches for at most ``watch_s`` (TTL_S is enough to know), and returns sooner when the beat moves.
@@ -77,12 +71,7 @@ def holding(
 
 
 def until_free(
-    store: Store,
-    key: str,
-    owner: Owner,
-    *,
-    within_s: float = TTL_S + BEAT_S,
-    system: System = System(),
+    store: Store, key: str, owner: Owner, *, within_s: float = TTL_S + BEAT_S, system: System = System()
 ) -> None:
     """Wait until ``owner`` may take the lease, without taking it. Raises as ``acquire`` does."""
     _Watch(store, key, system).until_free(owner, within_s=within_s)

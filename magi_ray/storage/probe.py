@@ -252,12 +252,7 @@ _NEEDED = (
         "Without it drivers do not see each other, and gc takes needed objects for unneeded ones.",
         _not_listed,
     ),
-    _Check(
-        "Delete",
-        "what was deleted is gone from reads and lists",
-        "Without it gc frees nothing.",
-        _not_deleted,
-    ),
+    _Check("Delete", "what was deleted is gone from reads and lists", "Without it gc frees nothing.", _not_deleted),
 )
 _GOOD_TO_HAVE = (
     _Check(
