@@ -81,12 +81,12 @@ class InputError(MagiRayError):
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One broken rule in a manifest. ``row`` counts from 1; 0 means the file as a whole."""
+    """One broken rule in a manifest. ``row`` counts from 1; 0 means the file as a whole. ``value``: as it is shown."""
 
-    row: int
-    job_id: str
-    column: str
-    value: str
+    row: int = 0
+    job_id: str = ""
+    column: str = ""
+    value: str = ""
     rule: str
     remedy: str
 
