@@ -1,6 +1,6 @@
 """The DiT: noisy latents of some chunks, and what they may see → their velocity (spec §3).
 
-R ranges: the chunks of one forward; S = T · H · W tokens of a chunk; D hidden width.
+R chunks of one forward; S = T · H · W tokens of a chunk; D hidden width.
 """
 
 from __future__ import annotations
