@@ -41,7 +41,7 @@ class Blocks(nn.Module):
 
 
 class FinalLinear(nn.Module):
-    """Token → the values of its patch. Exists for its published name."""
+    """Token → the values of its patch. A module of its own for the published name."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class FinalLinear(nn.Module):
 
 
 class DiT(nn.Module):
-    """``config``: the published model_config; parameter names are the published ones (spec §2).
+    """The network. config: the published model_config; parameter names are the published ones (spec §2).
 
     attention: a name in ``attention.KERNELS``.  fp8: build the layers of an fp8 checkpoint. Embedders, RoPE, norms
     after a branch and the final layers are float32, everything else ``config.params_dtype``.
@@ -98,9 +98,9 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def forward(self, forward: Forward[Tensor], cache: KVCache | None) -> Tensor:
-        """Velocity [R, 16, 6, h, w] float32 of ``forward.latents``. Tensors are on the device of the weights.
+        """Velocity [R, 16, 6, h, w] float32 of ``forward.latents``. All tensors are on the device of the weights.
 
-        cache: what it reads and writes; None is enough for a Forward that does not use it.
+        cache: None will do for a Forward that neither reads nor writes it.
         """
         config = self.config
         x = forward.latents.float() * config.x_rescale_factor
