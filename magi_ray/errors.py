@@ -59,12 +59,8 @@ class MagiRayError(Exception):
         return _rebuild, (type(self), dict(self.__dict__))
 
     def __str__(self) -> str:
-        lines = [self.message]
-        if self.remedy:
-            lines.append(self.remedy)
-        if self.next_command:
-            lines.append(f"next: {self.next_command}")
-        return "\n".join(lines)
+        command = f"next: {self.next_command}" if self.next_command else ""
+        return "\n".join([self.message, *filter(None, (self.remedy, command))])
 
 
 def _rebuild(kind: type[MagiRayError], fields: dict[str, Any]) -> MagiRayError:

@@ -145,12 +145,9 @@ def _row(number: int, cells: Cells, extra: dict[str, Any], context: Context) -> 
     def chosen(own: int | None, default: int) -> int:
         return default if own is None else own
 
-    num_chunks = cells.num_chunks
-    if cells.seconds is None and num_chunks is None:
-        num_chunks = defaults.num_chunks
     written = cells.video if cells.image is None else cells.image
-    own = {field: getattr(cells, column) for column, field in PREFIX_COLUMNS.items()}
-    own = {field: value for field, value in own.items() if value is not None}
+    prefix_cells = {field: getattr(cells, column) for column, field in PREFIX_COLUMNS.items()}
+    own = {field: value for field, value in prefix_cells.items() if value is not None}
     assert cells.job_id is not None
     return Row(
         number=number,
@@ -161,7 +158,7 @@ def _row(number: int, cells: Cells, extra: dict[str, Any], context: Context) -> 
         prefix_location=None if written is None else location(written, context.base),
         prefix=PrefixSettings.model_validate(defaults.prefix.model_dump() | own) if own else defaults.prefix,
         seconds=cells.seconds,
-        num_chunks=num_chunks,
+        num_chunks=chosen(cells.num_chunks, defaults.num_chunks) if cells.seconds is None else None,
         width=chosen(cells.width, defaults.width),
         height=chosen(cells.height, defaults.height),
         fps=chosen(cells.fps, defaults.fps),
@@ -196,10 +193,8 @@ def _digest(rows: Sequence[Row], cells: Sequence[Cells]) -> str:
             [caption.start_chunk, caption.prompt, *filter(None, [caption.control.model_dump(exclude_none=True)])]
             for caption in row.captions
         ]
-        whole = {
-            **vars(written), **row.extra, "prompt": captions, "schedule": None,
-            "priority": row.priority, "tags": row.tags,
-        }  # fmt: skip
+        own = {"prompt": captions, "schedule": None, "priority": row.priority, "tags": row.tags}
+        whole = {**vars(written), **row.extra, **own}
         content.append({key: value for key, value in whole.items() if value is not None})
     canonical = json.dumps(
         {"schema": SCHEMA, "version": VERSION, "rows": content},

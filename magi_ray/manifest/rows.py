@@ -82,16 +82,11 @@ class Defaults(Frozen):
     def of(cls, settings: Settings) -> Self:
         """The run's defaults. num_frames is rounded up to whole chunks; frames of a prefix do not count."""
         runtime = settings.runtime
+        num_chunks = max(1, math.ceil(runtime.num_frames // FRAMES_PER_LATENT / LATENTS_PER_CHUNK))
         return cls(
-            width=runtime.video_size_w,
-            height=runtime.video_size_h,
-            fps=runtime.fps,
-            seed=runtime.seed,
-            num_steps=runtime.num_steps,
-            num_chunks=max(1, math.ceil(runtime.num_frames // FRAMES_PER_LATENT / LATENTS_PER_CHUNK)),
-            runtime=runtime,
-            prefix=settings.prefix,
-        )
+            width=runtime.video_size_w, height=runtime.video_size_h, fps=runtime.fps, seed=runtime.seed,
+            num_steps=runtime.num_steps, num_chunks=num_chunks, runtime=runtime, prefix=settings.prefix,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,10 +132,8 @@ def _check_sidecar(file: Path, found: str) -> None:
         raise WeightsError(f"{sidecar} cannot be read: {exc}", remedy="Download it again, or delete it.") from exc
     expected = words[0].removeprefix("\\").lower() if words else ""
     if not re.fullmatch("[0-9a-f]{64}", expected):
-        raise WeightsError(
-            f"{sidecar} does not begin with a sha256 of 64 hex digits, but with {expected[:80]!r}.",
-            remedy="Download it again, or delete it.",
-        )
+        wrong = f"{sidecar} does not begin with a sha256 of 64 hex digits, but with {expected[:80]!r}."
+        raise WeightsError(wrong, remedy="Download it again, or delete it.")
     if found != expected:
         raise WeightsError(
             f"{file} has sha256 {found}, but {sidecar.name} says {expected}.",

@@ -90,14 +90,9 @@ def _is_made(folder: Path, recipe: str) -> bool:
 
 def _recipe(settings: Settings, seed: int, *, shards: int = 1, compress: bool = False) -> str:
     content = {
-        "recipe": RECIPE,
-        "seed": seed,
-        "model": settings.model.model_dump(),
-        "fp8_quant": settings.engine.fp8_quant,
-        "distill": settings.engine.distill,
-        "shards": shards,
-        "compress": compress,
-    }
+        "recipe": RECIPE, "seed": seed, "model": settings.model.model_dump(), "shards": shards, "compress": compress,
+        "fp8_quant": settings.engine.fp8_quant, "distill": settings.engine.distill,
+    }  # fmt: skip
     return json.dumps(content, indent=1, sort_keys=True)
 
 

@@ -196,15 +196,9 @@ class Sampler:
 
     def _whole_window(self, inputs: StepInputs, *, captions: Sequence[Tensor], dropped: bool) -> Forward[Tensor]:
         return Forward(
-            latents=inputs.x,
-            t=inputs.t,
-            captions=captions,
-            chunks=inputs.chunks,
-            positions=inputs.chunks,
-            kv_ranges=inputs.kv_ranges,
-            dropped=dropped,
-            dt=self._dt(inputs.step),
-        )
+            latents=inputs.x, t=inputs.t, captions=captions, chunks=inputs.chunks, positions=inputs.chunks,
+            kv_ranges=inputs.kv_ranges, dropped=dropped, dt=self._dt(inputs.step),
+        )  # fmt: skip
 
     def _isolated(self, inputs: StepInputs, indices: Sequence[int]) -> Forward[Tensor]:
         """Some chunks of the window, without caption, each as if it were the first and only one of its video."""
@@ -252,17 +246,11 @@ class Sampler:
         return self._caching(absolute, x, self.ranges.prefix_chunk(absolute), dropped=self.guided)
 
     def _caching(self, absolute: int, x: Tensor, kv_range: tuple[int, int], *, dropped: bool) -> Forward[Tensor]:
+        t = self._on_device(torch.tensor([self.runtime.clean_t]))
         return Forward(
-            latents=x,
-            t=self._on_device(torch.tensor([self.runtime.clean_t])),
-            captions=[self.null_caption],
-            chunks=[absolute],
-            positions=[absolute],
-            kv_ranges=[kv_range],
-            dropped=dropped,
-            dt=self._dt(0),
-            writes_cache=True,
-        )
+            latents=x, t=t, captions=[self.null_caption], chunks=[absolute], positions=[absolute],
+            kv_ranges=[kv_range], dropped=dropped, dt=self._dt(0), writes_cache=True,
+        )  # fmt: skip
 
     # Smaller parts.
 

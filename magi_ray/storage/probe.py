@@ -110,9 +110,9 @@ def _created_at_once(store: Store, folder: str) -> str:
             winners.append(len(won))
             altered += store.get(key) not in won
     if set(winners) != {1}:
+        found = f"in {len(RACES)} races {', '.join(map(str, winners))} did."
         return (
-            "creation is not atomic: of several writers that race to create one object exactly one must win; "
-            f"in {len(RACES)} races {', '.join(map(str, winners))} did."
+            f"creation is not atomic: of several writers that race to create one object exactly one must win; {found}"
         )
     return f"{altered} of {len(RACES)} objects hold the bytes of a writer that was told it lost." if altered else ""
 

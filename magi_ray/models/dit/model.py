@@ -86,15 +86,11 @@ class DiT(nn.Module):
 
     def new_cache(self, *, depth: int, height: int, width: int) -> KVCache:
         """An empty ring for ``depth`` chunks of latents ``height`` × ``width``."""
+        config, tokens = self.config, self.tokens_per_chunk(height, width)
         return KVCache(
-            depth=depth,
-            layers=self.config.num_layers,
-            tokens=self.tokens_per_chunk(height, width),
-            groups=self.config.num_query_groups,
-            head_dim=self.config.kv_channels,
-            dtype=self.dtype,
-            device=self.device,
-        )
+            depth=depth, layers=config.num_layers, tokens=tokens, groups=config.num_query_groups,
+            head_dim=config.kv_channels, dtype=self.dtype, device=self.device,
+        )  # fmt: skip
 
     @torch.no_grad()
     def forward(self, forward: Forward[Tensor], cache: KVCache | None) -> Tensor:

@@ -19,28 +19,24 @@ from magi_ray.settings import TileSettings
 def encode_tiled(vae: VAE, pixels_BCTHW: Tensor, *, tiles: TileSettings) -> Tensor:
     """As ``vae.encode``, tile by tile. A last tile of one frame is encoded as an image."""
     config = vae.config
+    tile_THW = (tiles.frames, tiles.height, tiles.width)
+    out_tile_HW = (tiles.height // config.patch_size, tiles.width // config.patch_size)
     return _run_tiled(
-        vae.encode,
-        pixels_BCTHW,
-        tile_THW=(tiles.frames, tiles.height, tiles.width),
-        out_tile_HW=(tiles.height // config.patch_size, tiles.width // config.patch_size),
-        overlap=tiles.overlap,
+        vae.encode, pixels_BCTHW, tile_THW=tile_THW, out_tile_HW=out_tile_HW, overlap=tiles.overlap,
         blend_with_blended=True,
-    )
+    )  # fmt: skip
 
 
 def decode_tiled(vae: VAE, latent_BCTHW: Tensor, *, tiles: TileSettings) -> Tensor:
     """As ``vae.decode``, tile by tile. A tile of one latent frame gives one frame: 4 latents in tiles of 3 give 13."""
     config = vae.config
     height, width = tiles.height // config.patch_size, tiles.width // config.patch_size
+    tile_THW = (tiles.frames // config.patch_length, height, width)
+    out_tile_HW = (height * config.patch_size, width * config.patch_size)
     return _run_tiled(
-        vae.decode,
-        latent_BCTHW,
-        tile_THW=(tiles.frames // config.patch_length, height, width),
-        out_tile_HW=(height * config.patch_size, width * config.patch_size),
-        overlap=tiles.overlap,
+        vae.decode, latent_BCTHW, tile_THW=tile_THW, out_tile_HW=out_tile_HW, overlap=tiles.overlap,
         blend_with_blended=False,
-    )
+    )  # fmt: skip
 
 
 def _run_tiled(
