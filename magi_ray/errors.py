@@ -59,12 +59,8 @@ class MagiRayError(Exception):
         return _rebuild, (type(self), dict(self.__dict__))
 
     def __str__(self) -> str:
-        lines = [self.message]
-        if self.remedy:
-            lines.append(self.remedy)
-        if self.next_command:
-            lines.append(f"next: {self.next_command}")
-        return "\n".join(lines)
+        command = f"next: {self.next_command}" if self.next_command else ""
+        return "\n".join([self.message, *filter(None, (self.remedy, command))])
 
 
 def _rebuild(kind: type[MagiRayError], fields: dict[str, Any]) -> MagiRayError:
@@ -81,12 +77,12 @@ class InputError(MagiRayError):
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One broken rule in a manifest. ``row`` counts from 1; 0 means the file as a whole."""
+    """One broken rule in a manifest. ``row`` counts from 1; 0 means the file as a whole. ``value``: as it is shown."""
 
-    row: int
-    job_id: str
-    column: str
-    value: str
+    row: int = 0
+    job_id: str = ""
+    column: str = ""
+    value: str = ""
     rule: str
     remedy: str
 
@@ -101,17 +97,15 @@ class ManifestError(InputError):
         self.problems = tuple(problems)
 
 
-class SettingsError(InputError):
-    pass
+class SettingsError(InputError): ...
 
 
-class WeightsError(InputError):
-    pass
+class WeightsError(InputError): ...
 
 
 class MediaError(InputError):
-    """``reason``: a clause without its subject, the file ("has no frame 7"), for those who name the file themselves;
-    the message where no file is at fault."""
+    """``reason``: the predicate without its subject, the file ("has no frame 7"), for callers that name the file
+    themselves; the message where no file is at fault."""
 
     def __init__(self, message: str, *, reason: str = "", remedy: str = "", next_command: str = "") -> None:
         super().__init__(message, remedy=remedy, next_command=next_command)
@@ -119,28 +113,24 @@ class MediaError(InputError):
 
     @classmethod
     def about(cls, file: object, reason: str, *, remedy: str = "") -> Self:
-        """The error "``file`` ``reason``."; ``file``: a path or address, or what else people call it by."""
+        """The error "``file`` ``reason``."; ``file``: a path, an address or another name for it."""
         return cls(f"{file} {reason}.", reason=reason, remedy=remedy)
 
 
-class RunNotFound(InputError):
-    pass
+class RunNotFound(InputError): ...
 
 
 class StoreError(MagiRayError):
     failure_class = FailureClass.STORE
 
 
-class ObjectMissing(StoreError):
-    pass
+class ObjectMissing(StoreError): ...
 
 
-class ObjectDamaged(StoreError):
-    pass
+class ObjectDamaged(StoreError): ...
 
 
-class StoreUnavailable(StoreError):
-    pass
+class StoreUnavailable(StoreError): ...
 
 
 class StoreDenied(StoreError):
@@ -156,8 +146,7 @@ class NumericError(MagiRayError):
     failure_class = FailureClass.NUMERIC
 
 
-class OutputError(MagiRayError):
-    pass
+class OutputError(MagiRayError): ...
 
 
 class DeviceOutOfMemory(MagiRayError):

@@ -1,5 +1,5 @@
-"""What happens while a run is rendered, as values: said by workers, and by whoever looks at nodes, store and requests;
-heard by the scheduler and by all who watch."""
+"""Events of a run, as values: reported by workers and by whoever looks at nodes, store and requests; read by the
+scheduler and by observers."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class RowInventory:
-    """What the store holds of a row. ``failed``: it failed before, and is not to be tried again.
+    """What the store holds of a row.
 
-    embedded: captions and prefix are there.  stages_done: stages from the first on behind which denoising can go on.
-    segments_done: chunks whose segment is there.
+    embedded: captions and prefix are there.  stages_done: the stages, counted from the first, that denoising can go on
+    behind.  segments_done: chunks whose segment is there.  failed: it failed before and is not to be tried again.
     """
 
     job_id: str
@@ -46,13 +46,13 @@ class RowInventory:
     failed: bool = False
 
 
-# Of workers. An attempt is one go of one worker at one task; no two have the same number.
+# From workers. An attempt is one worker's try at one task; every attempt has its own number.
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerPlaced:
-    """A worker that was started has its place, and loads. ``node``: the id of the machine; ``log``: where it writes, as
-    host:file, '' if unknown."""
+    """A started worker has its place and is loading. ``node``: the machine's id; ``log``: its log file, as host:file,
+    '' if unknown."""
 
     worker: str
     node: str = ""
@@ -61,7 +61,7 @@ class WorkerPlaced:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerReady:
-    """A worker has loaded. ``seconds``: that it took."""
+    """A worker has loaded, in ``seconds``."""
 
     worker: str
     seconds: float = 0.0
@@ -69,9 +69,9 @@ class WorkerReady:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerGone:
-    """A worker died, or never started; whatever it was doing failed with ``failure``.
+    """A worker died or never started; whatever it was doing failed with ``failure``.
 
-    no_room: no node had room for it.  error: why no worker can start here, if that is known.
+    no_room: no node had room for it.  error: why no worker can start here, if known.
     """
 
     worker: str
@@ -84,7 +84,7 @@ class WorkerGone:
 
 @dataclass(frozen=True, kw_only=True)
 class StepDone:
-    """``step`` (from 1) of the ``steps`` forwards of ``stage`` is done, and took ``seconds``."""
+    """``step`` (from 1) of the ``steps`` forwards of ``stage`` is done, after ``seconds``."""
 
     job_id: str
     stage: int
@@ -97,7 +97,7 @@ class StepDone:
 class StageCommitted:
     """``stage`` of ``job_id`` is in the store; ``chunk`` is the one it completed, if any.
 
-    seconds: that computing it took; 0 when it was there already.
+    seconds: what computing it took; 0 when it was there already.
     """
 
     job_id: str
@@ -107,8 +107,8 @@ class StageCommitted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskDone:
-    """Everything the task asked for is in the store. ``seconds``: that the attempt took."""
+class _AttemptEnded:
+    """``seconds``: what the attempt took."""
 
     worker: str
     task: Task
@@ -117,34 +117,30 @@ class TaskDone:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskStopped:
-    """The worker stopped as it was asked to, before the task was done."""
-
-    worker: str
-    task: Task
-    attempt: int
-    seconds: float = 0.0
+class TaskDone(_AttemptEnded):
+    """Everything the task asked for is in the store."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskFailed:
-    """``log``: where the worker wrote."""
+class TaskStopped(_AttemptEnded):
+    """The worker stopped as asked, before the task was done."""
 
-    worker: str
-    task: Task
-    attempt: int
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFailed(_AttemptEnded):
+    """The task failed. ``log``: the worker's log file, as in ``WorkerPlaced``."""
+
     failure: FailureClass
     message: str
     log: str = ""
-    seconds: float = 0.0
 
 
-# Of the cluster, the store and people.
+# From the cluster, the store and people.
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodesSeen:
-    """The nodes that have what a worker of ``kind`` needs."""
+    """The nodes with the resources that a worker of ``kind`` needs."""
 
     kind: TaskKind
     nodes: frozenset[str]
@@ -152,14 +148,14 @@ class NodesSeen:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspected:
-    """What the store holds of a row, looked up now."""
+    """What the store holds of a row, read just now."""
 
     row: RowInventory
 
 
 @dataclass(frozen=True, kw_only=True)
 class PauseAsked:
-    """Stop when what is being computed is committed."""
+    """Stop once what is being computed is committed."""
 
 
 @dataclass(frozen=True, kw_only=True)

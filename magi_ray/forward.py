@@ -1,7 +1,7 @@
-"""One call of the network, as a value. The sampler makes it, whoever drives the sampler decides where it is computed.
+"""One call of the network, as a value. The sampler makes it; the sampler's driver decides where it is computed.
 
-It lies on the ground because sampling and models may not import each other, and is generic in its tensors because the
-ground has no torch.
+It belongs to the ground because sampling and models may not import each other, and is generic in its tensors because
+the ground has no torch.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ TensorT = TypeVar("TensorT")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Forward(Generic[TensorT]):
-    """R chunks whose velocity is wanted, and what the network has to know of them.
+    """R chunks whose velocity is wanted, and everything the network needs to compute it.
 
     latents: [R, 16, 6, h, w] float32.
     t: [R] float32 in 0 (noise) … 1 (clean).
     captions: R of [n ≥ 1, caption_channels], special tokens included.
-    chunks: their absolute numbers, by which the cache knows them.
-    positions: where RoPE puts them, in chunks from the start of the video.
+    chunks: their absolute numbers, the keys of the cache.
+    positions: for RoPE, in chunks from the start of the video.
     kv_ranges: the absolute chunks [first, end) that each sees: those of this forward, the rest from the cache.
     dropped: AdaLN is told that there is no caption.
     dt: the step size that a distilled model is told, None for others.
-    reads_cache: false where the cache must not be used: ``chunks`` are then no absolute numbers, but any.
-    writes_cache: the keys and values of these chunks are kept in the cache, in place of what it has of them.
+    reads_cache: false where the cache must not be used; ``chunks`` are then arbitrary numbers.
+    writes_cache: the keys and values of these chunks are put into the cache, in place of earlier ones.
     """
 
     latents: TensorT

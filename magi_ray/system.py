@@ -1,4 +1,4 @@
-"""What code asks of the machine it runs on: time, threads, and which process is which. A simulation gives its own."""
+"""The machine as code uses it: time, threads, processes. A simulation passes its own."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _START_TOLERANCE_S = 2.0
 
 
 class Owner(Frozen):
-    """A process. ``name``: of the worker or driver.  ``boot``: the machine's boot id and the process's pid namespace,
-    '' where the system does not tell.  ``started``: clock ticks after boot."""
+    """A process that owns something. ``name``: of the worker or driver.  ``boot``: the machine's boot id and the
+    process's pid namespace, '' where unknown.  ``started``: clock ticks after boot."""
 
     name: str
     host: str
@@ -44,7 +44,7 @@ class Owner(Frozen):
 
 
 def gone(owner: Owner) -> bool:
-    """Whether ``owner`` surely is a dead process of this very machine. False where that cannot be known."""
+    """Whether ``owner`` is known to be a dead process of this machine."""
     # Containers may share a boot id, and with it the host's name, but then not the namespace of pids.
     if not owner.boot or (owner.host, owner.boot) != (platform.node(), _boot()):
         return False
@@ -59,15 +59,15 @@ def gone(owner: Owner) -> bool:
 
 
 class Background(Protocol[T_co]):
-    """Work that goes on beside us."""
+    """Work in another thread."""
 
     def result(self, within_s: float) -> T_co:
-        """What the work returned. Raises what it raised, TimeoutError if it goes on for longer than ``within_s``."""
+        """What the work returned. Raises what it raised, and TimeoutError if it is not done ``within_s``."""
         ...
 
 
 class Flag(Protocol):
-    """Down until it is ``set``."""
+    """As threading.Event."""
 
     def set(self) -> None: ...
 
@@ -80,7 +80,7 @@ class System:
     """This machine. Stateless."""
 
     def clock(self) -> float:
-        """Seconds, from any beginning; never set back."""
+        """Monotonic seconds."""
         return time.monotonic()
 
     def unix_time(self) -> float:
@@ -102,11 +102,11 @@ class System:
         return threading.Event()
 
     def start(self, work: Callable[[], T], *, name: str) -> Background[T]:
-        """Do ``work`` in a daemon thread called ``name``."""
+        """Runs ``work`` in a daemon thread called ``name``."""
         return _Thread(work, name)
 
     def map(self, call: Callable[[S], T], items: Iterable[S], *, at_once: int) -> Iterator[T]:
-        """``call`` of every item, ``at_once`` of them at a time; the results in the order of the items."""
+        """``call`` of every item, ``at_once`` of them in parallel; results in the order of the items."""
         if at_once == 1:
             yield from map(call, items)
             return

@@ -1,7 +1,7 @@
 """The manifest: a Parquet file with one row per video. Read, checked, written, and built from JSONL, CSV or YAML.
 
-A source (Parquet, or rows as plain dicts) becomes cells that the rules were asked of, and an Arrow table; all that is
-wrong is told at once. What is left becomes ``Row`` values in which the run's defaults are filled in.
+A source (Parquet, or rows as plain dicts) becomes checked cells and an Arrow table; all problems are reported at once.
+A manifest without problems becomes ``Row`` values with the run's defaults filled in.
 ``manifests/README.md`` explains the columns to people.
 """
 
@@ -11,16 +11,6 @@ from magi_ray.manifest.parquet import COLUMNS
 from magi_ray.manifest.rows import Caption, Defaults, Manifest, Row, table_for_show
 
 __all__ = [
-    "COLUMNS",
-    "Caption",
-    "Defaults",
-    "Manifest",
-    "Row",
-    "build_manifest",
-    "explain",
-    "manifest_of",
-    "parse_manifest",
-    "read_manifest",
-    "table_for_show",
-    "write_manifest",
-]
+    "COLUMNS", "Caption", "Defaults", "Manifest", "Row", "build_manifest", "explain", "manifest_of", "parse_manifest",
+    "read_manifest", "table_for_show", "write_manifest",
+]  # fmt: skip

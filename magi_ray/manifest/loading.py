@@ -1,4 +1,4 @@
-"""Manifests read, made of plain rows, and written: a table whose rows are checked becomes a ``Manifest``."""
+"""Reads manifests, makes them of plain rows, writes them: a table whose rows are checked becomes a ``Manifest``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from magi_ray.errors import InputError, Problem
 from magi_ray.manifest import parquet, sources
-from magi_ray.manifest.messages import column_problem, file_problem, refusal
+from magi_ray.manifest.messages import file_error, manifest_error
 from magi_ray.manifest.parquet import COLUMNS, CONTROLS, SCHEMA, VERSION
 from magi_ray.manifest.rows import Caption, Defaults, Manifest, Row, plain
 from magi_ray.manifest.rules import PREFIX_COLUMNS, Cells, Context, Entry, check, location, notes
@@ -30,7 +30,7 @@ def read_manifest(path: Path, defaults: Defaults) -> Manifest:
         data = path.read_bytes()
     except OSError as exc:
         reason = "does not exist" if isinstance(exc, FileNotFoundError) else f"cannot be read ({exc.strerror})"
-        raise refusal(name, [file_problem(name, reason, "give the path of a Parquet manifest")]) from exc
+        raise file_error(name, reason, "give the path of a Parquet manifest") from exc
     context = _context(defaults, path.parent)
     return _of_table(parquet.decode(data, name), context, name=name, next_command=f"magi-ray manifest validate {path}")
 
@@ -40,9 +40,9 @@ def parse_manifest(
 ) -> Manifest:
     """The manifest in ``data``, the bytes of a Parquet file. ``base``: where relative media paths start.
     ``name``: what errors call it. ``media_must_exist=False`` is for a run that is resumed: its rows were checked
-    when it was submitted, and a file that went away since then is the trouble of one row.
+    when it was submitted, and a file that is gone by now fails one row only.
 
-    Raises ManifestError.
+    Raises ManifestError, which carries every problem of every row.
     """
     context = _context(defaults, base, media_must_exist=media_must_exist)
     return _of_table(parquet.decode(data, name), context, name=name)
@@ -51,11 +51,11 @@ def parse_manifest(
 def manifest_of(
     rows: Sequence[Mapping[str, Any]], defaults: Defaults, *, base: Path, name: str = "the rows"
 ) -> Manifest:
-    """The manifest made of ``rows``, a dict of plain values each, keys as in ``COLUMNS``. Raises ManifestError."""
+    """The manifest made of ``rows``, dicts of plain values with keys as in ``COLUMNS``. Raises ManifestError."""
     context = _context(defaults, base)
     cells, table, problems = _checked(rows, context)
     if problems:
-        raise refusal(name, problems, rows=len(rows))
+        raise manifest_error(name, problems, rows=len(rows))
     return _manifest(cells, table, context)
 
 
@@ -66,7 +66,7 @@ def write_manifest(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     _, table, problems = _checked(rows, None)
     if problems:
-        raise refusal("the rows", problems, rows=len(rows))
+        raise manifest_error("the rows", problems, rows=len(rows))
     parquet.write(table, path)
 
 
@@ -90,7 +90,7 @@ def build_manifest(source: Path, out: Path, *, defaults: Defaults | None) -> int
             for found in problems
         ]
         again = f"magi-ray manifest build {source} -o {out}"
-        raise refusal(str(source), located, rows=len(rows), next_command=again)
+        raise manifest_error(str(source), located, rows=len(rows), next_command=again)
     parquet.write(table, out)
     return len(rows)
 
@@ -100,7 +100,7 @@ def _context(defaults: Defaults, base: Path, *, media_must_exist: bool = True) -
 
 
 def _checked(rows: Sequence[Mapping[str, Any]], context: Context | None) -> tuple[list[Cells], pa.Table, list[Problem]]:
-    """The cells and the table of plain rows, and what is wrong with them; types alone without a context."""
+    """The cells and the table of plain rows, and their problems. Without a context only types are checked."""
     problems = [] if context is None else list(_missing(len(rows), {name for row in rows for name in row}))
     cells, broken = check(rows, context, unusable={problem.column for problem in problems})
     table, unfit = parquet.tabulate(rows, skip={problem.column for problem in broken})
@@ -117,15 +117,15 @@ def _of_table(table: pa.Table, context: Context, *, name: str, next_command: str
     cells, broken = check(rows, context, unusable=unusable)
     problems += broken
     if problems:
-        raise refusal(name, problems, rows=table.num_rows, next_command=next_command)
+        raise manifest_error(name, problems, rows=table.num_rows, next_command=next_command)
     return _manifest(cells, table, context)
 
 
 def _missing(rows: int, columns: set[str]) -> Iterator[Problem]:
     if rows == 0:
-        yield file_problem("the manifest", "holds no rows", "write one row for each video")
+        yield Problem(value="the manifest", rule="holds no rows", remedy="write one row for each video")
     elif "job_id" not in columns:
-        yield column_problem("job_id", "", "the column is missing", "give every row a name of its own")
+        yield Problem(column="job_id", rule="the column is missing", remedy="give every row a name of its own")
 
 
 def _manifest(cells: Sequence[Cells], table: pa.Table, context: Context) -> Manifest:
@@ -145,12 +145,9 @@ def _row(number: int, cells: Cells, extra: dict[str, Any], context: Context) -> 
     def chosen(own: int | None, default: int) -> int:
         return default if own is None else own
 
-    num_chunks = cells.num_chunks
-    if cells.seconds is None and num_chunks is None:
-        num_chunks = defaults.num_chunks
     written = cells.video if cells.image is None else cells.image
-    own = {field: getattr(cells, column) for column, field in PREFIX_COLUMNS.items()}
-    own = {field: value for field, value in own.items() if value is not None}
+    prefix_cells = {field: getattr(cells, column) for column, field in PREFIX_COLUMNS.items()}
+    own = {field: value for field, value in prefix_cells.items() if value is not None}
     assert cells.job_id is not None
     return Row(
         number=number,
@@ -161,7 +158,7 @@ def _row(number: int, cells: Cells, extra: dict[str, Any], context: Context) -> 
         prefix_location=None if written is None else location(written, context.base),
         prefix=PrefixSettings.model_validate(defaults.prefix.model_dump() | own) if own else defaults.prefix,
         seconds=cells.seconds,
-        num_chunks=num_chunks,
+        num_chunks=chosen(cells.num_chunks, defaults.num_chunks) if cells.seconds is None else None,
         width=chosen(cells.width, defaults.width),
         height=chosen(cells.height, defaults.height),
         fps=chosen(cells.fps, defaults.fps),
@@ -196,10 +193,8 @@ def _digest(rows: Sequence[Row], cells: Sequence[Cells]) -> str:
             [caption.start_chunk, caption.prompt, *filter(None, [caption.control.model_dump(exclude_none=True)])]
             for caption in row.captions
         ]
-        whole = {
-            **vars(written), **row.extra, "prompt": captions, "schedule": None,
-            "priority": row.priority, "tags": row.tags,
-        }  # fmt: skip
+        own = {"prompt": captions, "schedule": None, "priority": row.priority, "tags": row.tags}
+        whole = {**vars(written), **row.extra, **own}
         content.append({key: value for key, value in whole.items() if value is not None})
     canonical = json.dumps(
         {"schema": SCHEMA, "version": VERSION, "rows": content},

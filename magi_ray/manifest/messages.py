@@ -1,4 +1,4 @@
-"""What is said of a manifest that cannot be used: problems, their lines, and the error that carries them."""
+"""Messages about a manifest that cannot be used: a line for each problem, and the error that carries them all."""
 
 from __future__ import annotations
 
@@ -40,16 +40,13 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:56]} …" + ('"' if text.endswith('"') else "")
 
 
-def file_problem(value: str, rule: str, remedy: str) -> Problem:
-    return column_problem("", value, rule, remedy)
+def file_error(name: str, rule: str, remedy: str) -> ManifestError:
+    """The error for a file that cannot be read as a manifest at all."""
+    return manifest_error(name, [Problem(value=name, rule=rule, remedy=remedy)])
 
 
-def column_problem(column: str, value: str, rule: str, remedy: str) -> Problem:
-    return Problem(row=0, job_id="", column=column, value=value, rule=rule, remedy=remedy)
-
-
-def refusal(name: str, problems: Sequence[Problem], *, rows: int = 0, next_command: str = "") -> ManifestError:
-    """The error for the manifest that people call ``name``. rows: how many it has."""
+def manifest_error(name: str, problems: Sequence[Problem], *, rows: int = 0, next_command: str = "") -> ManifestError:
+    """The error for the manifest that messages call ``name``. rows: how many it has."""
     problems = sorted(problems, key=lambda problem: problem.row)
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
     bad = len({problem.row for problem in problems if problem.row})

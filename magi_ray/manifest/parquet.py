@@ -18,24 +18,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from magi_ray.errors import InputError, Problem
-from magi_ray.manifest.messages import BUILD, column_problem, file_problem, refusal, shown
+from magi_ray.manifest.messages import BUILD, file_error, shown
 from magi_ray.settings import ChunkControl
 
 SCHEMA = "magi-ray.manifest"
 VERSION = 1
 METADATA_KEY = b"magi_ray"
-# What an entry of a schedule may leave out, also as a field of the Parquet type.
+# Fields that an entry of a schedule may leave out, and its Parquet type may lack.
 CONTROLS = tuple(ChunkControl.model_fields)
 
-_ENTRY = pa.struct(
-    [
-        ("start_chunk", pa.int64()),
-        ("prompt", pa.string()),
-        ("kv_range", pa.list_(pa.int64())),
-        ("text_scales", pa.list_(pa.float64())),
-        ("prev_chunk_scales", pa.list_(pa.float64())),
-    ]
-)
+_ENTRY = pa.struct({
+    "start_chunk": pa.int64(), "prompt": pa.string(), "kv_range": pa.list_(pa.int64()),
+    "text_scales": pa.list_(pa.float64()), "prev_chunk_scales": pa.list_(pa.float64()),
+})  # fmt: skip
 
 COLUMNS: Mapping[str, pa.DataType] = {
     "job_id": pa.string(),
@@ -60,25 +55,24 @@ COLUMNS: Mapping[str, pa.DataType] = {
 
 
 def decode(data: bytes, name: str) -> pa.Table:
-    """The table, with every page checksum verified: without, Arrow reads a flipped bit as another value.
+    """The table in ``data``. Page checksums are verified: Arrow would read a flipped bit as another value.
 
     Raises ManifestError: not a Parquet file, damaged, or made by a newer magi-ray.
     """
     magic = b"PAR1"
     if not data.startswith(magic):
-        raise refusal(name, [file_problem(name, "is not a Parquet file", f"make one: {BUILD}")])
+        raise file_error(name, "is not a Parquet file", f"make one: {BUILD}")
     if len(data) < 12 or not data.endswith(magic):
-        raise refusal(name, [file_problem(name, "is cut off: its end is missing", "copy or build it again")])
+        raise file_error(name, "is cut off: its end is missing", "copy or build it again")
     try:
-        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        table = file.read()
+        table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
     except (pa.ArrowException, OSError, ValueError) as exc:
         reason = "a page does not match its checksum" if "checksum" in str(exc).lower() else str(exc).split("\n")[0]
-        raise refusal(name, [file_problem(name, f"is damaged: {reason}", "copy or build it again")]) from exc
+        raise file_error(name, f"is damaged: {reason}", "copy or build it again") from exc
     found = _version(table)
     if found is not None and found > VERSION:
         rule = f"has version {found}, but this magi-ray reads up to {VERSION}"
-        raise refusal(name, [file_problem(name, rule, "install a newer magi-ray")])
+        raise file_error(name, rule, "install a newer magi-ray")
     return table
 
 
@@ -96,7 +90,7 @@ def _version(table: pa.Table) -> int | None:
 
 def encode(table: pa.Table) -> bytes:
     """``table`` as a Parquet file that names the version of the schema."""
-    # Metadata of others (Hugging Face keeps its features there) stay as they are.
+    # Other programs' metadata stays as it is; Hugging Face keeps its features there.
     mark = json.dumps({"schema": SCHEMA, "version": VERSION}).encode()
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA_KEY: mark})
     sink = io.BytesIO()
@@ -132,10 +126,9 @@ def tabulate(rows: Sequence[Mapping[str, Any]], *, skip: Collection[str]) -> tup
             columns[name] = pa.array(values, wanted)
             pq.write_table(pa.table({name: columns[name][:0]}), io.BytesIO())  # not every Arrow type has a Parquet one
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as exc:
-            reason = str(exc).split("\n")[0]
+            rule = "do not make a Parquet column: " + str(exc).split("\n")[0]
             remedy = "give the column one type, in every row the same"
-            rule = f"do not make a Parquet column: {reason}"
-            problems.append(column_problem(name, "the values", rule, remedy))
+            problems.append(Problem(column=name, value="the values", rule=rule, remedy=remedy))
     return pa.table(columns), problems
 
 
@@ -143,13 +136,9 @@ def _not_unicode(name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Probl
     for number, row in enumerate(rows, 1):
         value, job_id = row.get(name), row.get("job_id")
         if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            job_id, rule = job_id if isinstance(job_id, str) else "", "is not valid Unicode"
             yield Problem(
-                row=number,
-                job_id=job_id if isinstance(job_id, str) else "",
-                column=name,
-                value=shown(value),
-                rule="is not valid Unicode",
-                remedy="correct the value",
+                row=number, job_id=job_id, column=name, value=shown(value), rule=rule, remedy="correct the value"
             )
 
 
@@ -168,21 +157,20 @@ def unknown_columns(table: pa.Table) -> list[str]:
 def table_problems(table: pa.Table) -> Iterator[Problem]:
     """What is wrong with the table as a whole: version, columns, types."""
     if _version(table) is None:
-        key = METADATA_KEY.decode()
-        rule = f"does not say in its metadata (key {key}) which version of the schema it has"
-        yield file_problem("the file", rule, f"make it with {BUILD}, or see manifests/README.md")
+        rule = f"does not say in its metadata (key {METADATA_KEY.decode()}) which version of the schema it has"
+        yield Problem(value="the file", rule=rule, remedy=f"make it with {BUILD}, or see manifests/README.md")
     for name, count in Counter(table.column_names).items():
         if count > 1:
-            yield column_problem(name, "", "the column is there twice", "keep one of them")
+            yield Problem(column=name, rule="the column is there twice", remedy="keep one of them")
     for field in table.schema:
         wanted = COLUMNS.get(field.name)
         if wanted is not None and not _fits(field.type, wanted):
             rule = f"is not {wanted}, the type of this column"
-            yield column_problem(field.name, f"type {field.type}", rule, "cast the column")
+            yield Problem(column=field.name, value=f"type {field.type}", rule=rule, remedy="cast the column")
 
 
 def _fits(found: pa.DataType, wanted: pa.DataType) -> bool:
-    """Whether the values of ``found`` are those of ``wanted``, however many bits or offsets they take."""
+    """Whether ``found`` holds the values of ``wanted``, in however many bits and with whatever offsets."""
     types = pa.types
     if types.is_null(found):
         return True

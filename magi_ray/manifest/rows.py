@@ -1,4 +1,4 @@
-"""The values of a manifest without problems: its rows, what a row leaves out, and the manifest itself."""
+"""A manifest without problems, as values: captions, rows, the defaults of rows, the manifest."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Caption:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One valid row, the run's defaults filled in.
+    """One valid row, with the run's defaults filled in.
 
-    number: from 1.  captions: at least one, the first at chunk 0, strictly rising.
-    image, video: as written, at most one of them; prefix_location: where it lies, an absolute path or an s3:// URI.
-    prefix: the run's, with the row's own values.
+    number: from 1.  captions: at least one, the first at chunk 0, start_chunk strictly rising.
+    image, video: as written, at most one of them; prefix_location: its absolute path or s3:// URI.
+    prefix: the run's settings, with the row's own values.
     seconds (> 0), num_chunks (≥ 1): exactly one is set.  width, height: pixels, multiples of 16.  fps: 1…120.
     seed: 0…2^63−1.  num_steps: fits the run's window and KV ranges.  priority: higher first.
-    extra: the columns magi-ray does not know, for the results.
+    extra: the columns that magi-ray does not know, for the results.
     """
 
     number: int
@@ -55,7 +55,7 @@ class Row:
 
     @property
     def mode(self) -> Literal["t2v", "i2v", "v2v"]:
-        """What the video starts from: text alone, an image, a video."""
+        """What the video starts from: text only, an image, a video."""
         return "i2v" if self.image is not None else "v2v" if self.video is not None else "t2v"
 
     def chunks(self, prefix_latents: int) -> int:
@@ -80,29 +80,24 @@ class Defaults(Frozen):
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        """The run's values. num_frames rounds up to whole chunks; frames of a prefix are not counted."""
+        """The run's defaults. num_frames is rounded up to whole chunks; frames of a prefix do not count."""
         runtime = settings.runtime
+        num_chunks = max(1, math.ceil(runtime.num_frames // FRAMES_PER_LATENT / LATENTS_PER_CHUNK))
         return cls(
-            width=runtime.video_size_w,
-            height=runtime.video_size_h,
-            fps=runtime.fps,
-            seed=runtime.seed,
-            num_steps=runtime.num_steps,
-            num_chunks=max(1, math.ceil(runtime.num_frames // FRAMES_PER_LATENT / LATENTS_PER_CHUNK)),
-            runtime=runtime,
-            prefix=settings.prefix,
-        )
+            width=runtime.video_size_w, height=runtime.video_size_h, fps=runtime.fps, seed=runtime.seed,
+            num_steps=runtime.num_steps, num_chunks=num_chunks, runtime=runtime, prefix=settings.prefix,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """A manifest without problems.
 
-    digest: sha256 over the rows as written, before the run's defaults, in their order: job_id, captions (a prompt is
-    a schedule of one), every other value that is not null, unknown columns included. Neither the file's bytes nor the
-    order of its columns count. Media count by the words that name them: where they lie on this machine says nothing,
-    and what is in them is hashed with the prefix of each video.
-    table: the whole table with its own types, so that unknown columns can travel on unchanged.
+    digest: sha256 (hex) over the rows as written, without the run's defaults, in order: job_id, captions (a prompt is a
+    schedule of one) and every other value that is not null, unknown columns included. The file's bytes and the order of
+    its columns do not count. Of media only the written paths count; their contents are hashed with the prefix of each
+    video.
+    table: the whole table with its own types, so that unknown columns stay unchanged.
     notes: what is allowed but probably not meant, a sentence each.
     """
 
@@ -113,16 +108,16 @@ class Manifest:
 
     @property
     def unknown(self) -> pa.Table:
-        """The columns magi-ray does not know, types and all, a line for each row."""
+        """The columns that magi-ray does not know, with their types; a line for each row."""
         return self.table.select(unknown_columns(self.table))
 
     def parquet(self) -> bytes:
-        """The manifest as a file: what a run keeps."""
+        """The bytes of the Parquet file that a run keeps."""
         return encode(self.table)
 
 
 def table_for_show(manifest: Manifest) -> list[dict[str, Any]]:
-    """The rows as JSON values, defaults filled in, for people and for ``--json``. Unknown columns come last."""
+    """The rows as JSON values with the defaults filled in, for people and for ``--json``. Unknown columns come last."""
     return [
         {
             "row": row.number,
@@ -149,5 +144,5 @@ def table_for_show(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def plain(value: Any) -> str:
-    """The text of what JSON has no form for: bytes, dates, decimals of unknown columns."""
+    """Text for values of unknown columns that JSON cannot hold: bytes, dates, decimals."""
     return value.hex() if isinstance(value, bytes) else str(value)

@@ -1,6 +1,6 @@
-"""The rules of rows: strict pydantic models of a row's cells, and what is asked across rows.
+"""The rules of rows: strict pydantic models of a row's cells, and what is checked across rows.
 
-A rule that compares cells stands at the last of them, and waits until the others break no rule of their own.
+A rule that compares cells belongs to the last of them, and is asked once the others break no rule of their own.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
-    """What the rules need beside a row's own cells. number: the row's, from 1.  base: absolute; where relative media
-    paths start."""
+    """What rules need besides the row's cells. number: the row's, from 1.  base: where relative media paths start,
+    absolute."""
 
     defaults: Defaults
     base: Path
@@ -46,7 +46,7 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Broken:
-    """A broken rule. value: as shown; None: the cell's.  column: None: the cell's own."""
+    """A rule that a cell breaks. value: as shown, None for the cell's.  column: None for the cell's own."""
 
     rule: str
     remedy: str
@@ -58,14 +58,12 @@ Rule = Callable[[Any, Context, Mapping[str, Any]], Iterable[Broken]]
 
 
 def rules(*asked: Rule) -> AfterValidator:
-    """Each rule gets the cell, the context, and those of the cells above that break no rule. Without a context types
-    alone are checked."""
+    """Asks each rule of the cell. Rules also get the context, and the cells above that break no rule. Without a context
+    only types are checked."""
 
     def ask(cell: Any, info: ValidationInfo) -> Any:
         if info.context is not None:
-            broken: list[Broken] = []
-            for rule in asked:
-                broken.extend(rule(cell, info.context, info.data))
+            broken = [found for rule in asked for found in rule(cell, info.context, info.data)]
             if broken:
                 raise PydanticCustomError("rules", "rules are broken", {"cell": cell, "broken": broken})
         return cell
@@ -74,6 +72,40 @@ def rules(*asked: Rule) -> AfterValidator:
 
 
 # Rules of one cell
+
+
+def must(holds: Callable[[Any], bool], rule: str, remedy: str) -> Rule:
+    """``holds`` is true of the cell; ``rule`` says what is wrong otherwise."""
+
+    def ask(cell: object, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+        if not holds(cell):
+            yield Broken(rule=rule, remedy=remedy)
+
+    return ask
+
+
+def _between(low: int, high: int, high_shown: str) -> Rule:
+    rule = f"is not between {low} and {high_shown}"
+    return must(lambda value: low <= value <= high, rule, "use a number between them")
+
+
+_is_described = must(lambda prompt: bool(prompt and prompt.strip()), "is blank", "describe what is to be seen")
+_is_a_start = must(lambda start: start is not None, "is not a number", "write the chunk at which it begins")
+_is_not_empty = must(bool, "is empty", "leave it null, or write how many chunks are seen")
+_sees_itself = must(
+    lambda kv_range: all(chunks is not None and chunks >= 1 for chunks in kv_range),
+    "has a value below 1, but a chunk always sees itself",
+    "use 1 for the chunk alone, 2 for one more, and so on",
+)
+_holds_a_latent = must(
+    lambda frames: frames >= FRAMES_PER_LATENT,
+    f"is shorter than one latent frame, which is {FRAMES_PER_LATENT} frames",
+    f"use {FRAMES_PER_LATENT} or more, or an image",
+)
+_is_a_length = must(
+    lambda seconds: math.isfinite(seconds) and seconds > 0, "is not a length", "write a number above 0, for example 2.5"
+)
+_is_some_chunks = must(lambda chunks: chunks >= 1, "is below 1", "write how many chunks of 24 frames to make")
 
 
 def _is_a_name(job_id: str | None, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
@@ -88,26 +120,8 @@ def _is_a_name(job_id: str | None, context: Context, above: Mapping[str, Any]) -
     yield Broken(rule=rule, remedy=f"use for example {shown(better)}")
 
 
-def _is_described(prompt: str | None, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
-    if prompt is None or not prompt.strip():
-        yield Broken(rule="is blank", remedy="describe what is to be seen")
-
-
-def _is_a_start(start: int | None, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
-    if start is None:
-        yield Broken(rule="is not a number", remedy="write the chunk at which it begins")
-
-
-def _sees_itself(kv_range: list[int | None], context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
-    if not kv_range:
-        yield Broken(rule="is empty", remedy="leave it null, or write how many chunks are seen")
-    if any(chunks is None or chunks < 1 for chunks in kv_range):
-        rule = "has a value below 1, but a chunk always sees itself"
-        yield Broken(rule=rule, remedy="use 1 for the chunk alone, 2 for one more, and so on")
-
-
 def _guides(of_run: str) -> Rule:
-    """The scales of a guidance that the run has. of_run: which they replace."""
+    """Guidance scales fit a run that has guidance. of_run: the field whose values they replace."""
 
     def rule(scales: list[float | None], context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
         runtime = context.defaults.runtime
@@ -158,7 +172,7 @@ def _scheme(written: str) -> str:
 
 
 def location(written: str, base: Path) -> str:
-    """Where a medium that breaks no rule lies: an absolute path, or an s3:// URI as it is."""
+    """Where an image or clip lies whose cell breaks no rule: an absolute path, or its s3:// URI."""
     scheme = _scheme(written)
     if scheme == "s3":
         return written
@@ -172,30 +186,6 @@ def _one_of(*known: str) -> Rule:
             yield Broken(rule=f"is none of {', '.join(known)}", remedy=f"use {close[0] if close else known[0]}")
 
     return rule
-
-
-def _between(low: int, high: int, high_shown: str) -> Rule:
-    def rule(value: int, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
-        if not low <= value <= high:
-            yield Broken(rule=f"is not between {low} and {high_shown}", remedy="use a number between them")
-
-    return rule
-
-
-def _holds_a_latent(frames: int, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
-    if frames < FRAMES_PER_LATENT:
-        rule = f"is shorter than one latent frame, which is {FRAMES_PER_LATENT} frames"
-        yield Broken(rule=rule, remedy=f"use {FRAMES_PER_LATENT} or more, or an image")
-
-
-def _is_a_length(seconds: float, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
-    if not (math.isfinite(seconds) and seconds > 0):
-        yield Broken(rule="is not a length", remedy="write a number above 0, for example 2.5")
-
-
-def _is_some_chunks(num_chunks: int, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
-    if num_chunks < 1:
-        yield Broken(rule="is below 1", remedy="write how many chunks of 24 frames to make")
 
 
 def _is_a_multiple(size: int, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
@@ -224,20 +214,14 @@ def _is_complete(tags: list[tuple[str, str | None]], context: Context, above: Ma
 # Rules that compare cells
 
 
-def _not_beside(column: str) -> Rule:
-    """A row has ``column`` or this one."""
+def _not_beside(column: str, here: str, said: str = "a row has one or the other") -> Rule:
+    """A row has ``column`` or this one, which is called ``here``."""
 
     def rule(cell: object, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
         other = above.get(column)
         if cell is not None and other is not None:
-            this = {"image": "video", "seconds": "num_chunks"}[column]
-            begins = "a row begins from one or the other" if column == "image" else "a row has one or the other"
-            yield Broken(
-                column=column,
-                value=shown(other),
-                rule=f"stands beside {this} {shown(cell)}, but {begins}",
-                remedy="leave one of the two empty",
-            )
+            rule = f"stands beside {here} {shown(cell)}, but {said}"
+            yield Broken(column=column, value=shown(other), rule=rule, remedy="leave one of the two empty")
 
     return rule
 
@@ -311,6 +295,7 @@ def _ends_in_time(schedule: list[Entry] | None, context: Context, above: Mapping
 Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Medium = Annotated[str, rules(_can_be_read)]
 Size = Annotated[Int, rules(_is_a_multiple)]
+Chunks = Annotated[Int, rules(_is_some_chunks)]
 # Arrow has a map as pairs, in which a key may come twice.
 Tags = Annotated[
     list[tuple[str, str | None]],
@@ -326,26 +311,26 @@ class Entry(BaseModel):
 
     start_chunk: Annotated[Int | None, rules(_is_a_start)] = None
     prompt: Annotated[str | None, rules(_is_described)] = None
-    kv_range: Annotated[list[Int | None], rules(_sees_itself)] | None = None
+    kv_range: Annotated[list[Int | None], rules(_is_not_empty, _sees_itself)] | None = None
     text_scales: Annotated[list[float | None], rules(_guides("text_scales"))] | None = None
     prev_chunk_scales: Annotated[list[float | None], rules(_guides("prev_chunk_scales"))] | None = None
 
 
 class Cells(BaseModel):
-    """The cells of a row as written; a missing one is null, a column that magi-ray does not know is left aside."""
+    """The cells of a row as written. A missing one is null; columns that magi-ray does not know are ignored."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", validate_default=True)
 
     job_id: Annotated[str | None, rules(_is_a_name)] = None
     prompt: str | None = None
     image: Medium | None = None
-    video: Annotated[Medium | None, rules(_not_beside("image"))] = None
+    video: Annotated[Medium | None, rules(_not_beside("image", "video", "a row begins from one or the other"))] = None
     prefix_from: Annotated[str, rules(_one_of("start", "end"))] | None = None
     prefix_frames: Annotated[Int, rules(_holds_a_latent)] | None = None
     fit: Annotated[str, rules(_one_of("crop", "pad", "fit"))] | None = None
     include_prefix: bool | None = None
     seconds: Annotated[float, rules(_is_a_length)] | None = None
-    num_chunks: Annotated[Annotated[Int, rules(_is_some_chunks)] | None, rules(_not_beside("seconds"))] = None
+    num_chunks: Annotated[Chunks | None, rules(_not_beside("seconds", "num_chunks"))] = None
     width: Size | None = None
     height: Size | None = None
     fps: Annotated[Int, rules(_between(1, MAX_FPS, str(MAX_FPS)))] | None = None
@@ -356,7 +341,7 @@ class Cells(BaseModel):
     schedule: Annotated[list[Entry] | None, rules(_captions, _rises, _divides_the_steps, _ends_in_time)] = None
 
 
-# Columns that say of one row what the run's table [prefix] says of all.
+# Columns that override for one row a field of the run's PrefixSettings.
 PREFIX_COLUMNS = {"prefix_from": "take", "prefix_frames": "max_frames", "fit": "fit", "include_prefix": "include"}
 
 _TYPES: Mapping[pa.DataType, str] = {
@@ -373,10 +358,10 @@ _UNUSABLE = object()  # of no column's type
 def check(
     rows: Iterable[Mapping[str, Any]], context: Context | None, *, unusable: Collection[str] = ()
 ) -> tuple[list[Cells], list[Problem]]:
-    """The cells of all rows, and all that is wrong with them; cells of rows with problems are missing.
+    """The cells of the rows without problems, and the problems of the others.
 
-    context: its number does not count; None: only types are checked.  unusable: columns of which something is said
-    already; nothing more is said of them, nor of what depends on them.
+    context: its number is ignored; None checks types only.  unusable: columns with problems already reported; nothing
+    more is reported of them, nor of what depends on them.
     """
     cells: list[Cells] = []
     problems: list[Problem] = []
@@ -425,7 +410,7 @@ def _problem(row: int, job_id: object, column: str, value: str, rule: str, remed
 
 
 def notes(cells: Sequence[Cells], unknown: Iterable[str]) -> Iterator[str]:
-    """What is allowed but probably not meant. unknown: names of the columns that magi-ray does not know."""
+    """Notes on what is allowed but probably not meant. unknown: the columns that magi-ray does not know."""
     for name in unknown:
         close = difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.7)
         if close:

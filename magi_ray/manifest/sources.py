@@ -1,4 +1,4 @@
-"""Rows from text files: JSON lines, CSV, YAML. Gives plain values; whether they are right is not asked here."""
+"""Rows from text files: JSON lines, CSV, YAML. They come as plain values, which ``rules`` checks later."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from magi_ray.manifest.messages import BUILD, file_problem, refusal, shown
+from magi_ray.manifest.messages import BUILD, file_error, shown
 from magi_ray.manifest.parquet import COLUMNS
 
 
@@ -29,7 +29,7 @@ def load(source: Path) -> tuple[list[int], list[dict[str, Any]]]:
     name, kind = str(source), source.suffix.lower()
     reader = readers.get(kind)
     if reader is None:
-        raise refusal(name, [file_problem(name, f"ends in none of {', '.join(readers)}", f"use {BUILD}")])
+        raise file_error(name, f"ends in none of {', '.join(readers)}", f"use {BUILD}")
     lines: list[int] = []
     rows: list[dict[str, Any]] = []
     try:
@@ -40,10 +40,10 @@ def load(source: Path) -> tuple[list[int], list[dict[str, Any]]]:
             lines.append(line)
             rows.append(row)
     except OSError as exc:
-        raise refusal(name, [file_problem(name, f"cannot be read ({exc.strerror})", "check the path")]) from exc
+        raise file_error(name, f"cannot be read ({exc.strerror})", "check the path") from exc
     except (_UnreadableError, UnicodeDecodeError, csv.Error, yaml.YAMLError) as exc:
         rule = f"is not readable as UTF-8 {kind[1:]}: {' '.join(str(exc).split())}"
-        raise refusal(name, [file_problem(name, rule, "correct it there")]) from exc
+        raise file_error(name, rule, "correct it there") from exc
     return lines, rows
 
 
@@ -83,7 +83,7 @@ def _read_csv(text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _typed(name: str, cell: str) -> Any:
-    """The value of a CSV cell; one that does not parse stays text, which the rules then complain about."""
+    """The value of a CSV cell. One that does not parse stays text, and the rules refuse it."""
     wanted = COLUMNS.get(name)
     if not cell:
         return None

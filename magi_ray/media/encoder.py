@@ -1,13 +1,13 @@
 """Encodes the frames of one chunk to one segment, with ffmpeg.
 
 A segment is fragmented MP4: a header that is the same for all segments of a video, and one closed group of pictures
-whose time stamps say where in the video it belongs. So header + segments in order is a playable stream while a video
-is still being rendered, and ``joiner`` only has to copy. There are no B-frames: then every frame is stored in the order
-and at the time it is shown, a segment starts exactly at frame_offset / fps, and no edit list has to hide a delay. The
-price, measured at 720p and crf 18: files up to a fifth larger, at 0.25 dB more.
+whose time stamps say where in the video it belongs. So header + segments in order is a playable stream while the video
+is still being rendered, and ``joiner`` only copies. There are no B-frames: every frame is stored in the order and at
+the time it is shown, a segment starts exactly at frame_offset / fps, and no edit list has to hide a delay. The price,
+measured at 720p and crf 18: files up to a fifth larger, at 0.25 dB more.
 
-The same frames give the same bytes on every machine with the same ffmpeg: x264 runs with a pinned number of threads and
-without choosing algorithms by CPU, the conversion to YUV is bit-exact, and no version or date is written.
+The same frames give the same bytes on every machine with the same ffmpeg: x264's number of threads is fixed, it does
+not choose algorithms by CPU, the conversion to YUV is bit-exact, and no version or date is written.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def find_ffmpeg() -> Path:
 
 
 def encoder_identity(ffmpeg: Path) -> str:
-    """The versions of ffmpeg and x264, since another one makes other bytes. Raises MediaError."""
+    """The versions of ffmpeg and x264, which decide the bytes of a segment. Raises MediaError."""
     version = re.match(rb"ffmpeg version (\S+)", _ask(ffmpeg, ["-version"]))
-    # ffmpeg does not say which x264 it holds; the encoder writes it into every stream that is not told otherwise.
+    # ffmpeg does not say which x264 it contains, but x264 writes its version into every stream by default.
     picture = ["-f", "rawvideo", "-pix_fmt", "gray", "-s", "16x16", "-i", "pipe:0", "-pix_fmt", "yuv420p"]
     stream = _ask(ffmpeg, [*picture, "-c:v", "libx264", "-f", "h264", "pipe:1"], feed=bytes(256))
     x264 = re.search(rb"x264 - core ([^-]+?) - H\.264", stream)
@@ -68,20 +68,14 @@ def encoder_identity(ffmpeg: Path) -> str:
 
 
 def encode_segment(
-    frames: Pixels,
-    *,
-    ffmpeg: Path,
-    fps: int,
-    frame_offset: int,
-    settings: EncoderSettings,
-    out: Path,
+    frames: Pixels, *, ffmpeg: Path, fps: int, frame_offset: int, settings: EncoderSettings, out: Path,
     deadline_s: float = 600.0,
-) -> None:
+) -> None:  # fmt: skip
     """Writes ``frames`` to ``out`` as H.264, yuv420p, BT.709, without sound.
 
     frames: uint8 RGB [T, H, W, 3], T ≥ 1, H and W even.  frame_offset: number of the first frame in the whole video,
-    ≥ 0.  The file depends on nothing but these, ``fps``, ``settings`` and ``encoder_identity(ffmpeg)``.
-    Raises OutputError (ffmpeg refused, in its words), WorkerLost (killed, or not done after ``deadline_s``).
+    ≥ 0.  The file depends only on these, ``fps``, ``settings`` and ``encoder_identity(ffmpeg)``.
+    Raises OutputError (ffmpeg failed, with its message), WorkerLost (killed, or not done after ``deadline_s``).
     """
     count, height, width, channels = frames.shape
     assert frames.dtype == np.uint8
@@ -105,14 +99,14 @@ def encode_segment(
 
 
 def run_ffmpeg(command: Sequence[str], *, feed: Iterable[bytes | memoryview], deadline_s: float, purpose: str) -> None:
-    """Runs ``command``, giving it ``feed`` to read. It never outlives this call. Raises OutputError, WorkerLost."""
+    """Runs ``command`` with ``feed`` as its stdin. It never outlives this call. Raises OutputError, WorkerLost."""
     late = threading.Event()
     with tempfile.TemporaryFile() as errors:
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors) as process:
 
             def expire() -> None:
                 late.set()
-                process.kill()  # which also wakes us from a write that it no longer reads
+                process.kill()  # also ends a write that it no longer reads
 
             alarm = threading.Timer(deadline_s, expire)
             alarm.daemon = True

@@ -1,4 +1,4 @@
-"""Joins the segments of a video to one mp4 without encoding again, and checks the result frame by frame."""
+"""Joins the segments of a video into one mp4 without re-encoding, and checks the result frame by frame."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _REMEDY = "Nothing was published, and the stages are kept: resume to join the vi
 def join(segments: Sequence[Path], *, out: Path, ffmpeg: Path, deadline_s: float = 3600.0) -> None:
     """Writes the frames of ``segments`` (from ``encode_segment``, in order, at least one) to the mp4 ``out``.
 
-    The first one begins at time 0 there. The index comes first, so that players can begin before all is loaded.
-    The same segments give the same bytes. Memory does not grow with the video, but for the index.
+    The first frame is at time 0. The index comes first, so that players can begin before all is loaded. The same
+    segments give the same bytes. Memory does not grow with the video, except for the index.
     Raises OutputError, WorkerLost.
     """
     command = [
@@ -32,7 +32,7 @@ def join(segments: Sequence[Path], *, out: Path, ffmpeg: Path, deadline_s: float
 
 
 def verify(path: Path, *, frames: int, width: int, height: int, fps: int) -> None:
-    """Decodes the whole video and compares it with the plan. Raises OutputError with what was planned and found."""
+    """Decodes the whole video and compares it with the plan. Raises OutputError with both values of what differs."""
     try:
         with open_video(path) as (container, stream):
             found, tick = 0, stream.time_base or Fraction(0)
@@ -55,9 +55,8 @@ def verify(path: Path, *, frames: int, width: int, height: int, fps: int) -> Non
 
 def _require_equal(path: Path, what: str, planned: object, found: object) -> None:
     if found != planned:
-        raise OutputError(
-            f"{path.name}, {what}: planned {_printable(planned)}, found {_printable(found)}.", remedy=_REMEDY
-        )
+        values = f"planned {_printable(planned)}, found {_printable(found)}"
+        raise OutputError(f"{path.name}, {what}: {values}.", remedy=_REMEDY)
 
 
 def _printable(value: object) -> object:
@@ -97,8 +96,7 @@ def _boxes(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int, int]]:
         if size == 1:
             size = int.from_bytes(head[8:16], "big")
         if size < 8 or start + size > end:
-            raise OutputError(
-                f"{path.name} is not a whole MP4: a part of {size} bytes at {start} of {end}.", remedy=_REMEDY
-            )
+            part = f"a part of {size} bytes at {start} of {end}"
+            raise OutputError(f"{path.name} is not a whole MP4: {part}.", remedy=_REMEDY)
         yield kind, start, size
         start += size

@@ -1,4 +1,4 @@
-"""Single frames as pictures, to look at."""
+"""Single frames as PNG pictures."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from magi_ray.media.reader import Pixels, open_video
 
 
 def frames_at(path: Path, numbers: Collection[int]) -> Pixels:
-    """The frames with these numbers, in their order in the video: uint8 RGB [len(numbers), H, W, 3].
+    """The frames with these numbers (from 0), in video order: uint8 RGB [count, H, W, 3]; count: distinct numbers.
 
-    Raises MediaError, also when the video is shorter.
+    Raises MediaError, also when the video is too short.
     """
     wanted = set(numbers)
     with open_video(path) as (container, stream):
@@ -31,7 +31,7 @@ def frames_at(path: Path, numbers: Collection[int]) -> Pixels:
 
 
 def write_png(path: Path, frame: Pixels) -> None:
-    """``frame``: uint8 RGB [H, W, 3]."""
+    """Writes ``frame``, uint8 RGB [H, W, 3], to ``path``."""
     encoder = av.CodecContext.create("png", "w")
     assert isinstance(encoder, VideoCodecContext)
     encoder.height, encoder.width = frame.shape[:2]

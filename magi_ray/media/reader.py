@@ -1,4 +1,4 @@
-"""Reads images and videos with PyAV: what a file holds, and its pixels at a wanted size and rate.
+"""Reads images and videos with PyAV: their pixels at a given size and rate.
 
 Pixels come as uint8 RGB in 0…255. The same file gives the same pixels on every machine: swscale runs in its
 bit-exact mode on one thread.
@@ -40,8 +40,8 @@ _SCALING = (
 
 @contextmanager
 def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The file and its first video stream (an image is a video of one frame). Raises MediaError, also on behalf of
-    the block inside."""
+    """The file and its first video stream (an image is a video of one frame). Raises MediaError, also for PyAV's
+    errors in the block inside."""
     try:
         # Opened by number and so without a name: a name like "a%02d.png" or "x:y.mp4" means something to ffmpeg.
         with open(os.open(path, os.O_RDONLY), "rb") as file, av.open(file, "r") as container:  # noqa: PTH123
@@ -70,8 +70,8 @@ def read_video(path: Path, *, width: int, height: int, fps: int, max_frames: int
     """At most ``max_frames`` frames at ``fps`` of the start or the end of a clip: uint8 [T, height, width, 3], T ≥ 1.
 
     Output frame k is the source frame whose time is nearest to k / fps (the earlier of two equally near).
-    fit: "crop" covers the frame and cuts what stands over, in the middle; "pad" shows all, with black bars; "fit"
-    stretches. Memory does not grow with the clip's length.  Raises MediaError.
+    fit: "crop" fills the frame and cuts off the edges; "pad" shows all, with black bars; "fit" stretches.
+    Memory does not grow with the clip's length.  Raises MediaError.
     """
     with open_video(path) as (container, stream):
         frames = _resampled(_timed(path, container, stream), fps)
@@ -80,7 +80,7 @@ def read_video(path: Path, *, width: int, height: int, fps: int, max_frames: int
 
 
 def count_frames(path: Path, *, fps: int, max_frames: int) -> int:
-    """How many frames ``read_video`` gives. Decodes no more of the clip than that takes. Raises MediaError."""
+    """How many frames ``read_video`` gives. Decodes no more of the clip than needed. Raises MediaError."""
     with open_video(path) as (container, stream):
         return sum(1 for _ in islice(_resampled(_timed(path, container, stream), fps), max_frames))
 
@@ -88,7 +88,7 @@ def count_frames(path: Path, *, fps: int, max_frames: int) -> int:
 def _timed(
     path: Path, container: InputContainer, stream: VideoStream
 ) -> Iterator[tuple[Fraction, Fraction, VideoFrame]]:
-    """Every frame with the times in seconds, counted from the first, at which it begins and ends."""
+    """Every frame, after the seconds from the first frame's begin at which it begins and ends."""
     rate = stream.average_rate or stream.guessed_rate or Fraction(24)
     tick = stream.time_base or 1 / rate
     start, count = Fraction(0), 0

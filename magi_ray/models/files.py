@@ -1,6 +1,6 @@
-"""Files of a network: where the published layout keeps them, and the digest of what they hold. No torch.
+"""Files of a network: where the published layout keeps them, and the digest of their contents. No torch.
 
-Any safetensors file may also be stored compressed, as ``<name>.zst``; where both lie there, the plain one is taken.
+Any safetensors file may also be stored compressed, as ``<name>.zst``; if both exist, the plain one is used.
 """
 
 from __future__ import annotations
@@ -66,9 +66,8 @@ def text_encoder_sizes(t5_pretrained: Path) -> dict[str, int]:
     path = text_encoder_files(t5_pretrained)[0].parent / "config.json"
     try:
         config = json.loads(path.read_text())
-        return {
-            name: int(config[name]) for name in ("vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_layers")
-        }
+        names = ("vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_layers")
+        return {name: int(config[name]) for name in names}
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise WeightsError(f"{path} is not the config of a T5: {exc!r}", remedy="Download it again.") from exc
 
@@ -97,10 +96,10 @@ def _stored(file: Path) -> Path:
 def digest_files(files: Sequence[Path], *, cache: Path | None) -> str:
     """sha256 (hex) over the names and contents of ``files``; their order and folder do not matter.
 
-    It stands for the files as they are stored: the same tensors in other shards, or compressed, have another digest.
-    A file beside which ``<file>.sha256`` lies (the hex digest, alone or as ``sha256sum`` writes it) must have that one.
-    cache: a JSON file that remembers the digest of each file by (resolved path, size, mtime, inode), so that
-    48 GB are read once; None reads everything. A cache that cannot be read or written is only slower.
+    It covers the files as they are stored: the same tensors in other shards, or compressed, have another digest.
+    A file with a ``<file>.sha256`` beside it (the hex digest, alone or as ``sha256sum`` writes it) must have that one.
+    cache: a JSON file that keeps the digest of each file by (resolved path, size, mtime, inode), so that 48 GB are
+    read once; None reads everything. A cache that cannot be read or written costs time only.
     Raises WeightsError for a file that cannot be read, or is not what its sidecar says.
     """
     known = _read_cache(cache)
@@ -133,10 +132,8 @@ def _check_sidecar(file: Path, found: str) -> None:
         raise WeightsError(f"{sidecar} cannot be read: {exc}", remedy="Download it again, or delete it.") from exc
     expected = words[0].removeprefix("\\").lower() if words else ""
     if not re.fullmatch("[0-9a-f]{64}", expected):
-        raise WeightsError(
-            f"{sidecar} does not begin with a sha256 of 64 hex digits, but with {expected[:80]!r}.",
-            remedy="Download it again, or delete it.",
-        )
+        wrong = f"{sidecar} does not begin with a sha256 of 64 hex digits, but with {expected[:80]!r}."
+        raise WeightsError(wrong, remedy="Download it again, or delete it.")
     if found != expected:
         raise WeightsError(
             f"{file} has sha256 {found}, but {sidecar.name} says {expected}.",

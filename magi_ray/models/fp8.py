@@ -1,7 +1,7 @@
 """Linear layers of fp8 checkpoints (spec §3): inputs and weights in e4m3, sums in float32.
 
-The plain path is the specification: it multiplies the very e4m3 values in float32. Hardware with fp8 matmul does the
-same sums in its own order.
+The plain path is the specification: it multiplies the same e4m3 values in float32. Hardware with fp8 matmul sums in
+its own order.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _plain(x: Tensor, weight: Tensor, input_scale: Tensor, weight_scale: Tensor)
 
 
 def _hardware(x: Tensor, weight: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:
-    # The kernel wants multiples of 16 rows; bytes are padded, since not every operation knows e4m3. Byte 0 is 0.0.
+    # The kernel needs a multiple of 16 rows. Padded as bytes, since not every operation knows e4m3; byte 0 is 0.0.
     rows = x.flatten(0, -2).view(torch.uint8)
     padding = -len(rows) % 16
     rows = F.pad(rows, (0, 0, 0, padding)).view(E4M3)

@@ -1,4 +1,4 @@
-"""What a safetensors file holds, stored plainly or as ``.zst``, without unpacking it as a whole.
+"""Reads safetensors files, plain or as ``.zst``, without unpacking them as a whole.
 
 Format: 8 bytes length, a JSON header (name → dtype, shape, place), the tensors. Compressed files are read once from
 front to end.
@@ -24,19 +24,10 @@ from magi_ray.errors import WeightsError
 from magi_ray.models.files import COMPRESSED
 
 _DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 _LONGEST_HEADER = 100 * 2**20  # the format's own bound
 _FRAME_MAGIC, _SKIPPABLE_MAGIC = 0xFD2FB528, 0x184D2A50
 _LONGEST_FRAME_HEADER = 18
@@ -74,9 +65,9 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 
 def read_tensors(file: Path, wanted: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of ``file`` named in ``wanted``, one after the other, in host memory.
+    """The tensors of ``file`` named in ``wanted``, one by one, in host memory.
 
-    Those of a plain file are mapped; of a compressed one, each is unpacked when it is its turn.
+    Those of a plain file are memory-mapped; those of a compressed one are unpacked one at a time.
     Raises WeightsError as ``read_header``, and for compressed bytes that do not unpack.
     """
     with _as_weights_error(file):
@@ -117,9 +108,8 @@ def _parse_header(stream: BinaryIO, file: Path) -> tuple[dict[str, Entry], int]:
             raise ValueError(f"{name} has the unknown dtype {entry.dtype}")
         needed = math.prod(entry.shape) * _DTYPES[entry.dtype].itemsize
         if entry.begin != place or entry.end - entry.begin != needed:
-            raise ValueError(
-                f"{name} needs {needed} bytes from {place} on, but is said to lie at {entry.begin}–{entry.end}"
-            )
+            found = f"{entry.begin}–{entry.end}"
+            raise ValueError(f"{name} needs {needed} bytes from {place} on, but is said to lie at {found}")
         place = entry.end
     return entries, 8 + length + place
 
@@ -137,17 +127,13 @@ def _read(stream: BinaryIO, size: int, file: Path) -> bytearray:
 
 @contextmanager
 def _unpacked(file: Path) -> Iterator[BinaryIO]:
-    with (
-        file.open("rb") as packed,
-        zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).stream_reader(
-            packed, read_across_frames=True
-        ) as stream,
-    ):
+    unpacker = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
+    with file.open("rb") as packed, unpacker.stream_reader(packed, read_across_frames=True) as stream:
         yield stream
 
 
 def _require_whole_frames(file: Path) -> int | None:
-    """Go from block to block without unpacking. Returns the unpacked size, None where the frames do not say it.
+    """The unpacked size, None where the frames do not say it. Goes from block to block without unpacking.
 
     Raises WeightsError for a file that ends within a frame.
     """

@@ -1,6 +1,5 @@
-"""Weight folders for the presets `magi-tiny` and `magi-tiny-4.5b`, made from a seed in the published layout (spec §2).
-
-``tiny_weights`` says what stands in them. The one loading path serves them and the published checkpoints alike.
+"""Weight folders for the presets `magi-tiny` and `magi-tiny-4.5b`, made from a seed in the published layout (spec §2),
+and so loaded as the published checkpoints are. ``tiny_weights`` makes their contents.
 """
 
 from __future__ import annotations
@@ -26,15 +25,7 @@ from magi_ray.models.fp8 import E4M3, E4M3_MAX
 from magi_ray.models.text.special_tokens import OTHER_TOKENS
 from magi_ray.models.text.t5 import T5_NAME, TOKENIZER_FILE
 from magi_ray.models.tiny_text import t5_config, t5_weights, train_tokenizer
-from magi_ray.models.tiny_weights import (
-    VAE_CONFIG,
-    Array,
-    Draw,
-    dit_weights,
-    unfit_for_tiny,
-    vae_config_json,
-    vae_weights,
-)
+from magi_ray.models.tiny_weights import VAE_CONFIG, Array, Draw, dit_weights, unfit, vae_config_json, vae_weights
 from magi_ray.models.vae.model import VAE, WEIGHTS_FILE
 from magi_ray.settings import Settings, WeightPaths
 
@@ -63,15 +54,13 @@ def make_tiny(folder: Path, settings: Settings, *, seed: int = 0, shards: int = 
 
     Raises WeightsError if something else lies there, SettingsError if the model is too small for these weights.
     """
-    if unfit := unfit_for_tiny(settings.model):
-        raise SettingsError(
-            f"No tiny weights can be made for {settings.name}: {unfit}.", remedy="Use a preset as it is."
-        )
+    if reason := unfit(settings.model):
+        message = f"No tiny weights can be made for {settings.name}: {reason}."
+        raise SettingsError(message, remedy="Use a preset as it is.")
     recipe = _recipe(settings, seed, shards=shards, compress=compress)
     if folder.exists() and not (folder / _RECIPE_FILE).is_file() and any(folder.iterdir()):
-        raise WeightsError(
-            f"{folder} exists, but was not made by magi-ray.", remedy="Move it away, or name another folder."
-        )
+        remedy = "Move it away, or name another folder."
+        raise WeightsError(f"{folder} exists, but was not made by magi-ray.", remedy=remedy)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -101,14 +90,9 @@ def _is_made(folder: Path, recipe: str) -> bool:
 
 def _recipe(settings: Settings, seed: int, *, shards: int = 1, compress: bool = False) -> str:
     content = {
-        "recipe": RECIPE,
-        "seed": seed,
-        "model": settings.model.model_dump(),
-        "fp8_quant": settings.engine.fp8_quant,
-        "distill": settings.engine.distill,
-        "shards": shards,
-        "compress": compress,
-    }
+        "recipe": RECIPE, "seed": seed, "model": settings.model.model_dump(), "shards": shards, "compress": compress,
+        "fp8_quant": settings.engine.fp8_quant, "distill": settings.engine.distill,
+    }  # fmt: skip
     return json.dumps(content, indent=1, sort_keys=True)
 
 
@@ -121,13 +105,10 @@ def _write(paths: WeightPaths, settings: Settings, seed: int, *, shards: int, co
     with torch.device("meta"):
         float_dit = DiT(settings.model).state_dict()
         stored_dit = DiT(settings.model, fp8=settings.engine.fp8_quant).state_dict()
-        vae_shapes = {
-            name: tuple(tensor.shape) for name, tensor in VAE(VAE_CONFIG, attention="plain").state_dict().items()
-        }
-    shapes = {name: tuple(tensor.shape) for name, tensor in float_dit.items()}
-    weights = _as_stored(_tensors(dit_weights(shapes, settings.model, draw)), stored_dit)
+        vae = VAE(VAE_CONFIG, attention="plain").state_dict()
+    weights = _as_stored(_tensors(dit_weights(_shapes(float_dit), settings.model, draw)), stored_dit)
     _save_shards(dit, weights, shards=shards, compress=compress)
-    _save(paths.vae / WEIGHTS_FILE, _tensors(vae_weights(vae_shapes, draw)))
+    _save(paths.vae / WEIGHTS_FILE, _tensors(vae_weights(_shapes(vae), draw)))
     (paths.vae / "config.json").write_text(json.dumps(vae_config_json(), indent=1, sort_keys=True))
 
     width = settings.model.caption_channels
@@ -137,6 +118,10 @@ def _write(paths: WeightPaths, settings: Settings, seed: int, *, shards: int, co
     counts = {"caption_token": 1, "logo_token": 1, "other_tokens": OTHER_TOKENS}
     tokens: dict[str, Any] = {name: draw(name, (n, width)).astype(np.float16) for name, n in counts.items()}
     np.savez(paths.special_tokens, **tokens)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _tensors(arrays: Mapping[str, Array]) -> dict[str, Tensor]:
@@ -173,10 +158,7 @@ def _save_shards(folder: Path, weights: Mapping[str, Tensor], *, shards: int, co
     for file in names:
         part = {name: weights[name] for name, its in weight_map.items() if its == file}
         _save(folder / file, part, compress=compress)
-    index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in weights.values())},
-        "weight_map": weight_map,
-    }
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in weights.values())}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
 
 

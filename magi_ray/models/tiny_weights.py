@@ -1,4 +1,4 @@
-"""What stands in the tiny DiT and VAE. Nothing is trained; a seed decides.
+"""The weights of the tiny DiT and VAE. Nothing is trained; a seed decides.
 
 So that one still sees something, weights are set, not drawn, where it matters, over small random numbers everywhere:
 the VAE is close to a linear codec of 4×8×8 patches, the DiT close to a rule that pulls every place towards what is
@@ -45,18 +45,9 @@ class Draw:
 # VAE: 16 components of a patch in, 16 components out.
 
 VAE_CONFIG = VAEConfig(
-    video_size=64,
-    video_length=24,
-    z_chans=16,
-    embed_dim=64,
-    depth=2,
-    num_heads=4,
-    mlp_ratio=2.0,
-    qkv_bias=True,
-    with_cls_token=True,
-    ln_in_attn=True,
-    use_final_proj=True,
-)
+    video_size=64, video_length=24, z_chans=16, embed_dim=64, depth=2, num_heads=4, mlp_ratio=2.0,
+    qkv_bias=True, with_cls_token=True, ln_in_attn=True, use_final_proj=True,
+)  # fmt: skip
 
 _LUMA, _BLUE_RED, _GREEN_MAGENTA = ((1, 1, 1), (-1, 0, 1), (-1, 2, -1))
 # (colour axis, frequency along T, H, W, standard deviation of the pixels that this component alone makes, −1…1).
@@ -177,7 +168,7 @@ _KEEP = _flat(_COMPONENTS, flat=1, others=0.85)  # edges are pulled to less than
 _TINT = _flat(_COMPONENTS, flat=1, others=0.1)  # random branches tint more than they draw
 
 
-def unfit_for_tiny(config: ModelConfig) -> str:
+def unfit(config: ModelConfig) -> str:
     """Why no tiny weights can be made for ``config``; empty if they can."""
     least = {"num_layers": 2, "hidden_size": _DIT_CARRIERS.stop, "num_query_groups": _PLACES, "kv_channels": _KEPT + 1}
     return "; ".join(
@@ -188,7 +179,7 @@ def unfit_for_tiny(config: ModelConfig) -> str:
 
 
 def dit_weights(shapes: Shapes, config: ModelConfig, draw: Draw) -> dict[str, Array]:
-    """Weights for the DiT whose state dict has ``shapes``; ``unfit_for_tiny`` has to be empty."""
+    """Weights for the DiT whose state dict has ``shapes``; ``unfit`` has to be empty."""
     weights = {name: _dit_random(name, shape, draw) for name, shape in shapes.items()}
     copies = 2 if config.half_channel_vae else 1
     for copy in range(copies):

@@ -1,7 +1,7 @@
-"""Published tensors into a module: strictly, one tensor at a time, one copy.
+"""Loads published tensors into a module: strictly, one tensor at a time, without a second copy.
 
-A module is built on the meta device, where every parameter already has the shape and the run-time dtype it wants;
-loading replaces each by the file's tensor, converted where the dtypes differ (bf16 files, float32 islands: spec §3).
+A module is built on the meta device, where every parameter already has its shape and run-time dtype. Loading replaces
+each with the file's tensor, converted where the dtypes differ (bf16 files, float32 islands: spec §3).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from magi_ray.errors import WeightsError
 from magi_ray.models.safetensors_stream import Entry, read_header, read_tensors
 
-# Which dtypes of a file a parameter may come from. Anything else means another kind of checkpoint.
+# The dtypes in a file that a parameter can be loaded from. Any other means another kind of checkpoint.
 _ACCEPTED = {
     torch.float32: ("F32", "BF16", "F16"),
     torch.bfloat16: ("BF16", "F32", "F16"),
@@ -28,10 +28,10 @@ _LISTED = 50
 def load_into(module: nn.Module, files: Sequence[Path], *, device: torch.device | str = "cpu") -> None:
     """Fill ``module`` (on the meta device) with the tensors of ``files``; its parameters need no gradient afterwards.
 
-    Tensors of the right dtype in plain files stay mapped to the file on a CPU; all others are converted, unpacked and
-    moved to ``device`` one by one, so that host memory never holds a second copy of the module.
-    Raises WeightsError listing the missing and unexpected keys and the wrong shapes and dtypes (found, expected), the
-    first 50 of them; and for a file that is damaged.
+    On a CPU, tensors of the right dtype in plain files stay memory-mapped; all others are unpacked, converted and moved
+    to ``device`` one by one, so that host memory never holds a second copy of the module.
+    Raises WeightsError for a damaged file, or with the first 50 missing and unexpected keys, wrong shapes and wrong
+    dtypes (found, expected).
     """
     check_fit(module, files)
     expected = module.state_dict()
@@ -45,7 +45,7 @@ def load_into(module: nn.Module, files: Sequence[Path], *, device: torch.device 
 
 
 def check_fit(module: nn.Module, files: Sequence[Path]) -> None:
-    """Raises what ``load_into`` would raise, having read the files' headers alone: damage within is not seen."""
+    """Raises what ``load_into`` would raise. Reads the files' headers only, so damage within is not found."""
     expected: Mapping[str, Tensor] = module.state_dict()
     found: dict[str, Entry] = {}
     problems = []

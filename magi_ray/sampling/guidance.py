@@ -15,7 +15,7 @@ from magi_ray.settings import AS_THE_RUN, ChunkControl, RuntimeConfig
 
 @dataclass(frozen=True, kw_only=True)
 class BranchShares:
-    """How much of a chunk's velocity comes from each branch; they sum to 1.
+    """The share of each branch in a chunk's velocity; they sum to 1.
 
     text: sees its caption and earlier chunks.  previous: sees earlier chunks only.  alone: sees neither.
     """
@@ -27,8 +27,8 @@ class BranchShares:
 
 def branch_shares(t: float, runtime: RuntimeConfig, control: ChunkControl = AS_THE_RUN) -> BranchShares:
     """The shares at ``t``, a value of the float32 time grid; on an edge of cfg_t_range the upper interval counts.
-    The scales of ``control`` take the place of the run's."""
-    # Edges are rounded to float32, as t is: 0.1 must be equal to 0.1.
+    The scales of ``control`` replace the run's."""
+    # Edges are rounded to float32, as t is, so that 0.1 equals 0.1.
     edges = torch.tensor(runtime.cfg_t_range, dtype=torch.float32).tolist()
     interval = max(0, bisect_right(edges, t) - 1)
     p = (control.prev_chunk_scales or runtime.prev_chunk_scales)[interval]

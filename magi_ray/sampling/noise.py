@@ -1,7 +1,7 @@
 """The noise a chunk starts from: a pure function of (seed, chunk), the same in a video of any length, on any machine.
 
-numpy's Philox and not torch's CPU generator: that one uses 32 bits of its seed, and its normals differ in the last bit
-between processors with and without AVX2.
+It is numpy's Philox, not torch's CPU generator, which uses only 32 bits of its seed and whose normals differ in the
+last bit between processors with and without AVX2.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which chunks a chunk sees, and what that asks of the cache (spec §5, KV ranges).
+"""Which chunks a chunk sees, and what the cache must hold for it (spec §5, KV ranges).
 
 Chunks are numbered absolutely here: a video prefix's whole chunks first, then the denoised ones.
 """
@@ -22,7 +22,7 @@ class KVRanges:
 
     noise2clean: chunks seen, itself included, in each equal part of the ``num_steps`` steps; empty: all of history.
     clean: chunks a clean chunk sees, itself included; −1: the last value of noise2clean.
-    own: what stands in the place of noise2clean for single chunks, never empty.
+    own: chunks with values of their own in place of noise2clean, never empty.
     """
 
     noise2clean: tuple[int, ...]
@@ -46,7 +46,7 @@ class KVRanges:
         return _back(chunk, reaches[step * len(reaches) // self.num_steps]) if reaches else (0, chunk + 1)
 
     def clean_chunk(self, chunk: int) -> tuple[int, int]:
-        """What a chunk that became clean sees when it is sent through once more."""
+        """What a chunk sees in its clean pass."""
         reaches = self.own.get(chunk, self.noise2clean)
         return _back(chunk, self._clean_reach(reaches)) if reaches else (0, chunk + 1)
 

@@ -1,8 +1,8 @@
-"""The loop that turns noise into chunks (spec §5). It computes no velocity itself: it yields what the network is to
-compute, and is sent the velocities.
+"""The loop that turns noise into chunks (spec §5). It computes no velocity itself: it yields the forwards to compute,
+and is sent the velocities.
 
-Every stage begins by sending the chunk that just became clean through the network, so that its keys and values are
-cached; then each step advances every chunk of the window by one step of its own.
+Every stage begins with the clean pass: the chunk that just became clean goes through the network, so that its keys and
+values are cached. Then each step advances every chunk of the window by one step of its own.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from magi_ray.sampling.window import chunks_under_way, forwards_per_stage
 from magi_ray.settings import AS_THE_RUN, ChunkControl, EngineConfig, RuntimeConfig
 from magi_ray.timeline import LATENTS_PER_CHUNK, Timeline
 
-# A distilled model sends its oldest chunk through twice when it is nearly clean: velocity = this · seeing its history
+# A distilled model computes its oldest chunk twice when it is nearly clean: velocity = this share · seeing its history
 # + the rest · seeing only itself.
 _HISTORY_SHARE = 0.7
 
 Forwards = Sequence[Forward[Tensor]]
-"""To be computed in this order, as far as they use the same cache; none needs the velocity of another."""
+"""To be computed in this order if they use the same cache; none needs the velocity of another."""
 Velocities = Sequence[Tensor]
-"""One for each Forward, in the shape of its latents; those of forwards that write to the cache are not looked at."""
+"""One for each Forward, in the shape of its latents; those of forwards that write to the cache are ignored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """What is to be committed of a stage.
+    """What a stage commits.
 
-    state: the window before the next stage.  finished: the chunk that became clean, if any, and ``clean_chunk`` its
-    latents [1, 16, 6, h, w] float32 on the CPU (chunk 0 of a video prefix holds the prefix's frames, an image's chunk
-    its first frame as integrated).
+    state: the window before the next stage.  finished: the chunk that became clean, if any; clean_chunk: its latents
+    [1, 16, 6, h, w] float32 on the CPU (chunk 0 begins with the frames of a video prefix; behind an image its first
+    frame is the sampled one).
     """
 
     state: WindowState
@@ -52,7 +52,7 @@ class StepInputs:
     """The window before one step, R chunks, oldest first.
 
     clean: the chunk that just became clean, in the first step of a stage.  chunks: absolute numbers.
-    x: [R, 16, 6, h, w].  t, delta: [R], and how far the step goes.
+    x: [R, 16, 6, h, w].  t: [R].  delta: [R], the size of the step.  captions, kv_ranges: as in Forward.
     """
 
     stage: int
@@ -74,8 +74,8 @@ class Sampler:
     null_caption: [m, caption_channels], what a chunk without caption reads.
     prefix: latents [1, 16, T, h, w] of the image or video to start from, × scale_factor; T is timeline.prefix_latents.
     noise: chunk → [1, 16, 6, h, w].  Chunks are numbered from 0 without the prefix.
-    controls: of the chunks that do otherwise than ``runtime``.
-    device: where latents are kept and advanced. Forwards have their tensors there; velocities are expected there.
+    controls: of the chunks that differ from ``runtime``.
+    device: of the latents, the tensors of forwards, and the velocities.
     """
 
     def __init__(
@@ -106,8 +106,8 @@ class Sampler:
         self.just_clean: Tensor | None = None
 
     def start(self, state: WindowState, clean: Mapping[int, Tensor]) -> Iterator[Forward[Tensor]]:
-        """Go to ``state.stage``, as if all earlier stages had just been run. Yields the forwards that fill the cache,
-        which is new and holds ``cache_depth`` chunks; nothing is sent back. To be exhausted before ``run_stage``.
+        """Go to ``state.stage``, as if all earlier stages had just been run. Yields the forwards that fill a new cache
+        of ``cache_depth`` chunks; nothing is sent back. To be exhausted before ``run_stage``.
 
         clean: the clean latents of ``ranges.clean_chunks_needed(timeline, ranges, stage)``; more do no harm.
         The keys and values of earlier clean chunks come from the same clean passes as in an undisturbed run.
@@ -124,7 +124,7 @@ class Sampler:
             yield self._clean_pass(chunk, self._on_device(clean[chunk]), dropped=self.guided)
 
     def run_stage(self, stage: int) -> Generator[Forwards, Velocities, StageResult]:
-        """Yields once for each step, all its forwards, and is sent their velocities; returns what to commit.
+        """Yields all forwards of each step and is sent their velocities; returns what to commit.
 
         Stages are run in order, after ``start``. Raises NumericError when a velocity is not finite.
         """
@@ -181,15 +181,14 @@ class Sampler:
         return velocity
 
     def _unguided(self, inputs: StepInputs) -> Generator[Forwards, Velocities, Tensor]:
-        forwards = self._just_clean_pass(inputs, dropped=False)
-        # In double precision: the float32 nearest to 0.3 is greater than 0.3.
+        clean_pass = self._just_clean_pass(inputs, dropped=False)
+        # Compared in double precision: the float32 nearest to 0.3 is greater than 0.3.
         nearly_clean = float(inputs.t[0]) > self.engine.distill_nearly_clean_chunk_threshold
         if not (self.engine.distill and nearly_clean):
-            (velocity,) = yield from _velocities_of(
-                [*forwards, self._whole_window(inputs, captions=inputs.captions, dropped=False)]
-            )
+            forward = self._whole_window(inputs, captions=inputs.captions, dropped=False)
+            (velocity,) = yield from _velocities_of([*clean_pass, forward])
             return velocity
-        (velocity,) = yield from _velocities_of([*forwards, self._oldest_twice(inputs)])
+        (velocity,) = yield from _velocities_of([*clean_pass, self._oldest_twice(inputs)])
         with_history, by_itself = velocity[:1], velocity[-1:]
         return torch.cat([_HISTORY_SHARE * with_history + (1 - _HISTORY_SHARE) * by_itself, velocity[1:-1]])
 
@@ -197,15 +196,9 @@ class Sampler:
 
     def _whole_window(self, inputs: StepInputs, *, captions: Sequence[Tensor], dropped: bool) -> Forward[Tensor]:
         return Forward(
-            latents=inputs.x,
-            t=inputs.t,
-            captions=captions,
-            chunks=inputs.chunks,
-            positions=inputs.chunks,
-            kv_ranges=inputs.kv_ranges,
-            dropped=dropped,
-            dt=self._dt(inputs.step),
-        )
+            latents=inputs.x, t=inputs.t, captions=captions, chunks=inputs.chunks, positions=inputs.chunks,
+            kv_ranges=inputs.kv_ranges, dropped=dropped, dt=self._dt(inputs.step),
+        )  # fmt: skip
 
     def _isolated(self, inputs: StepInputs, indices: Sequence[int]) -> Forward[Tensor]:
         """Some chunks of the window, without caption, each as if it were the first and only one of its video."""
@@ -234,7 +227,7 @@ class Sampler:
             dt=self._dt(inputs.step),
         )
 
-    # Clean passes: what they leave in the cache depends on the chunk's latents alone (and on the chunks it may see).
+    # Clean passes: what they cache depends only on the chunk's latents (and on the chunks it may see).
 
     def _just_clean_pass(self, inputs: StepInputs, *, dropped: bool) -> list[Forward[Tensor]]:
         """The pass of the chunk that just became clean, if there is one."""
@@ -253,17 +246,11 @@ class Sampler:
         return self._caching(absolute, x, self.ranges.prefix_chunk(absolute), dropped=self.guided)
 
     def _caching(self, absolute: int, x: Tensor, kv_range: tuple[int, int], *, dropped: bool) -> Forward[Tensor]:
+        t = self._on_device(torch.tensor([self.runtime.clean_t]))
         return Forward(
-            latents=x,
-            t=self._on_device(torch.tensor([self.runtime.clean_t])),
-            captions=[self.null_caption],
-            chunks=[absolute],
-            positions=[absolute],
-            kv_ranges=[kv_range],
-            dropped=dropped,
-            dt=self._dt(0),
-            writes_cache=True,
-        )
+            latents=x, t=t, captions=[self.null_caption], chunks=[absolute], positions=[absolute],
+            kv_ranges=[kv_range], dropped=dropped, dt=self._dt(0), writes_cache=True,
+        )  # fmt: skip
 
     # Smaller parts.
 
@@ -336,9 +323,9 @@ def _velocities_of(forwards: Forwards) -> Generator[Forwards, Velocities, Iterat
 def drive(
     stage: Generator[Forwards, Velocities, StageResult], compute: Callable[[Forward[Tensor]], Tensor]
 ) -> Generator[None, None, StageResult]:
-    """Run a stage of ``Sampler.run_stage``, its forwards one after the other. Yields after each step.
+    """Run a stage of ``Sampler.run_stage``, one forward at a time. Yields after each step; returns the result.
 
-    compute: gives the velocity of a Forward, and keeps the cache.
+    compute: the velocity of a Forward; it keeps the cache.
     """
     forwards = next(stage)
     while True:

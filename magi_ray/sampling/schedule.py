@@ -11,7 +11,7 @@ ShortcutMode = Literal["8,16,16", "16,16,8"]
 
 # A 12-step grid keeps three of the four points in each quarter of the 16-step grid.
 _KEPT: dict[ShortcutMode, tuple[int, int, int]] = {"8,16,16": (0, 2, 3), "16,16,8": (0, 1, 2)}
-# How many 16-step points each of those three steps passes over.
+# How many 16-step points each of those three steps covers.
 _INTERVALS: dict[ShortcutMode, tuple[int, int, int]] = {"8,16,16": (2, 1, 1), "16,16,8": (1, 1, 2)}
 
 
@@ -30,7 +30,7 @@ def time_grid(num_steps: int, *, shortcut_mode: ShortcutMode = "8,16,16") -> Ten
 
 
 def intervals(num_steps: int, *, shortcut_mode: ShortcutMode = "8,16,16") -> tuple[int, ...]:
-    """For each step, how many points of the base grid it passes over: 1, or for 12 steps a pattern of 1 and 2."""
+    """How many points of the base grid each step covers: 1, or for 12 steps a pattern of 1 and 2."""
     return _INTERVALS[shortcut_mode] * 4 if num_steps == 12 else (1,) * num_steps
 
 

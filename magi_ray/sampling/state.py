@@ -1,4 +1,4 @@
-"""What a render must keep between two stages: small beside the keys and values, which are rebuilt from it."""
+"""What a render keeps between two stages: far smaller than the keys and values, which are rebuilt from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings: what a run is made of, read once at the start and passed down as frozen values."""
+"""Settings of a run: read once at the start, passed down as frozen values."""
 
 from magi_ray.settings.environment import cache_folder, device_here
 from magi_ray.settings.sources import PRESETS, PUBLISHED, TINY, job, override, preset, published
@@ -26,33 +26,8 @@ from magi_ray.settings.values import (
 )
 
 __all__ = [
-    "AS_THE_RUN",
-    "PRESETS",
-    "PUBLISHED",
-    "TINY",
-    "ChunkControl",
-    "EncoderSettings",
-    "EngineConfig",
-    "Frozen",
-    "ModelConfig",
-    "NumericProfile",
-    "PixelSettings",
-    "PrefixSettings",
-    "RunSettings",
-    "RuntimeConfig",
-    "Settings",
-    "SpecialTokens",
-    "StepProblem",
-    "TextSettings",
-    "TileSettings",
-    "WeightPaths",
-    "cache_folder",
-    "device_here",
-    "inference_folder",
-    "job",
-    "nearest",
-    "override",
-    "preset",
-    "published",
-    "step_problems",
-]
+    "AS_THE_RUN", "PRESETS", "PUBLISHED", "TINY", "ChunkControl", "EncoderSettings", "EngineConfig", "Frozen",
+    "ModelConfig", "NumericProfile", "PixelSettings", "PrefixSettings", "RunSettings", "RuntimeConfig", "Settings",
+    "SpecialTokens", "StepProblem", "TextSettings", "TileSettings", "WeightPaths", "cache_folder", "device_here",
+    "inference_folder", "job", "nearest", "override", "preset", "published", "step_problems",
+]  # fmt: skip

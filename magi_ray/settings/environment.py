@@ -1,4 +1,4 @@
-"""What this machine says: the only module that reads environment variables."""
+"""The environment of this machine: the only module that reads environment variables."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from typing import Literal
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where made weights and file digests are kept: $MAGI_RAY_CACHE, $XDG_CACHE_HOME/magi-ray or ~/.cache/magi-ray."""
-    if environ.get("MAGI_RAY_CACHE"):
-        return Path(environ["MAGI_RAY_CACHE"])
-    base = environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "magi-ray"
+    """For generated weights and file digests: $MAGI_RAY_CACHE, $XDG_CACHE_HOME/magi-ray or ~/.cache/magi-ray."""
+    if own := environ.get("MAGI_RAY_CACHE"):
+        return Path(own)
+    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magi-ray"
 
 
 def set_defaults(variables: Mapping[str, str]) -> None:
-    """Set environment variables of this process and its children. What the user has set stays."""
+    """Sets environment variables for this process and its children, except those the user has set."""
     for name, value in variables.items():
         os.environ.setdefault(name, value)
 
 
 def device_here() -> Literal["cpu", "cuda"]:
-    """Where this machine computes: "cuda" if it has NVIDIA's driver. Imports no library, so it costs nothing."""
+    """ "cuda" if this machine has NVIDIA's driver, else "cpu". Costs nothing: no library is imported."""
     return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"

@@ -23,11 +23,10 @@ PRESETS = TINY + PUBLISHED
 
 
 def preset(name: str, *, weights: Path | None = None) -> Settings:
-    """The settings of a named preset. ``weights``: the folder that holds its networks. magi-tiny makes them below the
-    cache if none is given; the published variants need one, on a machine with CUDA.
+    """The settings of a named preset. ``weights``: the folder of its networks. Without one magi-tiny generates them in
+    the cache; the published variants need one, and a machine with CUDA.
 
-    Raises SettingsError for a name that does not exist or a folder that is not given, WeightsError for one that lacks
-    a network.
+    Raises SettingsError for an unknown name or a missing ``weights``, WeightsError for a folder without a network.
     """
     if name in TINY:
         return _tiny(name, weights)
@@ -46,6 +45,18 @@ def preset(name: str, *, weights: Path | None = None) -> Settings:
     return _variant(name, weights)
 
 
+def _shape(*, like_24b: bool) -> dict[str, Any]:
+    """What the two architectures differ in besides their sizes (spec §1)."""
+    channels = 32 if like_24b else 16
+    return {
+        "x_rescale_factor": 0.1 if like_24b else 1.0,
+        "half_channel_vae": like_24b,
+        "in_channels": channels,
+        "out_channels": channels,
+        "gated_linear_unit": like_24b,
+    }
+
+
 def _variant(name: str, weights: Path) -> Settings:
     """One of the published variants (spec §1)."""
     size, *kind = name.split("-")
@@ -60,11 +71,7 @@ def _variant(name: str, weights: Path) -> Settings:
                 "num_attention_heads": 48 if large else 24,
                 "num_query_groups": 8,
                 "kv_channels": 128,
-                "x_rescale_factor": 0.1 if large else 1.0,
-                "half_channel_vae": large,
-                "in_channels": 32 if large else 16,
-                "out_channels": 32 if large else 16,
-                "gated_linear_unit": large,
+                **_shape(like_24b=large),
             },
             "runtime": {
                 "cfg_number": 1 if distill else 3,
@@ -94,11 +101,7 @@ def _tiny(name: str, weights: Path | None) -> Settings:
                 "kv_channels": 16,
                 "caption_channels": 64,
                 "params_dtype": "torch.float32",
-                "x_rescale_factor": 0.1 if like_24b else 1.0,
-                "half_channel_vae": like_24b,
-                "in_channels": 32 if like_24b else 16,
-                "out_channels": 32 if like_24b else 16,
-                "gated_linear_unit": like_24b,
+                **_shape(like_24b=like_24b),
             },
             "runtime": {"num_steps": 16, "video_size_h": 64, "video_size_w": 64},
             "engine": {"distributed_backend": "gloo"},
@@ -110,10 +113,10 @@ def _tiny(name: str, weights: Path | None) -> Settings:
 
 def published(path: Path, *, special_tokens: Path | None = None, device: Literal["cpu", "cuda"] = "cpu") -> Settings:
     """Settings from a published config file, unchanged. Its ``load``, ``t5_pretrained`` and ``vae_pretrained`` are
-    taken relative to the working directory, as the reference does; the special tokens, unless given, lie beside the
-    T5 folder, beside the config, or where the reference keeps them (``example/assets``).
+    relative to the working directory, as in the reference. Special tokens are looked for beside the T5 folder, beside
+    the config and where the reference keeps them (``example/assets``), unless they are given.
 
-    device: where to compute, which the published files leave to the machine; ``t5_device`` "cuda" means this device.
+    device: where to compute, which published files do not say; "cpu" overrides a ``t5_device`` of "cuda".
 
     Raises SettingsError: unreadable, not the three published objects, an unknown field, a value that cannot work.
     """
@@ -144,17 +147,11 @@ def published(path: Path, *, special_tokens: Path | None = None, device: Literal
     if device == "cpu" and "t5_device" in runtime:
         runtime["t5_device"] = "cpu"
     dit, vae, t5 = (Path(str(runtime.get(key, ""))).absolute() for key in ("load", "vae_pretrained", "t5_pretrained"))
-    tokens = [folder / "special_tokens.npz" for folder in (t5.parent, path.parent, Path("example/assets"))]
+    places = [folder / "special_tokens.npz" for folder in (t5.parent, path.parent, Path("example/assets"))]
+    tokens = special_tokens or next((file for file in places if file.is_file()), places[0])
     values |= {
         "name": path.stem,
-        "weights": {
-            "dit": dit,
-            "vae": vae,
-            "t5": t5,
-            "special_tokens": (
-                special_tokens or next((file for file in tokens if file.is_file()), tokens[0])
-            ).absolute(),
-        },
+        "weights": {"dit": dit, "vae": vae, "t5": t5, "special_tokens": tokens.absolute()},
         "numeric": {"device": device},
     }
     return _build(values, source=str(path))
@@ -164,8 +161,8 @@ def job(path: Path, *, weights: Path | None = None) -> Settings:
     """Settings from a job file: TOML that names a ``preset`` or a ``config`` (relative to the file) and overrides it
     in the tables model, runtime, engine, weights, special_tokens, text, prefix, tiles, encoder and numeric.
 
-    ``weights = "DIR"`` (relative to the file) instead of a table, or the argument, which wins, is the folder of the
-    preset's networks. Raises as ``preset`` and ``published``.
+    ``weights = "DIR"`` (relative to the file) instead of a table gives the folder of a preset's networks; the argument
+    wins over it. Raises as ``preset`` and ``published``.
     """
     try:
         content = tomllib.loads(path.read_text())
@@ -180,8 +177,8 @@ def job(path: Path, *, weights: Path | None = None) -> Settings:
             remedy='Begin the file with preset = "magi-tiny" or config = "24B_base_config.json".',
         )
     if isinstance(content.get("weights"), str):
-        folder = path.parent / content.pop("weights")
-        weights = weights or folder
+        weights = weights or path.parent / content["weights"]
+        del content["weights"]
     if "preset" in content:
         base = preset(content.pop("preset"), weights=weights)
     elif weights is not None:
@@ -195,7 +192,7 @@ def job(path: Path, *, weights: Path | None = None) -> Settings:
 
 
 def override(base: Settings, changes: Mapping[str, Any], *, source: str = "options") -> Settings:
-    """``base`` with ``changes`` (nested as Settings is) laid over it and checked again. Raises SettingsError."""
+    """``base`` with ``changes`` (nested as Settings is), checked again. Raises SettingsError."""
     return _build(_merge(base.model_dump(), changes), source=source)
 
 
@@ -213,10 +210,8 @@ def _build(values: Mapping[str, Any], *, source: str) -> Settings:
     try:
         return Settings.model_validate(values)
     except ValidationError as exc:
-        lines = [_explain(error) for error in exc.errors()]
-        raise SettingsError(
-            f"{source} cannot be used: " + "; ".join(lines), remedy="Correct it and run the same command again."
-        ) from exc
+        message = f"{source} cannot be used: " + "; ".join(_explain(error) for error in exc.errors())
+        raise SettingsError(message, remedy="Correct it and run the same command again.") from exc
 
 
 def _explain(error: Any) -> str:

@@ -1,4 +1,4 @@
-"""The frozen values that settings consist of. Every field says what it changes."""
+"""The frozen values of settings. Every class or group of fields says what it changes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from magi_ray.errors import WeightsError
-from magi_ray.timeline import SIZE_MULTIPLE
+from magi_ray.timeline import FRAMES_PER_LATENT, LATENTS_PER_CHUNK, SIZE_MULTIPLE
 
 
 class Frozen(BaseModel):
-    """A value: cannot be changed, refuses unknown fields."""
+    """A pydantic model that is immutable and refuses unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -57,8 +57,7 @@ class RuntimeConfig(Frozen):
     noise2clean_kvrange: tuple[int, ...] = (5, 4, 3, 2)
     clean_chunk_kvrange: int = 1
     clean_t: float = 0.9999
-    # These stand in for what a row leaves out: seed, size and steps change latents, the number of frames only how many
-    # there are.
+    # Defaults of rows. Seed, size and steps change latents; the number of frames only changes how many there are.
     seed: int = Field(default=1234, ge=0, le=2**63 - 1)
     num_frames: int = Field(default=96, ge=1)
     video_size_h: int = 720
@@ -66,7 +65,7 @@ class RuntimeConfig(Frozen):
     num_steps: int = Field(default=64, ge=1)
     # Changes latents.
     window_size: int = Field(default=4, ge=1)
-    # What a row leaves out; changes how a clip to continue is resampled, and the finished video.
+    # Default of rows; changes how a clip to continue is resampled, and the finished video.
     fps: int = Field(default=24, ge=1, le=120)
     # The only width there is.
     chunk_width: int = 6
@@ -118,8 +117,7 @@ class SpecialTokens(Frozen):
 
 
 class TextSettings(Frozen):
-    """How T5 computes. The published scripts use float32; bfloat16 halves its memory and gives other embeddings, and
-    so other latents."""
+    """How T5 computes; changes latents. The published scripts use float32; bfloat16 halves the memory."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -142,7 +140,7 @@ class PrefixSettings(Frozen):
 
 
 class ChunkControl(Frozen):
-    """What a chunk does otherwise than its run; None: as the run does.
+    """A chunk's own values in place of the run's; None: the run's.
 
     kv_range: like noise2clean_kvrange, each ≥ 1.  text_scales, prev_chunk_scales: one for each value of cfg_t_range.
     """
@@ -164,8 +162,8 @@ class EncoderSettings(Frozen):
 
 
 class TileSettings(Frozen):
-    """Tiles the VAE works in (spec §6): pixels, frames, and the share that neighbours have in common. Changes latents
-    of a prefix, and decoded frames.
+    """The VAE's tiles (spec §6): pixels, frames, and the share that neighbours overlap. Changes latents of a prefix,
+    and decoded frames.
 
     The published depth is fps // 2 = 12 frames, two tiles to a chunk. A tile of a single latent frame decodes to one
     frame instead of four, so depths that would leave one over are refused.
@@ -195,11 +193,11 @@ class WeightPaths(Frozen):
     vae: Path
     t5: Path
     special_tokens: Path
-    made_in: Path | None = Field(default=None, description="folder to make random weights in; None: files are given")
+    made_in: Path | None = Field(default=None, description="folder to generate weights in; None: files are given")
 
     @classmethod
     def under(cls, root: Path, *, made: bool) -> Self:
-        """Everything below one folder, as ``magi_ray.models.tiny`` writes it. ``made``: it may write it."""
+        """All networks in one folder, laid out as ``magi_ray.models.tiny`` does. ``made``: it may write them there."""
         root = root.absolute()
         return cls(
             dit=root / "magi",
@@ -244,8 +242,8 @@ class WeightPaths(Frozen):
 
 
 class PixelSettings(Frozen):
-    """What can change a pixel. All of it is part of a run's identity; the key of a single result holds what that result
-    depends on (``render.plans.identity``)."""
+    """What can change a pixel. All of it is part of a run's identity; the key of a single result covers what that
+    result depends on (``render.plans.identity``)."""
 
     model: ModelConfig
     runtime: RuntimeConfig
@@ -285,28 +283,25 @@ class Settings(PixelSettings, RunSettings):
                 f"cfg_number is {runtime.cfg_number}, but a {kind} model needs {expected_cfg}; "
                 f"set cfg_number = {expected_cfg}"
             )
-        lengths = {len(runtime.cfg_t_range), len(runtime.prev_chunk_scales), len(runtime.text_scales)}
-        if len(lengths) != 1:
+        edges, previous, text = (len(x) for x in (runtime.cfg_t_range, runtime.prev_chunk_scales, runtime.text_scales))
+        if not edges == previous == text:
             raise ValueError(
                 "cfg_t_range, prev_chunk_scales and text_scales need one length, but have "
-                f"{len(runtime.cfg_t_range)}, {len(runtime.prev_chunk_scales)} and {len(runtime.text_scales)}"
+                f"{edges}, {previous} and {text}"
             )
         for problem in step_problems(runtime.num_steps, runtime):
             raise ValueError(f"num_steps is {runtime.num_steps}, but {problem.rule}; {problem.remedy}")
-        for axis, size in (("video_size_h", runtime.video_size_h), ("video_size_w", runtime.video_size_w)):
+        for field in ("video_size_h", "video_size_w"):
+            size = getattr(runtime, field)
             if size < SIZE_MULTIPLE or size % SIZE_MULTIPLE:
-                raise ValueError(f"{axis} is {size}, but must be a multiple of {SIZE_MULTIPLE}; {nearest(size)}")
+                raise ValueError(f"{field} is {size}, but must be a multiple of {SIZE_MULTIPLE}; {nearest(size)}")
         if self.model.num_attention_heads % self.model.num_query_groups:
             raise ValueError(
                 f"num_attention_heads {self.model.num_attention_heads} is not divisible by "
                 f"num_query_groups {self.model.num_query_groups}"
             )
-        fixed = {
-            "chunk_width": (runtime.chunk_width, 6),
-            "temporal_downsample_factor": (runtime.temporal_downsample_factor, 4),
-        }
-        for field, (found, only) in fixed.items():
-            if found != only:
+        for field, only in (("chunk_width", LATENTS_PER_CHUNK), ("temporal_downsample_factor", FRAMES_PER_LATENT)):
+            if (found := getattr(runtime, field)) != only:
                 raise ValueError(f"{field} is {found}, but the published networks only work with {only}")
         return self
 
@@ -333,11 +328,8 @@ def step_problems(num_steps: int, runtime: RuntimeConfig) -> Iterable[StepProble
         divisors.append((ranges, f"the {ranges} values of noise2clean_kvrange"))
     for divisor, name in divisors:
         if num_steps % divisor:
-            yield StepProblem(rule=f"must be divisible by {name}", remedy=f"use {_round_up(num_steps, divisor)}")
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+            rounded_up = -(-num_steps // divisor) * divisor
+            yield StepProblem(rule=f"must be divisible by {name}", remedy=f"use {rounded_up}")
 
 
 def inference_folder(*, fp8: bool, distill: bool) -> str:

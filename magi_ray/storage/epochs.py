@@ -1,4 +1,4 @@
-"""Epochs: which driver is a run's driver. Each takes the next number; the highest is it, the others are superseded."""
+"""Epochs: which driver is a run's driver. Each takes the next number; the highest counts, the others are superseded."""
 
 from __future__ import annotations
 
@@ -22,29 +22,23 @@ class EpochRecord(Frozen):
 
 
 def take_epoch(store: Store, run_id: str, owner: Owner) -> int:
-    """Become the driver of ``run_id``: the number is ours alone, and higher than all before. Raises StoreError."""
-    # One after the other, without a gap: that is what lets ``superseded`` look at one key.
+    """Become the driver of ``run_id``. The number is ours alone, and higher than all before. Raises StoreError."""
+    # Numbers have no gap, so that ``superseded`` has to look at one key only.
     number = _highest(store, run_id) + 1
-    while not store.put_if_absent(
-        keys.epoch(run_id, number),
-        canonical_json(EpochRecord(number=number, owner=owner, write_id=new_write_id()).model_dump()),
-    ):
+    while True:
+        record = EpochRecord(number=number, owner=owner, write_id=new_write_id())
+        if store.put_if_absent(keys.epoch(run_id, number), canonical_json(record.model_dump())):
+            return number
         number += 1
-    return number
 
 
 def become_driver(
-    store: Store,
-    run_id: str,
-    owner: Owner,
-    *,
-    within_s: float = TTL_S + BEAT_S,
-    take_over: bool = False,
+    store: Store, run_id: str, owner: Owner, *, within_s: float = TTL_S + BEAT_S, take_over: bool = False,
     system: System = System(),
-) -> Lease:
+) -> Lease:  # fmt: skip
     """Wait until nobody drives ``run_id``, or ``take_over`` at once; then take the next epoch and with it the lease.
 
-    within_s: how long to wait.  Raises Superseded when somebody drives it still, or a newer driver came meanwhile;
+    within_s: how long to wait.  Raises Superseded when somebody still drives it, or a newer driver came meanwhile;
     StoreError.
     """
     key = keys.run_lease(run_id)

@@ -21,16 +21,16 @@
     ├── manifest.parquet               the manifest as submitted
     ├── epoch/<000001>.json            create-only: each driver takes the next one; the highest is the run's driver
     ├── lease.json                     swapped: the driver that renders the run now, with a count that it raises
-    ├── wanted.json                    overwritten: that the run should pause, or be cancelled
+    ├── wanted.json                    overwritten: a request to pause or cancel the run
     ├── jobs/<job_id>/lease.json       swapped: the group that denoises the row now, likewise
-    ├── takes/<0001>.json              create-only: a row that is to be rendered anew from a chunk on
+    ├── takes/<0001>.json              create-only: a row to render anew from a chunk on
     ├── progress.json                  overwritten as the run goes on; may be lost
     ├── results.parquet                one row per video
     ├── errors.parquet                 one row per failure
     └── videos/<job_id>.mp4  <job_id>.json     the video and what made it
 
 <write> is the id of one attempt to write, so no two attempts share a payload's name. "Swapped" is compare-and-swap,
-"create-only" put-if-absent. Stores also keep things under names that begin with a dot, which no key does.
+"create-only" put-if-absent. Names that begin with a dot are the stores' own; no key does.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CommitKind = Literal["stage", "segment", "text", "prefix"]
 
 @dataclass(frozen=True, kw_only=True)
 class CommitLayout:
-    """How commits of one kind are stored. ``roles``: of the payloads that one may have."""
+    """How commits of one kind are stored. ``roles``: those its payloads may have."""
 
     folder: str
     suffix: str
@@ -70,10 +70,8 @@ PROBES = "probes/"
 
 
 def check_key(key: str) -> str:
-    """``key``, if a store may use it: parts of letters, digits and ``. _ - =`` joined by '/', none of them '.' or '..'.
-
-    Raises ValueError otherwise. A leading dot is kept for the stores themselves, and a key is never also the folder
-    of another one.
+    """``key``, if it is valid: parts of letters, digits and ``. _ - =`` joined by '/', none of them '.' or '..', and no
+    leading dot, which is the stores' own. Raises ValueError otherwise. A key is never also the folder of another one.
     """
     parts = key.split("/")
     if not all(_PART.fullmatch(part) for part in parts) or {".", ".."} & set(parts) or key.startswith("."):
@@ -82,7 +80,7 @@ def check_key(key: str) -> str:
 
 
 def is_key(name: str) -> bool:
-    """False for what other programs put into a folder or bucket under names that no key has."""
+    """Whether ``name`` is a valid key. Other programs put other names into a folder or bucket."""
     with suppress(ValueError):
         return bool(check_key(name))
     return False
@@ -103,20 +101,20 @@ def commit(kind: CommitKind, key: str) -> str:
 
 
 def commit_of(name: str) -> str:
-    """The key of the commit that ``name`` belongs to; '' for what other programs put there."""
+    """The key of the commit that the object ``name`` belongs to; '' for what other programs put there."""
     parts = name.split("/")
     return parts[2] if len(parts) == 4 and _SHA256.fullmatch(parts[2]) else ""
 
 
 def run_of(name: str) -> str:
-    """The run whose folder ``name`` is in; '' for what other programs put there, and for a manifest: one that stands
-    alone is being submitted, or its submission died."""
+    """The run whose folder the object ``name`` is in; '' for what other programs put there, and for a manifest: a run
+    with nothing else is being submitted, or its submission died."""
     run_id, _, rest = name.removeprefix(RUNS).partition("/")
     return run_id if rest not in ("", "manifest.parquet") else ""
 
 
 def payload_name(kind: CommitKind, role: str, write_id: str) -> str:
-    """The name of one payload beside its commit. Raises ValueError for a role that such a commit does not have."""
+    """The name of a payload beside its commit. Raises ValueError for a role that this kind does not have."""
     if role not in COMMITS[kind].roles:
         raise ValueError(f"a {kind} has {', '.join(sorted(COMMITS[kind].roles))}, but no {role}")
     return f"{role}-{write_id}.{COMMITS[kind].suffix}"
@@ -201,7 +199,7 @@ def video_record(run_id: str, job_id: str) -> str:
 
 
 def _spread(sha256: str) -> str:
-    """Over 256 folders, since folders of a million entries are slow to list."""
+    """``<kk>/<sha256>``: spread over 256 folders, since folders of a million entries are slow to list."""
     if not _SHA256.fullmatch(sha256):
         raise ValueError(f"{sha256!r} is not the 64 hex digits of a sha256")
     return f"{sha256[:2]}/{sha256}"

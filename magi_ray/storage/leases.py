@@ -1,9 +1,9 @@
-"""Leases: who works on something now. They spare work; what makes results right are create-only commits.
+"""Leases: who works on something now. They save work; correctness comes from create-only commits.
 
-A lease is one small object, changed by ``swap`` alone. Its holder beats: it swaps in the next count every BEAT_S. A
-lease is free when it is missing, released, held by a process of this machine that is surely gone, or when nothing
-changed in it for TTL_S by the clock of whoever waits for it. The holder takes it for lost when its last successful
-swap began TTL_S ago, which is before anybody else may take it. Wall clocks are compared nowhere.
+A lease is one small object, changed by ``swap`` only. Its holder renews it with a beat: it swaps in the next count
+every BEAT_S. A lease is free when it is missing, released, held by a process of this machine that is known to be dead,
+or when nothing changed in it for TTL_S by the clock of whoever waits for it. Its holder considers it lost when its last
+successful swap began TTL_S ago, which is before anybody else may take it. Wall clocks are never compared.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WATCH_INTERVAL_S = 1.0
 
 
 class LeaseRecord(Frozen):
-    """What the object says. ``holder``: None when released.  ``epoch``: of the driver it is held for.
+    """The stored object. ``holder``: None when released.  ``epoch``: of the driver it is held for.
     ``write_id``: of this one write, so that no two are alike."""
 
     version: int = FORMAT_VERSION
@@ -41,7 +41,7 @@ class LeaseRecord(Frozen):
 
 @dataclass(frozen=True, kw_only=True)
 class Holding:
-    """``beating``: whether the beat moved while we watched; None when too little time was given to tell."""
+    """``beating``: whether the beat moved while it was watched; None when that was too short to tell."""
 
     owner: Owner
     epoch: int
@@ -49,19 +49,13 @@ class Holding:
 
 
 def read_lease(store: Store, key: str) -> LeaseRecord | None:
-    """The lease as it is written; None when there is none or it is damaged. Raises StoreError, InputError when a newer
+    """The lease as stored; None when there is none or it is damaged. Raises StoreError, and InputError when a newer
     magi-ray wrote it."""
     return _Watch(store, key, System()).look()
 
 
-def holding(
-    store: Store,
-    key: str,
-    *,
-    watch_s: float = 0.0,
-    system: System = System(),
-) -> Holding | None:
-    """Who holds the lease, as somebody sees it who does not want it; None when nobody does.
+def holding(store: Store, key: str, *, watch_s: float = 0.0, system: System = System()) -> Holding | None:
+    """Who holds the lease, without taking it; None when nobody does.
 
     Watches for at most ``watch_s`` (TTL_S is enough to know), and returns sooner when the beat moves.
     """
@@ -77,33 +71,22 @@ def holding(
 
 
 def until_free(
-    store: Store,
-    key: str,
-    owner: Owner,
-    *,
-    within_s: float = TTL_S + BEAT_S,
-    system: System = System(),
+    store: Store, key: str, owner: Owner, *, within_s: float = TTL_S + BEAT_S, system: System = System()
 ) -> None:
     """Wait until ``owner`` may take the lease, without taking it. Raises as ``acquire`` does."""
     _Watch(store, key, system).until_free(owner, within_s=within_s)
 
 
 def acquire(
-    store: Store,
-    key: str,
-    owner: Owner,
-    *,
-    epoch: int,
-    within_s: float = TTL_S + BEAT_S,
-    force: bool = False,
+    store: Store, key: str, owner: Owner, *, epoch: int, within_s: float = TTL_S + BEAT_S, force: bool = False,
     system: System = System(),
-) -> Lease:
-    """Take the lease under ``key``, at once when it is free, else as soon as it becomes so.
+) -> Lease:  # fmt: skip
+    """Take the lease under ``key``, as soon as it is free.
 
-    owner: unique among those who may ask; whoever holds the lease under this very name lost sight of it, and gets it
-    back.  within_s: how long to wait; to outlive a dead machine's lease it takes more than TTL_S.  force: take it
-    whoever holds it.  Raises Superseded when it is still held after ``within_s``, or is or was held for a newer driver
-    than ``epoch``; StoreError.
+    owner: unique among those who may ask. If it holds the lease already, it lost sight of it and gets it back.
+    within_s: how long to wait; more than TTL_S to outwait a dead machine's lease.  force: take it whoever holds it.
+    Raises Superseded when it is still held after ``within_s``, or is or was held for a newer driver than ``epoch``;
+    StoreError.
     """
     watch = _Watch(store, key, system)
     while True:
@@ -125,9 +108,9 @@ def acquire(
 
 
 class Lease:
-    """A lease that this process took. ``acquire`` makes it; used by one thread, but for ``check`` and ``valid``.
+    """A lease that this process took with ``acquire``. Used by one thread, except for ``check`` and ``valid``.
 
-    begun: when the swap began that took it, by the clock of ``system``.
+    begun: when the swap that took it began, by the clock of ``system``.
     """
 
     def __init__(
@@ -160,14 +143,14 @@ class Lease:
             )
 
     def beat(self) -> None:
-        """Tell that the holder lives. Also after TTL_S: if nobody took the lease meanwhile, it never was lost.
+        """Renew the lease. Also after TTL_S: if nobody took it meanwhile, it was never lost.
 
-        Raises Superseded when somebody did; StoreUnavailable, after which the lease stays valid for what is left
-        of TTL_S and ``beat`` may be tried again.
+        Raises Superseded when somebody did; StoreUnavailable, after which the lease stays valid for what is left of
+        TTL_S and ``beat`` may be tried again.
         """
         while self._lost is None:
             begun = self._system.clock()
-            # Tried again with the same bytes, so that one that landed unseen, or late, is known for ours.
+            # A retry writes the same bytes, so that one that landed unseen, or late, is recognised as ours.
             if self._attempt is None:
                 self._attempt = self._record.model_copy(
                     update={"beat": self._record.beat + 1, "write_id": new_write_id()}
@@ -181,8 +164,8 @@ class Lease:
         raise self._lost
 
     def release(self) -> None:
-        """Let go. Losing it meanwhile is fine, and where the store is out of reach the lease ends by itself."""
-        # Not ours any more from here on, since nobody knows when the swap will land.
+        """Let go, unless it is lost already. Where the store is out of reach the lease expires by itself."""
+        # Not ours from here on, since nobody knows when the swap will land.
         lost, self._lost = self._lost, Superseded(f"{self.key} was released.")
         self._store = with_patience(self._store, SHUTDOWN_PATIENCE_S)
         with contextlib.suppress(StoreUnavailable):
@@ -193,9 +176,9 @@ class Lease:
                 lost = self._adopt()
 
     def _adopt(self) -> Superseded | None:
-        """After a swap that found something else: None to go on from our own earlier attempt, or why the lease is lost.
+        """After a refused swap: None to go on from our own earlier attempt, or why the lease is lost.
 
-        Its time stays: it began too long ago to say.
+        ``valid`` keeps counting from the swap before: when that attempt began is not known.
         """
         try:
             found, version = self._store.get_versioned(self.key)
@@ -214,7 +197,7 @@ class Lease:
 
 @contextlib.contextmanager
 def renewing(lease: Lease, *, system: System = System(), every_s: float = BEAT_S) -> Iterator[Lease]:
-    """Beat in the background while the block runs, then release. The block itself must ask ``lease.check()``."""
+    """Renew ``lease`` in the background while the block runs, then release it. The block calls ``lease.check()``."""
     over = system.flag()
     beating = system.start(lambda: _beat(lease, over, every_s), name="magi-ray-lease")
     try:
@@ -240,7 +223,7 @@ def _beat(lease: Lease, over: Flag, every_s: float) -> None:
 
 
 class _Watch:
-    """Looks at a lease again and again. ``version``: of what was seen last, None when there was nothing."""
+    """Reads a lease repeatedly. ``version``: of what was read last, None when there was nothing."""
 
     def __init__(self, store: Store, key: str, system: System) -> None:
         self._store, self._key, self._system = store, key, system
@@ -263,7 +246,7 @@ class _Watch:
         return _parse(data)
 
     def until_free(self, owner: Owner, *, within_s: float) -> LeaseRecord | None:
-        """What is written where ``owner`` may now write. Raises Superseded when it is still held after ``within_s``."""
+        """The lease as stored, once ``owner`` may take it. Raises Superseded if it is still held after ``within_s``."""
         while True:
             record = self.look()
             if record is None:

@@ -1,9 +1,9 @@
 """A store in a folder, on a local disk or one that all machines mount.
 
-An object is first written whole under ``<root>/.tmp/``, flushed to the disk, and then given its name in one step:
-``rename`` to overwrite, ``link`` to create only, which fails if the name is taken. A crash leaves at most a file in
-``.tmp``, which no key can reach; ``leftovers`` lists them. To swap, a file in ``.locks`` is locked while the object is
-compared and renamed; the system releases the lock however the process ends.
+An object is first written whole under ``<root>/.tmp/``, flushed to disk, and then gets its name in one step: ``rename``
+to overwrite, ``link`` to create only, which fails if the name is taken. A crash leaves at most a file in ``.tmp``,
+which no key can reach; ``leftovers`` lists them. A swap locks a file in ``.locks`` while the object is compared and
+renamed; the system releases the lock however the process ends.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class LocalStore:
         self._write(key, BytesIO(data), overwrite=True)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        # A look first spares the disk the usual loser's copy; the link below decides.
+        # The check saves the usual loser a copy; the link decides.
         return not self.exists(key) and self._write(key, BytesIO(data), overwrite=False)
 
     def put_file(self, key: str, path: Path) -> None:
@@ -155,7 +155,7 @@ class LocalStore:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError as exc:
-                # Whoever has it may have been stopped (SIGSTOP), or its machine may be out of reach.
+                # Its holder may have been stopped (SIGSTOP), or its machine may be out of reach.
                 if time.monotonic() - begun > LOCK_DEADLINE_S:
                     raise StoreUnavailable(
                         f"The store at {self.uri} failed on {key}: {lock.name} has been locked for"
@@ -180,7 +180,7 @@ class LocalStore:
                 entries = list(os.scandir(self.root / folder))
             except (FileNotFoundError, NotADirectoryError):
                 return
-            # A folder is sorted as its keys are, with the '/': "a-b" comes before "a/b".
+            # Folders are sorted with the '/', as their keys are: "a-b" comes before "a/b".
             names = sorted(entry.name + "/" * entry.is_dir() for entry in entries)
         for name in names:
             key = f"{folder}/{name}" if folder else name
@@ -211,7 +211,7 @@ def _entry(key: str, found: os.stat_result) -> Entry:
 
 
 def _make_folder(folder: Path) -> None:
-    """Makes ``folder`` and its parents, each flushed into the one above, or a power cut could lose the whole branch."""
+    """Makes ``folder`` and its parents. Each is flushed into its parent, or a power cut could lose the whole branch."""
     if folder.is_dir():
         return
     _make_folder(folder.parent)

@@ -1,4 +1,4 @@
-"""A store in this process's memory: of ``magi_ray.load``, and of tests."""
+"""A store in this process's memory: for ``magi_ray.load``, and for tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The store behind the address that a user gives."""
+"""Opens the store at the address that a user gives."""
 
 from __future__ import annotations
 
@@ -29,26 +29,23 @@ def open_store(uri: str, *, patience_s: float = RUN_PATIENCE_S) -> Store:
     elif scheme == "file":
         address = urlsplit(uri)
         if address.netloc not in ("", "localhost") or not address.path:
-            raise InputError(
-                f"{uri} is not a local folder.", remedy="Write file:/// with three slashes, or a plain path."
-            )
+            remedy = "Write file:/// with three slashes, or a plain path."
+            raise InputError(f"{uri} is not a local folder.", remedy=remedy)
         path = Path(unquote(address.path))
     elif scheme == "s3":
         return _in_bucket(uri, rest, patience_s)
     else:
-        raise InputError(
-            f"{uri}: stores of kind {scheme!r} are not known.", remedy="Give a folder, file:///… or s3://bucket/prefix."
-        )
+        remedy = "Give a folder, file:///… or s3://bucket/prefix."
+        raise InputError(f"{uri}: stores of kind {scheme!r} are not known.", remedy=remedy)
     if not uri:
-        raise InputError(
-            "The address of the store is empty.", remedy="Give a folder, for example --store ./magi-ray-store."
-        )
+        remedy = "Give a folder, for example --store ./magi-ray-store."
+        raise InputError("The address of the store is empty.", remedy=remedy)
     # Absolute, because workers have another working directory.
     return LocalStore(root=path.expanduser().absolute())
 
 
 def open_object(uri: str) -> tuple[Store, str]:
-    """The bucket of any object, for reading it, and its key there: ``uri`` is s3://bucket/key, as anybody wrote it.
+    """A store for reading the object at ``uri``, s3://bucket/key, and its key there. Any key will do.
 
     Raises InputError for what cannot be the name of a bucket.
     """

@@ -1,4 +1,4 @@
-"""What a store really does, found by trying it. Many servers speak S3; not all keep what a store promises."""
+"""Tries out what a store really does. Many servers speak S3; not all keep the promises of ``Store``."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from magi_ray.storage.store import Store
 
 PROBE_PATIENCE_S = 10.0  # somebody waits for the answer
 CLEAN_UP_PATIENCE_S = 1.0
-# Writers in each race. Few arrive closer together, and large objects take longer: in some 5 to 9 of 10 races with 4
-# writers Swift let several win, in 4 of 10 with 16.
+# Writers in each race. A few writers start closer together, and large objects take longer: Swift let several win in 5
+# to 9 of 10 races with 4 writers, in 4 of 10 with 16.
 RACES = (4, 4, 4, 4, 4, 4, 16, 16)
 RACE_REPEATS = 2048  # of a write id's 32 bytes
 LARGE_BYTES = 9 * 2**20
@@ -29,8 +29,8 @@ LARGE_BYTES = 9 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing a store does or does not do. seen: what it did.  why: what would go wrong without it.  needed: without
-    it the store is refused."""
+    """One thing that a store does or does not do. seen: what it did.  why: what goes wrong without it.  needed: the
+    store is refused without it."""
 
     name: str
     ok: bool
@@ -40,17 +40,17 @@ class Finding:
 
 
 def probe(store: Store, *, thorough: bool = False) -> list[Finding]:
-    """Everything ``check_store`` needs, and what is good to have. thorough: also a large file (9 MiB up and down).
+    """Tries everything ``check_store`` needs, and what is good to have. thorough: a large file too (9 MiB up and down).
 
-    Writes below ``probes/`` and deletes it again. Raises StoreError kinds when nothing can be found out.
+    Writes below ``probes/`` and deletes it again. Raises StoreError when nothing can be found out.
     """
     checks = _NEEDED + _GOOD_TO_HAVE + (_THOROUGH if thorough else ())
     return _findings(store, checks)
 
 
 def check_store(store: Store) -> None:
-    """Raises StoreError with the reason if ``store`` is not good enough. Makes some 80 small writes and deletes them
-    again. Called before anything is computed."""
+    """Raises StoreError with the reasons if ``store`` lacks something needed. Makes some 80 small writes and deletes
+    them again. Called before anything is computed."""
     faults = [finding for finding in _findings(store, _NEEDED) if not finding.ok]
     if faults:
         lines = [f"{fault.name}: {fault.seen} {fault.why}" for fault in faults]
@@ -76,11 +76,8 @@ def _findings(store: Store, checks: tuple[_Check, ...]) -> list[Finding]:
                     raise  # what the first writes meet is true of the store as a whole: no bucket, a full disk
                 fault = exc.message
             if fault is not None:
-                findings.append(
-                    Finding(
-                        name=check.name, ok=not fault, seen=fault or check.good, why=check.why, needed=check in _NEEDED
-                    )
-                )
+                seen, needed = fault or check.good, check in _NEEDED
+                findings.append(Finding(name=check.name, ok=not fault, seen=seen, why=check.why, needed=needed))
         return findings
     finally:
         with suppress(StoreError):  # gc deletes what stays
@@ -113,9 +110,9 @@ def _created_at_once(store: Store, folder: str) -> str:
             winners.append(len(won))
             altered += store.get(key) not in won
     if set(winners) != {1}:
+        found = f"in {len(RACES)} races {', '.join(map(str, winners))} did."
         return (
-            "creation is not atomic: of several writers that race to create one object exactly one must win; "
-            f"in {len(RACES)} races {', '.join(map(str, winners))} did."
+            f"creation is not atomic: of several writers that race to create one object exactly one must win; {found}"
         )
     return f"{altered} of {len(RACES)} objects hold the bytes of a writer that was told it lost." if altered else ""
 
@@ -200,7 +197,7 @@ def _large_file_lost(store: Store, folder: str) -> str:
 
 @dataclass(frozen=True)
 class _Check:
-    """``fault``: (store, folder) → what is wrong, '' if nothing, None where it says nothing about such a store."""
+    """``fault``: (store, folder) → what is wrong, '' if nothing is, None if the check does not apply to the store."""
 
     name: str
     good: str
@@ -209,69 +206,31 @@ class _Check:
 
 
 _NEEDED = (
-    _Check(
-        "Create once",
-        "a second creation of one object is refused",
-        "Without it a late worker replaces what was committed.",
-        _created_twice,
-    ),
-    _Check(
-        "Create once, in a race",
-        f"of {min(RACES)} to {max(RACES)} writers at once exactly one creates the object",
-        "Without it several drivers become the driver of one run, and commits replace each other; OpenStack Swift's "
-        "s3api is known for this.",
-        _created_at_once,
-    ),
-    _Check(
-        "Swap",
-        "an object is replaced when it is the version that was read",
-        "Without it (S3: If-Match on a put) no lease can be held, and two groups render the same row.",
-        _not_swapped,
-    ),
-    _Check(
-        "Stale swap",
-        "a swap from a version that was replaced is refused",
-        "Without it a worker whose lease was taken takes it back unnoticed.",
-        _swapped_from_an_old_version,
-    ),
-    _Check(
-        "Swap of nothing",
-        "an object that was deleted is not swapped back",
-        "Without it a late worker brings back the lease of a run that was deleted.",
-        _swapped_from_nothing,
-    ),
-    _Check(
-        "Read after write",
-        "a read gives what was written last",
-        "Without it a run goes on though it was cancelled, and resumes behind where it was.",
-        _not_overwritten,
-    ),
-    _Check(
-        "List after write",
-        "a list shows what was just written, in order",
-        "Without it drivers do not see each other, and gc takes needed objects for unneeded ones.",
-        _not_listed,
-    ),
-    _Check(
-        "Delete",
-        "what was deleted is gone from reads and lists",
-        "Without it gc frees nothing.",
-        _not_deleted,
-    ),
-)
+    _Check("Create once", "a second creation of one object is refused",
+           "Without it a late worker replaces what was committed.", _created_twice),
+    _Check("Create once, in a race", f"of {min(RACES)} to {max(RACES)} writers at once exactly one creates the object",
+           "Without it several drivers become the driver of one run, and commits replace each other; OpenStack Swift's "
+           "s3api is known for this.", _created_at_once),
+    _Check("Swap", "an object is replaced when it is the version that was read",
+           "Without it (S3: If-Match on a put) no lease can be held, and two groups render the same row.",
+           _not_swapped),
+    _Check("Stale swap", "a swap from a version that was replaced is refused",
+           "Without it a worker whose lease was taken takes it back unnoticed.", _swapped_from_an_old_version),
+    _Check("Swap of nothing", "an object that was deleted is not swapped back",
+           "Without it a late worker brings back the lease of a run that was deleted.", _swapped_from_nothing),
+    _Check("Read after write", "a read gives what was written last",
+           "Without it a run goes on though it was cancelled, and resumes behind where it was.", _not_overwritten),
+    _Check("List after write", "a list shows what was just written, in order",
+           "Without it drivers do not see each other, and gc takes needed objects for unneeded ones.", _not_listed),
+    _Check("Delete", "what was deleted is gone from reads and lists",
+           "Without it gc frees nothing.", _not_deleted),
+)  # fmt: skip
 _GOOD_TO_HAVE = (
-    _Check(
-        "Damage on the way",
-        "a put whose bytes do not match their MD5 is refused",
-        "Without it such damage is only found when a stage is read again, and the stage is rendered anew.",
-        _damage_kept,
-    ),
-)
+    _Check("Damage on the way", "a put whose bytes do not match their MD5 is refused",
+           "Without it such damage is only found when a stage is read again, and the stage is rendered anew.",
+           _damage_kept),
+)  # fmt: skip
 _THOROUGH = (
-    _Check(
-        "Large file",
-        f"{LARGE_BYTES >> 20} MiB go up in parts, come down unchanged and leave nothing",
-        "Without it finished videos cannot be stored.",
-        _large_file_lost,
-    ),
-)
+    _Check("Large file", f"{LARGE_BYTES >> 20} MiB go up in parts, come down unchanged and leave nothing",
+           "Without it finished videos cannot be stored.", _large_file_lost),
+)  # fmt: skip

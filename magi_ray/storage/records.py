@@ -1,17 +1,17 @@
-"""Commits: how a result becomes durable. Payload first, commit last; a commit without a whole payload does not count.
+"""Commits make results durable. Payload first, commit last; a commit without a whole payload does not count.
 
-A commit is one small JSON that names its payloads with size and sha256, says what the result is (``pre_image``, whose
-digest is usually the key) and what made it (``provenance``). It is created only if absent, so a late worker cannot
-replace a result, and each attempt names its payloads anew, so it cannot overwrite them either.
+A commit is one small JSON object that names its payloads with size and sha256, says what the result is (``pre_image``,
+whose digest is usually the key) and what made it (``provenance``). It is created only if absent, so a late worker
+cannot replace a result, and each attempt has its own names for payloads, so it cannot overwrite them either.
 
 Repair. A commit that is unreadable, or whose payload is gone or altered, is replaced with one atomic ``put`` by the
 next attempt that made the result again. (Deleting it first was rejected: a slow second repairer would delete the first
-one's good commit.) That is safe: it happens only after the commit there was read and found damaged; the new payloads
-are whole before it; at no moment is there no commit; and should two workers repair at once, either's commit is whole,
-names payloads nobody deletes, and holds the result of the same key, that is the same bytes.
+one's good commit.) That is safe: the commit there was read and found damaged; the new payloads are whole before it is
+replaced; there is a commit at every moment; and of two workers that repair at once, either's commit is whole, names
+payloads that nobody deletes, and holds the result of the same key, that is the same bytes.
 
-A writer that was asleep for so long that its payloads were collected as garbage before it commits finds that out: once
-its commit is there it looks for its payloads, and writes again those that are gone.
+A writer may sleep for so long that its payloads are collected as garbage before it commits. So it looks for them once
+its commit is there, and writes again those that are gone.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ FORMAT_VERSION = 1
 
 
 class Payload(Frozen):
-    """``name``: the object's name beside the commit. ``size`` in bytes, ``sha256`` in hex."""
+    """``name``: of the object, beside the commit.  ``size``: bytes.  ``sha256``: hex."""
 
     name: str
     size: int
     sha256: str
 
     def unlike(self, found: Payload) -> str:
-        """In what ``found`` is not what was committed, with both numbers; '' when it is."""
+        """How ``found`` differs from what was committed, with both numbers; '' if it does not."""
         if found.size != self.size:
             return f"has {found.size} bytes, but {self.size} were committed"
         if found.sha256 != self.sha256:
@@ -71,7 +71,7 @@ def canonical_json(value: Any) -> bytes:
 
 
 def _json(value: Any, *, indent: int | None) -> bytes:
-    # Once there and back first, so that tuples and numbers as keys are what a reader will find: lists and strings.
+    # To JSON and back first: tuples and numeric keys become the lists and strings that a reader will find.
     plain = json.loads(json.dumps(value, allow_nan=False))
     separators = (",", ":") if indent is None else None
     return json.dumps(plain, sort_keys=True, separators=separators, indent=indent, ensure_ascii=False).encode()
@@ -83,7 +83,7 @@ def digest(value: Any) -> str:
 
 
 def seal(body: Mapping[str, Any]) -> bytes:
-    """``body`` as canonical JSON with its own digest as the field ``sha256``, so that no altered byte goes unseen."""
+    """``body`` as canonical JSON with its own digest as the field ``sha256``, so that every altered byte is found."""
     return canonical_json({**body, "sha256": digest(body)})
 
 
@@ -93,8 +93,7 @@ def unseal(data: bytes) -> dict[str, Any]:
 
 
 def record_bytes(body: Mapping[str, Any]) -> bytes:
-    """The record of a run or a video. As ``seal``, but indented, since people read it; the digest is the field
-    ``seal``."""
+    """The record of a run or a video: as ``seal``, but indented for people, and the field of the digest is ``seal``."""
     return _json({**body, "seal": digest(body)}, indent=1)
 
 
@@ -126,7 +125,7 @@ def _unsealed(data: bytes, *, field: str, indent: int | None) -> dict[str, Any]:
 
 
 def require_readable(what: str, found: int, up_to: int) -> None:
-    """Raises InputError where ``what`` has a newer format than the one that is known here."""
+    """Raises InputError if the format of ``what``, ``found``, is newer than ``up_to``."""
     if found > up_to:
         raise InputError(
             f"{what} has format {found}, but this magi-ray reads up to {up_to}.",
@@ -135,7 +134,7 @@ def require_readable(what: str, found: int, up_to: int) -> None:
 
 
 def new_write_id() -> str:
-    """An id no other attempt to write has."""
+    """A unique id for one attempt to write: 32 hex digits."""
     return uuid.uuid4().hex
 
 
@@ -149,10 +148,10 @@ def write_commit(
     provenance: Mapping[str, Any],
     write_id: str,
 ) -> Commit:
-    """Makes a result durable and returns the commit that counts: ours, or the whole one that was there before.
+    """Makes a result durable. Returns the commit that counts: ours, or the whole one that was there before.
 
-    payloads: bytes, or the path of a file, by role.  pre_image, provenance: what JSON can hold.
-    write_id: of this attempt alone (``new_write_id``).  Raises StoreError.
+    payloads: bytes, or the path of a file, by role.  pre_image, provenance: JSON values.
+    write_id: of this attempt only (``new_write_id``).  Raises StoreError.
     """
     if earlier := verified_commit(store, kind, key):
         return earlier
@@ -187,7 +186,7 @@ def write_commit(
 
 
 def read_commit(store: Store, kind: CommitKind, key: str) -> Commit | None:
-    """The commit, or None when there is none or its own bytes are damaged. Payloads are not looked at.
+    """The commit, or None when there is none or it is damaged itself. Payloads are not checked.
 
     Raises InputError when a newer magi-ray wrote it.
     """
@@ -201,7 +200,7 @@ def read_commit(store: Store, kind: CommitKind, key: str) -> Commit | None:
 
 
 def verified_commit(store: Store, kind: CommitKind, key: str) -> Commit | None:
-    """``read_commit``, and None also when a payload is missing or altered: reads and hashes all of them."""
+    """As ``read_commit``, but None also when a payload is missing or altered: reads and hashes all of them."""
     commit = read_commit(store, kind, key)
     if commit is None:
         return None
@@ -214,7 +213,7 @@ def verified_commit(store: Store, kind: CommitKind, key: str) -> Commit | None:
 
 
 def read_payload(store: Store, commit: Commit, role: str) -> bytes:
-    """The bytes of one payload [size]. Raises ObjectDamaged if they are missing or not those that were committed."""
+    """The bytes of one payload. Raises ObjectDamaged if they are missing or not those that were committed."""
     payload = commit.payloads[role]
     try:
         data = store.get(keys.commit_folder(commit.kind, commit.key) + payload.name)
@@ -225,7 +224,7 @@ def read_payload(store: Store, commit: Commit, role: str) -> bytes:
 
 
 def payload_to_file(store: Store, commit: Commit, role: str, path: Path) -> None:
-    """One payload into a file, in constant memory. Raises ObjectDamaged, and then leaves no file."""
+    """Writes one payload to ``path``, in constant memory. Raises ObjectDamaged, and then leaves no file."""
     payload = commit.payloads[role]
     try:
         store.get_to_file(keys.commit_folder(commit.kind, commit.key) + payload.name, path)
@@ -246,7 +245,7 @@ def measure(store: Store, key: str) -> Payload:
 
 
 def holds(store: Store, key: str, sha256: str) -> bool:
-    """Whether the object is there and its bytes have that digest."""
+    """Whether the object exists and its bytes have that digest."""
     try:
         return measure(store, key).sha256 == sha256
     except ObjectMissing:

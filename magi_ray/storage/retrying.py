@@ -1,8 +1,8 @@
-"""A store that tries calls again while the one behind it is busy or gone, up to a stated patience.
+"""A store that retries calls while the one behind it is busy or gone, for as long as its patience lasts.
 
-Only StoreUnavailable leads to another try. After it nobody knows whether the write landed, so a later "no" of
-``put_if_absent`` or ``swap`` may come from our own success. Reading the object settles it: exactly our bytes (they hold
-an id of the write) are ours, others are not, and while it cannot be read, both stay possible: it is tried again.
+Only StoreUnavailable is retried. After it nobody knows whether the write landed, so a later "no" of ``put_if_absent``
+or ``swap`` may come from our own success. Reading the object settles it: exactly our bytes (they hold an id of the
+write) are ours, others are not; while it cannot be read, the call is retried.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ T = TypeVar("T")
 
 
 def full_jitter(longest_s: float) -> float:
-    """Evenly from 0 to ``longest_s``, by the system's randomness: no two machines wake together."""
+    """Uniform from 0 to ``longest_s``, from the system's randomness, so that machines do not retry in step."""
     return random.SystemRandom().uniform(0.0, longest_s)
 
 
 def with_patience(store: Store, patience_s: float) -> Store:
-    """``store``, which now tries a call for at most ``patience_s`` seconds."""
+    """``store`` with a patience of at most ``patience_s`` seconds."""
     if isinstance(store, RetryingStore):
         return replace(store, patience_s=min(store.patience_s, patience_s))
     return store
@@ -39,11 +39,11 @@ def with_patience(store: Store, patience_s: float) -> Store:
 
 @dataclass(frozen=True)
 class RetryingStore:
-    """``inner``, tried again for ``patience_s`` seconds from a call's first try, or from the last key that a listing
-    gave. Pauses are drawn by ``jitter(longest pause)``; the longest doubles from 0.2 to 10 s. A try that is under way
-    when the patience ends is not cut short. Then the last error is raised, with how long and how often it was tried.
+    """``inner`` with retries for ``patience_s`` seconds from a call's first try, or from the last key that a listing
+    gave. Pauses are ``jitter(longest pause)``; the longest doubles from 0.2 to 10 s. A try under way when the patience
+    ends is not cut short. Then the last error is raised, with how long and how often the call was tried.
 
-    ``swap`` gives None also when it succeeded and somebody has swapped since: in both cases the version is not ours.
+    ``swap`` also gives None when it succeeded and somebody has swapped since: either way the version is not ours.
     """
 
     inner: Store
@@ -127,7 +127,7 @@ class RetryingStore:
                 patience.wait(exc)
 
     def _resumed(self, listing: Callable[[str], Iterator[T]], key_of: Callable[[T], str], last: str) -> Iterator[T]:
-        """The listing, continued behind the last key it gave wherever it breaks."""
+        """The listing, continued after the last key it gave whenever it fails."""
         patience = _Patience(self)
         while True:
             try:
@@ -146,7 +146,7 @@ class _Patience:
         self._store, self._began, self._tries = store, store.clock(), 0
 
     def wait(self, error: StoreUnavailable) -> None:
-        """Pauses before the next try, or raises ``error`` when the patience is over."""
+        """Pauses before the next try. Raises ``error`` when the patience is over."""
         store = self._store
         pause_s = store.jitter(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self._tries, 10)))
         self._tries += 1

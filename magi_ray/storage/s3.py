@@ -1,12 +1,12 @@
-"""A store in a bucket of S3, or of anything that speaks S3: all calls are boto3's, each tried once (``RetryingStore``
-tries again).
+"""A store in a bucket of S3, or of anything that speaks S3. All calls go through boto3, each is tried once
+(``RetryingStore`` retries).
 
-Where it is and who asks, boto3 reads itself, in every process: AWS_ENDPOINT_URL, AWS_PROFILE, AWS_REGION, keys, roles.
-With an endpoint of one's own the bucket stands in the path of the address, with AWS in its host name.
+Every process's boto3 finds endpoint and credentials itself: AWS_ENDPOINT_URL, AWS_PROFILE, AWS_REGION, keys, roles.
+With an endpoint of one's own the bucket is in the path of the address, with AWS in its host name.
 
-Creating once is a put with ``If-None-Match: *``, swapping one with ``If-Match`` and the ETag that was read; both are
-single puts, since not every server honours conditions on multipart uploads. The answer 412 means no, 409 and 500 mean
-try again. Puts carry the MD5 of their bytes, so that a server refuses what was damaged on the way.
+Creating once is a put with ``If-None-Match: *``, swapping is one with ``If-Match`` and the ETag that was read; both are
+single puts, since not every server honours conditions on multipart uploads. 412 means no, 409 and 500 mean try again.
+Puts carry the MD5 of their bytes, so that a server refuses what was damaged on the way.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ _TRANSIENT = {"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExce
 
 @dataclass(frozen=True)
 class S3Store:
-    """``bucket``, and the prefix of every key in it, without '/' at its ends ('' for none). Nothing is connected until
-    the first call; each process makes its own client, and threads share it. Pickles as its configuration."""
+    """``prefix``: of every key in ``bucket``, without '/' at its ends ('' for none). Connects on the first call; each
+    process makes its own client, and its threads share it. Pickles as its configuration."""
 
     bucket: str
     prefix: str = ""
@@ -87,10 +87,9 @@ class S3Store:
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         with self._calling(key) as client:
+            name, md5 = self._name(key), _md5(data)
             try:
-                client.put_object(
-                    Bucket=self.bucket, Key=self._name(key), Body=data, ContentMD5=_md5(data), IfNoneMatch="*"
-                )
+                client.put_object(Bucket=self.bucket, Key=name, Body=data, ContentMD5=md5, IfNoneMatch="*")
             except failures.ClientError as exc:
                 if _status(exc) == 412:
                     return False
@@ -146,7 +145,7 @@ class S3Store:
             return None
 
     def exists(self, key: str) -> bool:
-        # A read of one byte, since the error of a HEAD has no body: a missing bucket looks like a missing object.
+        # Reads one byte: the error of a HEAD has no body, so a missing bucket would look like a missing object.
         with self._calling(key) as client:
             try:
                 client.get_object(Bucket=self.bucket, Key=self._name(key), Range="bytes=0-0")["Body"].close()
@@ -161,7 +160,7 @@ class S3Store:
         return (entry.key for entry in self.entries(prefix, after))
 
     def entries(self, prefix: str, after: str = "") -> Iterator[Entry]:
-        # S3 lists in the order of UTF-8, which is that of the strings, as keys are ASCII.
+        # S3 lists in UTF-8 order, which for ASCII keys is that of strings.
         if folder := prefix.rpartition("/")[0]:
             check_key(folder)
         root = self._root
@@ -179,7 +178,7 @@ class S3Store:
             client.delete_object(Bucket=self.bucket, Key=self._name(key))
 
     def leftovers(self) -> Iterator[Entry]:
-        """Multipart uploads that were begun and neither completed nor aborted; their sizes are not told."""
+        """Multipart uploads that were begun and neither completed nor aborted; S3 does not say their sizes."""
         with self._calling("") as client:
             for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=self._root):
                 now = _server_time(page)
@@ -193,7 +192,7 @@ class S3Store:
             self._abort(key, upload)
 
     def refuses_damage(self, key: str) -> bool:
-        """Whether the server refuses a put whose bytes do not have the MD5 that came with them."""
+        """Whether the server refuses a put whose bytes do not match the MD5 sent with them."""
         try:
             with self._calling(key) as client:
                 client.put_object(Bucket=self.bucket, Key=self._name(key), Body=b"x", ContentMD5=_md5(b"y"))
@@ -243,7 +242,7 @@ class S3Store:
 
     @contextmanager
     def _calling(self, key: str) -> Iterator[S3Client]:
-        """This process's client; what it raises becomes an error of ours."""
+        """This process's client; its errors become ours."""
         try:
             yield self._clients.setdefault(os.getpid(), _Client()).get(self)
         except (failures.ClientError, failures.BotoCoreError) as exc:
@@ -259,14 +258,11 @@ class S3Store:
         if isinstance(exc, _NO_CREDENTIALS):
             return StoreDenied(f"{what}: {exc}", remedy=_CREDENTIALS)
         if isinstance(exc, failures.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(exc):
-            return StoreError(
-                f"{what}: {exc}", remedy="Set AWS_CA_BUNDLE to the certificate that signs the endpoint's."
-            )
+            remedy = "Set AWS_CA_BUNDLE to the certificate that signs the endpoint's."
+            return StoreError(f"{what}: {exc}", remedy=remedy)
         if isinstance(exc, _NO_ANSWER):
-            return StoreUnavailable(
-                f"{what}: {exc}",
-                remedy="Check the network and AWS_ENDPOINT_URL, then resume; nothing committed is lost.",
-            )
+            remedy = "Check the network and AWS_ENDPOINT_URL, then resume; nothing committed is lost."
+            return StoreUnavailable(f"{what}: {exc}", remedy=remedy)
         return StoreError(f"{what}: {exc}", remedy="Check the AWS_… variables and ~/.aws/config on this machine.")
 
     def _refused(self, key: str, what: str, exc: failures.ClientError) -> StoreError:
@@ -302,7 +298,7 @@ class S3Store:
 
 
 class ForeignBucket(S3Store):
-    """A bucket to read from, whose keys need not be ones of ours."""
+    """Somebody else's bucket, to read from: any key is allowed."""
 
     def _name(self, key: str) -> str:
         return key
@@ -323,7 +319,7 @@ _NO_ANSWER = (failures.HTTPClientError, failures.ConnectionError, failures.Incom
 
 
 class _Client:
-    """One process's client, made when it is first asked for."""
+    """One process's client, made on first use."""
 
     def __init__(self) -> None:
         self.made: S3Client | None = None
@@ -350,9 +346,8 @@ def _connect(store: S3Store) -> S3Client:
     try:
         return boto3.session.Session().client("s3", config=config)
     except ValueError as exc:
-        raise InputError(
-            f"{store.uri} cannot be reached: {exc}", remedy="Write AWS_ENDPOINT_URL as http(s)://host:port."
-        ) from exc
+        remedy = "Write AWS_ENDPOINT_URL as http(s)://host:port."
+        raise InputError(f"{store.uri} cannot be reached: {exc}", remedy=remedy) from exc
 
 
 def _md5(data: bytes) -> str:

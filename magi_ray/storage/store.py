@@ -10,8 +10,8 @@ from typing import Protocol
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One object as a listing shows it. ``size`` in bytes; ``age_s``: seconds since it was written, by the store's own
-    clock, so that no two machines' clocks are compared."""
+    """One object of a listing. ``size``: bytes.  ``age_s``: seconds since it was written, by the store's own clock, so
+    that no two machines' clocks are compared."""
 
     key: str
     size: int
@@ -21,9 +21,9 @@ class Entry:
 class Store(Protocol):
     """What every store does. All of them pass ``tests/storage/contract.py``.
 
-    An object is visible whole or not at all, and once a write returned it survives the death of this process.
-    Failures of the store itself raise StoreError; keys that ``check_key`` refuses raise ValueError. After
-    StoreUnavailable a write may have landed all the same, or may land later.
+    An object is visible whole or not at all, and survives this process once the write has returned. Failures of the
+    store raise StoreError; keys that ``check_key`` refuses raise ValueError. After StoreUnavailable a write may have
+    landed all the same, or may land later.
     """
 
     @property
@@ -32,11 +32,11 @@ class Store(Protocol):
         ...
 
     def put(self, key: str, data: bytes) -> None:
-        """Writes ``data``, in place of what was there."""
+        """Writes ``data``, and replaces what was there."""
         ...
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Writes ``data`` unless the key exists. True when this call created it; of racing callers exactly one does."""
+        """Writes ``data`` unless the key exists. True if this call created it; of racing callers exactly one does."""
         ...
 
     def put_file(self, key: str, path: Path) -> None:
@@ -52,11 +52,11 @@ class Store(Protocol):
         ...
 
     def get_versioned(self, key: str) -> tuple[bytes, str]:
-        """``get``, and the version to give to ``swap``. Raises ObjectMissing."""
+        """``get``, and the version that ``swap`` wants. Raises ObjectMissing."""
         ...
 
     def swap(self, key: str, data: bytes, version: str) -> str | None:
-        """Writes ``data`` if the object is still the one of ``version``; the new version, or None when it is not.
+        """Compare-and-swap: writes ``data`` if the object still has ``version``. The new version, None if it has not.
 
         Of racing callers with one version exactly one succeeds. An object that is swapped is never ``put``, and its
         data holds an id of the write, so that no two writes are alike.
@@ -66,8 +66,7 @@ class Store(Protocol):
     def exists(self, key: str) -> bool: ...
 
     def list(self, prefix: str, after: str = "") -> Iterator[str]:
-        """Every key that begins with the string ``prefix`` ('' for all) and comes after ``after``, in the order of
-        strings."""
+        """The keys that begin with ``prefix`` ('' for all) and come after ``after``, sorted as strings."""
         ...
 
     def entries(self, prefix: str, after: str = "") -> Iterator[Entry]:
@@ -75,13 +74,13 @@ class Store(Protocol):
         ...
 
     def delete(self, key: str) -> None:
-        """Removes the object; a missing one is fine."""
+        """Removes the object, if there is one."""
         ...
 
     def leftovers(self) -> Iterator[Entry]:
-        """What killed writers left behind under no key; ``Entry.key`` is a name for ``sweep`` alone."""
+        """What killed writers left behind under no key; ``Entry.key`` is a name for ``sweep`` only."""
         ...
 
     def sweep(self, name: str) -> None:
-        """Removes one of ``leftovers``; a missing one is fine."""
+        """Removes one of ``leftovers``, if it is still there."""
         ...

@@ -1,4 +1,4 @@
-"""Attention kernels behind one signature. ``plain`` is the specification; the others must agree with it (a test)."""
+"""Attention kernels with one signature. ``plain`` is the specification; a test compares the others with it."""
 
 from __future__ import annotations
 

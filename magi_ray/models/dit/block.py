@@ -1,6 +1,6 @@
 """One layer of the DiT (spec §3, 5). Attribute names are the published state-dict names.
 
-R ranges (chunks), S tokens of a chunk, D hidden, H heads, G groups of keys and values, K head width, N caption tokens.
+R chunks, S tokens of a chunk, D hidden, H heads, G groups of keys and values, K head width, N caption tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from magi_ray.models.dit.attention import Kernel
 from magi_ray.models.dit.kv_cache import KVCache
 from magi_ray.models.dit.rope import rotate
-from magi_ray.models.fp8 import Fp8Linear
+from magi_ray.models.fp8 import Fp8Linear, Scaling
 from magi_ray.settings import ModelConfig
 
 HEAD_BLOCKS = 8
@@ -25,9 +25,8 @@ HEAD_BLOCKS = 8
 class Context:
     """What all layers of one forward share.
 
-    condition: [R, c] (time, dropped or not).  caption: [sum of lengths, xattn width], range after range.
-    sin, cos: [R, S, 3 · bands].  chunks: absolute number of each range.  kv_ranges: [first, end) in absolute chunks,
-    a chunk of this forward or of the cache.  writes_cache: keep this forward's keys and values there.
+    condition: [R, c] (time, dropped or not).  caption: [sum of lengths, xattn width], chunk after chunk.
+    sin, cos: [R, S, 3 · bands].  chunks, kv_ranges, writes_cache: as in Forward.  cache: None if it is not used.
     """
 
     condition: Tensor
@@ -139,9 +138,9 @@ def _cached(context: Context, layer: int, chunk: int) -> tuple[Tensor, Tensor]:
     return context.cache.read(layer, chunk)
 
 
-def _linear(width_in: int, width_out: int, dtype: torch.dtype, *, fp8: bool) -> nn.Module:
+def _linear(width_in: int, width_out: int, dtype: torch.dtype, *, fp8: bool, scaling: Scaling = "channel") -> nn.Module:
     if fp8:
-        return Fp8Linear(width_in, width_out, scaling="channel", out_dtype=dtype)
+        return Fp8Linear(width_in, width_out, scaling=scaling, out_dtype=dtype)
     return nn.Linear(width_in, width_out, bias=False, dtype=dtype)
 
 
@@ -156,11 +155,7 @@ class MLP(nn.Module):
         width, ffn = config.hidden_size, config.ffn_hidden_size
         self.layer_norm = LayerNorm(width, config, one_plus=False, dtype=dtype)
         self.linear_fc1 = _linear(width, ffn * (1 + config.gated_linear_unit), dtype, fp8=fp8)
-        self.linear_fc2 = (
-            Fp8Linear(ffn, width, scaling="smooth", out_dtype=dtype)
-            if fp8
-            else nn.Linear(ffn, width, bias=False, dtype=dtype)
-        )
+        self.linear_fc2 = _linear(ffn, width, dtype, fp8=fp8, scaling="smooth")
         self.activation: Callable[[Tensor], Tensor] = _silu_gated if config.gated_linear_unit else F.gelu
 
     def forward(self, x_RSD: Tensor) -> Tensor:

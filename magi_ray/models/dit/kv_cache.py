@@ -9,7 +9,7 @@ from torch import Tensor
 class KVCache:
     """K and V of the last ``depth`` clean chunks, for every layer.
 
-    Chunk c lies in slot c mod depth; writing it takes the place of chunk c − depth.
+    Chunk c is in slot c mod depth; writing it replaces chunk c − depth.
     Memory: depth · layers · 2 · S · G · K elements, allocated at once.
     """
 
@@ -31,7 +31,7 @@ class KVCache:
         self._held[slot][layer] = chunk
 
     def read(self, layer: int, chunk: int) -> tuple[Tensor, Tensor]:
-        """K and V [S, G, K] of ``chunk``. KeyError if it was never written or its place has been taken."""
+        """K and V [S, G, K] of ``chunk``. Raises KeyError if it was never written or has been replaced."""
         slot = chunk % self.depth
         if self._held[slot][layer] != chunk:
             raise KeyError(f"chunk {chunk} of layer {layer} is not cached; its place holds {self._held[slot][layer]}")

@@ -1,6 +1,6 @@
 """The DiT: noisy latents of some chunks, and what they may see → their velocity (spec §3).
 
-R ranges: the chunks of one forward; S = T · H · W tokens of a chunk; D hidden width.
+R chunks of one forward; S = T · H · W tokens of a chunk; D hidden width.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Blocks(nn.Module):
 
 
 class FinalLinear(nn.Module):
-    """Token → the values of its patch. Exists for its published name."""
+    """Token → the values of its patch. A module of its own for the published name."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class FinalLinear(nn.Module):
 
 
 class DiT(nn.Module):
-    """``config``: the published model_config; parameter names are the published ones (spec §2).
+    """The network. config: the published model_config; parameter names are the published ones (spec §2).
 
     attention: a name in ``attention.KERNELS``.  fp8: build the layers of an fp8 checkpoint. Embedders, RoPE, norms
     after a branch and the final layers are float32, everything else ``config.params_dtype``.
@@ -86,21 +86,17 @@ class DiT(nn.Module):
 
     def new_cache(self, *, depth: int, height: int, width: int) -> KVCache:
         """An empty ring for ``depth`` chunks of latents ``height`` × ``width``."""
+        config, tokens = self.config, self.tokens_per_chunk(height, width)
         return KVCache(
-            depth=depth,
-            layers=self.config.num_layers,
-            tokens=self.tokens_per_chunk(height, width),
-            groups=self.config.num_query_groups,
-            head_dim=self.config.kv_channels,
-            dtype=self.dtype,
-            device=self.device,
-        )
+            depth=depth, layers=config.num_layers, tokens=tokens, groups=config.num_query_groups,
+            head_dim=config.kv_channels, dtype=self.dtype, device=self.device,
+        )  # fmt: skip
 
     @torch.no_grad()
     def forward(self, forward: Forward[Tensor], cache: KVCache | None) -> Tensor:
-        """Velocity [R, 16, 6, h, w] float32 of ``forward.latents``. Tensors are on the device of the weights.
+        """Velocity [R, 16, 6, h, w] float32 of ``forward.latents``. All tensors are on the device of the weights.
 
-        cache: what it reads and writes; None is enough for a Forward that does not use it.
+        cache: None will do for a Forward that neither reads nor writes it.
         """
         config = self.config
         x = forward.latents.float() * config.x_rescale_factor

@@ -21,7 +21,7 @@ class Rope(nn.Module):
     def forward(self, positions: Sequence[int], *, frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
         """sin and cos, each [R, S, 3 · bands], of R chunks of S = frames · height · width tokens.
 
-        positions: where each chunk stands in the video, in chunks from its start (a clean prefix included).
+        positions: of each chunk, in chunks from the start of the video (a clean prefix included).
         height, width: in patches.
         """
         device = self.bands.device

@@ -1,7 +1,7 @@
 """Caption cleaning: the text the encoder was trained on (spec §4, the DeepFloyd-IF rules). Needs no torch.
 
-The rules are odd in places (a final dot-word vanishes, a ratio of numbers vanishes). They are kept exactly, since the
-network never saw anything else. Their order is part of them: one rule often leaves what the next one looks for.
+The rules are odd in places (a caption ".word" vanishes, a size such as 3x4 vanishes). They are kept exactly, since the
+network was trained on their output. So is their order: one rule often leaves what the next one looks for.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ _DOT_WORD = re.compile(r"\.\S+")
 
 
 def clean_caption(caption: str) -> str:
-    """The caption as T5 gets it: cleaned twice, as in training. May become empty."""
+    """The caption for T5: cleaned twice, as in training. May be empty."""
     return _clean_once(_clean_once(caption))
 
 

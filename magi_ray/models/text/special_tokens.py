@@ -1,4 +1,4 @@
-"""Learned embeddings that stand before a caption, and the null caption (spec §2, §4).
+"""Learned embeddings that go before a caption, and the null caption (spec §2, §4).
 
 Shapes: n tokens · d caption_channels.
 """
@@ -42,12 +42,12 @@ class SpecialTokenTable:
 
     @property
     def width(self) -> int:
-        """d, which has to equal the DiT's caption_channels."""
+        """d, which must equal the DiT's caption_channels."""
         return self.caption.shape[1]
 
     @classmethod
     def load(cls, path: Path) -> SpecialTokenTable:
-        """Read an npz with ``caption_token`` [1, d], ``logo_token`` [1, d] and ``other_tokens`` [100, d].
+        """Reads an npz with ``caption_token`` [1, d], ``logo_token`` [1, d] and ``other_tokens`` [100, d].
 
         Raises WeightsError: missing, damaged, or other arrays than these.
         """
@@ -77,10 +77,10 @@ def prepend_special_tokens(
         caption: [n, d], the unmasked tokens of the text encoder.
         chosen: which tokens to prepend; they go in front one by one, DURATION last, so it comes first.
         duration_index: 1…8, chunks that remain after this one (at most 7) plus one: ``Timeline.duration_index``.
-        max_length: caption_max_length of the model; what stands beyond is cut off.
+        max_length: caption_max_length of the model; the rest is cut off.
 
-    Returns: [min(n + number of tokens, max_length), d] in the caption's dtype and device. A caption of no tokens at
-    all stays empty: it stands for the null caption.
+    Returns: [min(n + number of tokens, max_length), d] in the caption's dtype and device. A caption without tokens
+    stays empty: it stands for the null caption.
     """
     assert 1 <= duration_index <= 8, duration_index
     if not len(caption):
@@ -99,7 +99,7 @@ def null_caption(
     Args:
         null_caption_embedding: [caption_max_length, d], ``y_embedder.null_caption_embedding`` of the DiT.
         tokens: needed with ``negative_prompt`` only.
-        negative_prompt: prepend CAPTION, LOGO, TRANS and BORDERNESS; the mask stays, so they displace the last four.
+        negative_prompt: prepend CAPTION, LOGO, TRANS and BORDERNESS; the length stays, so the last four drop out.
     """
     null = null_caption_embedding
     if negative_prompt:

@@ -19,13 +19,13 @@ T5_NAME = "t5-v1_1-xxl"
 TOKENIZER_FILE = "spiece.model"
 # A full T5 may lie in the folder; only its encoder is read.
 _DECODER_KEYS = ("decoder.", "lm_head.")
-# T5 has 100 sentinels that are not in the tokenizer's file, and rounds up to a multiple of 128. A file that lacks more
-# was cut off; sentencepiece itself does not always notice.
+# T5 adds 100 sentinels to the tokenizer's file and rounds up to a multiple of 128. A file that lacks more was cut off,
+# which sentencepiece does not always notice.
 _MAX_SPARE_TOKENS = 256
 
 
 class TextEncoder:
-    """T5's encoder and tokenizer. Holds nothing between captions."""
+    """T5's encoder and tokenizer. Keeps nothing between captions."""
 
     def __init__(self, model: Any, tokenizer: SentencePieceProcessor, *, device: str, max_length: int) -> None:
         self._model, self._tokenizer = model, tokenizer
@@ -37,14 +37,14 @@ class TextEncoder:
         return int(self._model.config.d_model)
 
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
-        """Embeddings of captions, cleaned already (``prompt.clean_caption``).
+        """Embeddings of cleaned captions (``prompt.clean_caption``).
 
         Returns: for each caption [n, width] on the CPU, 1 ≤ n ≤ max_length, in the encoder's dtype: what the
-        published encoder gives at the unmasked positions of a caption padded to max_length. An empty caption is one
-        token, the end of the text; only a tensor of no tokens stands for the null caption.
+        published encoder gives at the unmasked positions of a caption padded to max_length. An empty caption has one
+        token, the end of the text; only a tensor without tokens stands for the null caption.
         """
-        # One at a time and without padding: neighbours and padding would change the last bits of a sum, though not
-        # its meaning, since masked tokens have weight 0 and T5 knows only distances between tokens.
+        # One at a time and without padding: a batch or padding would change the last bits of sums, and nothing else,
+        # since masked tokens have weight 0 and T5 only uses distances between tokens.
         return [self._encode_one(caption) for caption in captions]
 
     def token_ids(self, caption: str) -> list[int]:
@@ -60,7 +60,7 @@ class TextEncoder:
 
 
 def load_t5(folder: Path, *, device: str, dtype: torch.dtype = torch.float32, max_length: int = 800) -> TextEncoder:
-    """The encoder in ``<folder>/t5-v1_1-xxl``, an ordinary transformers folder. Never looks at the network.
+    """The encoder in ``<folder>/t5-v1_1-xxl``, an ordinary transformers folder. Never downloads anything.
 
     Args:
         folder: t5_pretrained of the config.
@@ -110,7 +110,7 @@ def load_t5(folder: Path, *, device: str, dtype: torch.dtype = torch.float32, ma
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars, reports or advice on stderr while loading: what matters becomes a WeightsError."""
+    """Silences transformers' progress bars and reports on stderr; what matters becomes a WeightsError."""
     from transformers.utils import logging
 
     verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -5,6 +5,7 @@ Shapes: B batch · S tokens · D embed_dim · N heads · h head dimension · T, 
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -81,10 +82,9 @@ class Transformer(nn.Module):
     def __init__(self, config: VAEConfig, attention: AttentionKind) -> None:
         super().__init__()
         self.learned_grid = config.learned_grid
-        extra = 1 if config.with_cls_token else 0
-        grid = self.learned_grid[0] * self.learned_grid[1] * self.learned_grid[2]
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.embed_dim)) if config.with_cls_token else None
-        self.pos_embed = nn.Parameter(torch.empty(1, extra + grid, config.embed_dim))
+        positions = math.prod(self.learned_grid) + config.with_cls_token
+        self.pos_embed = nn.Parameter(torch.empty(1, positions, config.embed_dim))
         self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.embed_dim, eps=LAYERNORM_EPSILON)
 

@@ -11,16 +11,11 @@ from typing import Any
 
 from magi_ray.errors import WeightsError
 
-# Fields a published config may carry beside those of VAEConfig, with the one value this network works with.
-# The drop rates are of no consequence outside training.
+# Fields of published configs besides those of VAEConfig, with the only value that this network supports.
+# Drop rates matter in training only.
 _FIXED = {
-    "in_chans": 3,
-    "double_z": True,
-    "conv_last_layer": True,
-    "norm_code": False,
-    "qk_scale": None,
-    "use_rope": False,
-}
+    "in_chans": 3, "double_z": True, "conv_last_layer": True, "norm_code": False, "qk_scale": None, "use_rope": False,
+}  # fmt: skip
 _IGNORED = {"drop_rate", "attn_drop_rate", "drop_path_rate"}
 
 
@@ -67,17 +62,13 @@ class VAEConfig:
         try:
             content = json.loads(path.read_text())
         except FileNotFoundError as exc:
-            raise WeightsError(
-                f"There is no VAE config {path}.", remedy="Point vae_pretrained at a folder of the published form."
-            ) from exc
+            remedy = "Point vae_pretrained at a folder of the published form."
+            raise WeightsError(f"There is no VAE config {path}.", remedy=remedy) from exc
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as exc:
             raise WeightsError(f"{path} is not readable as JSON: {exc}", remedy="Copy the VAE folder again.") from exc
         kind = content.get("_class_name") if isinstance(content, dict) else None
-        if (
-            kind != "ViTVAE"
-            or not isinstance(content.get("ddconfig"), dict)
-            or content.get("model_type", "vit") != "vit"
-        ):
+        vit = kind == "ViTVAE" and content.get("model_type", "vit") == "vit"
+        if not (vit and isinstance(content.get("ddconfig"), dict)):
             raise WeightsError(
                 f"{path} describes {kind or 'no VAE'}, but magi-ray reads a ViTVAE of model_type vit.",
                 remedy="Point vae_pretrained at MAGI-1's own VAE.",
@@ -87,9 +78,8 @@ class VAEConfig:
     @classmethod
     def _from_published(cls, fields: Mapping[str, Any], *, source: Path) -> VAEConfig:
         def wrong(problem: str) -> WeightsError:
-            return WeightsError(
-                f"{source}: {problem}", remedy="Use the config.json that was published with these weights."
-            )
+            remedy = "Use the config.json that was published with these weights."
+            return WeightsError(f"{source}: {problem}", remedy=remedy)
 
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - names - set(_FIXED) - _IGNORED):

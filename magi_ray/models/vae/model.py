@@ -65,7 +65,7 @@ class Decoder(Transformer):
 
 
 class VAE(nn.Module):
-    """Encoder and decoder. Latents are the mean and unscaled: ``scale_factor`` is the caller's."""
+    """Encoder and decoder. Latents are means, and unscaled: callers multiply by ``scale_factor``."""
 
     def __init__(self, config: VAEConfig, *, attention: AttentionKind) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class VAE(nn.Module):
     def decode(self, latent_BCTHW: Tensor) -> Tensor:
         """Pixels of latents: [B, z_chans, T, H, W] → [B, 3, 4·T, 8·H, 8·W] around −1…1, not clamped.
 
-        One latent frame gives one frame, the first of its four: it is how an image comes back.
+        One latent frame gives one frame, the first of its four: so an image stays an image.
         """
         pixels_BCTHW: Tensor = self.decoder(latent_BCTHW)
         return pixels_BCTHW[:, :, :1] if latent_BCTHW.shape[2] == 1 else pixels_BCTHW

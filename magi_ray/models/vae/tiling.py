@@ -1,8 +1,8 @@
 """Encoding and decoding in overlapping tiles, so that attention never sees more than one tile (spec §6).
 
-Tiles overlap in space and are blended linearly there; in time they only stand one after the other. A tile is blended
-with the tile above it, then with the tile on its left, then cut to its stride. The published order is kept on purpose:
-encoding blends with neighbours that are blended themselves, decoding with neighbours as they were decoded.
+Tiles overlap in space, where they are blended linearly, but not in time. A tile is blended with the tile above it, then
+with the tile on its left, then cut to its stride. The published order is kept on purpose: encoding blends with
+neighbours that are blended themselves, decoding with neighbours as they were decoded.
 """
 
 from __future__ import annotations
@@ -19,40 +19,31 @@ from magi_ray.settings import TileSettings
 def encode_tiled(vae: VAE, pixels_BCTHW: Tensor, *, tiles: TileSettings) -> Tensor:
     """As ``vae.encode``, tile by tile. A last tile of one frame is encoded as an image."""
     config = vae.config
+    tile_THW = (tiles.frames, tiles.height, tiles.width)
+    out_tile_HW = (tiles.height // config.patch_size, tiles.width // config.patch_size)
     return _run_tiled(
-        vae.encode,
-        pixels_BCTHW,
-        tile_THW=(tiles.frames, tiles.height, tiles.width),
-        out_tile_HW=(tiles.height // config.patch_size, tiles.width // config.patch_size),
-        overlap=tiles.overlap,
+        vae.encode, pixels_BCTHW, tile_THW=tile_THW, out_tile_HW=out_tile_HW, overlap=tiles.overlap,
         blend_with_blended=True,
-    )
+    )  # fmt: skip
 
 
 def decode_tiled(vae: VAE, latent_BCTHW: Tensor, *, tiles: TileSettings) -> Tensor:
     """As ``vae.decode``, tile by tile. A tile of one latent frame gives one frame: 4 latents in tiles of 3 give 13."""
     config = vae.config
     height, width = tiles.height // config.patch_size, tiles.width // config.patch_size
+    tile_THW = (tiles.frames // config.patch_length, height, width)
+    out_tile_HW = (height * config.patch_size, width * config.patch_size)
     return _run_tiled(
-        vae.decode,
-        latent_BCTHW,
-        tile_THW=(tiles.frames // config.patch_length, height, width),
-        out_tile_HW=(height * config.patch_size, width * config.patch_size),
-        overlap=tiles.overlap,
+        vae.decode, latent_BCTHW, tile_THW=tile_THW, out_tile_HW=out_tile_HW, overlap=tiles.overlap,
         blend_with_blended=False,
-    )
+    )  # fmt: skip
 
 
 def _run_tiled(
-    run: Callable[[Tensor], Tensor],
-    x_BCTHW: Tensor,
-    *,
-    tile_THW: tuple[int, int, int],
-    out_tile_HW: tuple[int, int],
-    overlap: float,
-    blend_with_blended: bool,
-) -> Tensor:
-    """``run`` of every tile of ``x_BCTHW``, put together again. overlap: share of a tile's height and width."""
+    run: Callable[[Tensor], Tensor], x_BCTHW: Tensor, *, tile_THW: tuple[int, int, int], out_tile_HW: tuple[int, int],
+    overlap: float, blend_with_blended: bool,
+) -> Tensor:  # fmt: skip
+    """``run`` of every tile of ``x_BCTHW``, put together. overlap: share of a tile's height and width."""
     T, H, W = tile_THW
     step_H, step_W = int(H * (1 - overlap)), int(W * (1 - overlap))
     blend_H, blend_W = int(out_tile_HW[0] * overlap), int(out_tile_HW[1] * overlap)

@@ -14,7 +14,7 @@ from typing import Literal
 
 from magi_ray.errors import MediaError, ObjectDamaged, Problem
 from magi_ray.manifest import Manifest, Row
-from magi_ray.manifest.messages import refusal
+from magi_ray.manifest.messages import manifest_error
 from magi_ray.media.reader import count_frames, read_image
 from magi_ray.render.plans.identity import run_digest
 from magi_ray.render.plans.row_plan import Media
@@ -121,7 +121,7 @@ def _inspect_media(manifest: Manifest, name: str) -> tuple[dict[str, Media], Med
         files[found.sha256] = path
         notes += [note] if note else []
     if problems:
-        raise refusal(name, problems, next_command=f"magi-ray manifest validate {name}")
+        raise manifest_error(name, problems, next_command=f"magi-ray manifest validate {name}")
     return media, files, notes
 
 
