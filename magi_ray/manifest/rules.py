@@ -1,6 +1,7 @@
 """The rules of rows: strict pydantic models of a row's cells, and what is checked across rows.
 
-A rule that compares cells belongs to the last of them, and is asked once the others break no rule of their own.
+A rule that compares cells is a function beside the models, so that all that is wrong with a row is told at once: only a
+cell of a wrong type hides a rule that needs it.
 """
 
 from __future__ import annotations
@@ -54,16 +55,16 @@ class Broken:
     column: str | None = None
 
 
-Rule = Callable[[Any, Context, Mapping[str, Any]], Iterable[Broken]]
+Rule = Callable[[Any, Context], Iterable[Broken]]
+CellsRule = Callable[[Mapping[str, Any], Context], Iterable[Broken]]
 
 
 def rules(*asked: Rule) -> AfterValidator:
-    """Asks each rule of the cell. Rules also get the context, and the cells above that break no rule. Without a context
-    only types are checked."""
+    """Asks each rule of the cell. Without a context only types are checked."""
 
     def ask(cell: Any, info: ValidationInfo) -> Any:
         if info.context is not None:
-            broken = [found for rule in asked for found in rule(cell, info.context, info.data)]
+            broken = [found for rule in asked for found in rule(cell, info.context)]
             if broken:
                 raise PydanticCustomError("rules", "rules are broken", {"cell": cell, "broken": broken})
         return cell
@@ -77,7 +78,7 @@ def rules(*asked: Rule) -> AfterValidator:
 def must(holds: Callable[[Any], bool], rule: str, remedy: str) -> Rule:
     """``holds`` is true of the cell; ``rule`` says what is wrong otherwise."""
 
-    def ask(cell: object, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+    def ask(cell: object, context: Context) -> Iterator[Broken]:
         if not holds(cell):
             yield Broken(rule=rule, remedy=remedy)
 
@@ -108,7 +109,7 @@ _is_a_length = must(
 _is_some_chunks = must(lambda chunks: chunks >= 1, "is below 1", "write how many chunks of 24 frames to make")
 
 
-def _is_a_name(job_id: str | None, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+def _is_a_name(job_id: str | None, context: Context) -> Iterator[Broken]:
     if job_id is None:
         yield Broken(value="", rule="is missing", remedy="give every row a name of its own")
         return
@@ -123,7 +124,7 @@ def _is_a_name(job_id: str | None, context: Context, above: Mapping[str, Any]) -
 def _guides(of_run: str) -> Rule:
     """Guidance scales fit a run that has guidance. of_run: the field whose values they replace."""
 
-    def rule(scales: list[float | None], context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+    def rule(scales: list[float | None], context: Context) -> Iterator[Broken]:
         runtime = context.defaults.runtime
         if runtime.cfg_number != 3:
             rule = f"asks for guidance, but this model has none (cfg_number {runtime.cfg_number})"
@@ -139,7 +140,7 @@ def _guides(of_run: str) -> Rule:
     return rule
 
 
-def _can_be_read(written: str, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+def _can_be_read(written: str, context: Context) -> Iterator[Broken]:
     scheme = _scheme(written)
     url = urlsplit(written) if scheme else None
     if not written.strip():
@@ -180,7 +181,7 @@ def location(written: str, base: Path) -> str:
 
 
 def _one_of(*known: str) -> Rule:
-    def rule(value: str, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+    def rule(value: str, context: Context) -> Iterator[Broken]:
         if value not in known:
             close = difflib.get_close_matches(value.strip().lower(), known, n=1, cutoff=0.5)
             yield Broken(rule=f"is none of {', '.join(known)}", remedy=f"use {close[0] if close else known[0]}")
@@ -188,12 +189,12 @@ def _one_of(*known: str) -> Rule:
     return rule
 
 
-def _is_a_multiple(size: int, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+def _is_a_multiple(size: int, context: Context) -> Iterator[Broken]:
     if size < SIZE_MULTIPLE or size % SIZE_MULTIPLE:
         yield Broken(rule=f"is not a multiple of {SIZE_MULTIPLE}", remedy=nearest(max(size, 1)))
 
 
-def _fits_the_run(num_steps: int, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+def _fits_the_run(num_steps: int, context: Context) -> Iterator[Broken]:
     if num_steps < 1:
         yield Broken(rule="is below 1", remedy=f"use the run's {context.defaults.num_steps}")
         return
@@ -201,7 +202,7 @@ def _fits_the_run(num_steps: int, context: Context, above: Mapping[str, Any]) ->
         yield Broken(rule=problem.rule, remedy=problem.remedy)
 
 
-def _is_complete(tags: list[tuple[str, str | None]], context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+def _is_complete(tags: list[tuple[str, str | None]], context: Context) -> Iterator[Broken]:
     if len(dict(tags)) < len(tags):
         for key, count in Counter(key for key, _ in tags).items():
             if count > 1:
@@ -211,26 +212,23 @@ def _is_complete(tags: list[tuple[str, str | None]], context: Context, above: Ma
             yield Broken(value=shown(key), rule="has no value", remedy="give it one, or leave the tag out")
 
 
-# Rules that compare cells
+# Rules that compare cells. They get the cells as written, those of a wrong type left out.
 
 
-def _not_beside(column: str, here: str, said: str = "a row has one or the other") -> Rule:
-    """A row has ``column`` or this one, which is called ``here``."""
+def _not_beside(column: str, other: str, said: str = "a row has one or the other") -> CellsRule:
+    """A row has ``column`` or ``other``."""
 
-    def rule(cell: object, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
-        other = above.get(column)
-        if cell is not None and other is not None:
-            rule = f"stands beside {here} {shown(cell)}, but {said}"
-            yield Broken(column=column, value=shown(other), rule=rule, remedy="leave one of the two empty")
+    def rule(cells: Mapping[str, Any], context: Context) -> Iterator[Broken]:
+        if cells[column] is not None and cells[other] is not None:
+            rule = f"stands beside {other} {shown(cells[other])}, but {said}"
+            yield Broken(column=column, value=shown(cells[column]), rule=rule, remedy="leave one of the two empty")
 
     return rule
 
 
-def _captions(schedule: list[Entry] | None, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+def _captions(cells: Mapping[str, Any], context: Context) -> Iterator[Broken]:
     """A row has a prompt or a schedule."""
-    if "prompt" not in above:
-        return
-    prompt = above["prompt"]
+    prompt, schedule = cells["prompt"], cells["schedule"]
     if prompt is None and schedule is None:
         rule = "is missing, and there is no schedule either"
         yield Broken(column="prompt", value="", rule=rule, remedy="write one of the two")
@@ -239,55 +237,71 @@ def _captions(schedule: list[Entry] | None, context: Context, above: Mapping[str
         remedy = "keep prompt for one caption, schedule for several"
         yield Broken(column="prompt", value=shown(prompt), rule=rule, remedy=remedy)
     elif prompt is not None:
-        for broken in _is_described(prompt, context, above):
+        for broken in _is_described(prompt, context):
             yield replace(broken, column="prompt", value=shown(prompt))
     elif not schedule:
-        yield Broken(value="[]", rule="is empty", remedy="write at least the caption that begins at chunk 0")
+        remedy = "write at least the caption that begins at chunk 0"
+        yield Broken(column="schedule", value="[]", rule="is empty", remedy=remedy)
 
 
-def _rises(schedule: list[Entry] | None, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
+def _rises(cells: Mapping[str, Any], context: Context) -> Iterator[Broken]:
     before: int | None = None
-    for place, entry in enumerate(schedule or (), 1):
-        start = entry.start_chunk or 0
+    for place, entry in enumerate(cells["schedule"] or (), 1):
+        start = entry.get("start_chunk")
+        if start is None:
+            continue  # which is told of the entry
         value = f"start_chunk {start}"
-        if before is None and start != 0:
-            rule = f"of entry {place} is not 0"
-            yield Broken(value=value, rule=rule, remedy="begin the first caption at chunk 0")
+        if place == 1 and start != 0:
+            rule = "of entry 1 is not 0"
+            yield Broken(column="schedule", value=value, rule=rule, remedy="begin the first caption at chunk 0")
         elif before is not None and start <= before:
             rule = f"of entry {place} does not come after start_chunk {before} of the entry before it"
-            yield Broken(value=value, rule=rule, remedy="sort the entries, one caption per chunk")
+            yield Broken(column="schedule", value=value, rule=rule, remedy="sort the entries, one caption per chunk")
         before = start
 
 
-def _divides_the_steps(schedule: list[Entry] | None, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
-    if schedule is None or "num_steps" not in above:
-        return
+def _divides_the_steps(cells: Mapping[str, Any], context: Context) -> Iterator[Broken]:
     runtime = context.defaults.runtime
-    steps = runtime.num_steps if above["num_steps"] is None else above["num_steps"]
-    for place, entry in enumerate(schedule, 1):
-        if entry.kv_range is not None and steps % len(entry.kv_range):
-            rule = f"of entry {place} has {len(entry.kv_range)} values, but the {steps} steps are not divisible by that"
+    steps = runtime.num_steps if cells["num_steps"] is None else cells["num_steps"]
+    for place, entry in enumerate(cells["schedule"] or (), 1):
+        kv_range = entry.get("kv_range")
+        if kv_range and steps >= 1 and steps % len(kv_range):
+            rule = f"of entry {place} has {len(kv_range)} values, but the {steps} steps are not divisible by that"
             example = list(runtime.noise2clean_kvrange) or [5, 4, 3, 2]
             remedy = f"write as many as noise2clean_kvrange has, for example {shown(example)}"
-            yield Broken(value=f"kv_range {shown(entry.kv_range)}", rule=rule, remedy=remedy)
+            yield Broken(column="schedule", value=f"kv_range {shown(kv_range)}", rule=rule, remedy=remedy)
 
 
-def _ends_in_time(schedule: list[Entry] | None, context: Context, above: Mapping[str, Any]) -> Iterator[Broken]:
-    """Captions begin within the video."""
-    if not schedule or not {"video", "seconds", "num_chunks", "fps"} <= above.keys():
+def _ends_in_time(cells: Mapping[str, Any], context: Context) -> Iterator[Broken]:
+    """Captions begin within the video. Lengths that are wrong themselves are left to the other rules."""
+    seconds, num_chunks = cells["seconds"], cells["num_chunks"]
+    last = max((entry.get("start_chunk") or 0 for entry in cells["schedule"] or ()), default=0)
+    if not last or (seconds is not None and num_chunks is not None):
         return
-    if above["seconds"] is not None:
-        fps = context.defaults.fps if above["fps"] is None else above["fps"]
+    if seconds is not None:
+        fps = context.defaults.fps if cells["fps"] is None else cells["fps"]
+        if not (math.isfinite(seconds) and seconds > 0 and 1 <= fps <= MAX_FPS):
+            return
         # How many frames a clip takes from its first chunk is known once it is read; at most all but one latent.
-        taken = LATENTS_PER_CHUNK - 1 if above["video"] is not None else 0
-        chunks = chunks_for_seconds(above["seconds"], fps, taken)
+        taken = LATENTS_PER_CHUNK - 1 if cells["video"] is not None else 0
+        chunks = chunks_for_seconds(seconds, fps, taken)
     else:
-        chunks = context.defaults.num_chunks if above["num_chunks"] is None else above["num_chunks"]
-    last = max(entry.start_chunk or 0 for entry in schedule)
-    if last >= chunks:
+        chunks = context.defaults.num_chunks if num_chunks is None else num_chunks
+    if last >= chunks >= 1:
         rule = f"lies beyond the last chunk of the video, {chunks - 1}"
         remedy = f"begin at {chunks - 1} or before, or make the video longer"
-        yield Broken(value=f"start_chunk {last}", rule=rule, remedy=remedy)
+        yield Broken(column="schedule", value=f"start_chunk {last}", rule=rule, remedy=remedy)
+
+
+# Each with the cells it needs.
+_COMPARED: Sequence[tuple[Collection[str], CellsRule]] = (
+    (("prompt", "schedule"), _captions),
+    (("schedule",), _rises),
+    (("schedule", "num_steps"), _divides_the_steps),
+    (("schedule", "video", "seconds", "num_chunks", "fps"), _ends_in_time),
+    (("image", "video"), _not_beside("image", "video", "a row begins from one or the other")),
+    (("seconds", "num_chunks"), _not_beside("seconds", "num_chunks")),
+)
 
 
 # The cells
@@ -295,7 +309,6 @@ def _ends_in_time(schedule: list[Entry] | None, context: Context, above: Mapping
 Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Medium = Annotated[str, rules(_can_be_read)]
 Size = Annotated[Int, rules(_is_a_multiple)]
-Chunks = Annotated[Int, rules(_is_some_chunks)]
 # Arrow has a map as pairs, in which a key may come twice.
 Tags = Annotated[
     list[tuple[str, str | None]],
@@ -324,13 +337,13 @@ class Cells(BaseModel):
     job_id: Annotated[str | None, rules(_is_a_name)] = None
     prompt: str | None = None
     image: Medium | None = None
-    video: Annotated[Medium | None, rules(_not_beside("image", "video", "a row begins from one or the other"))] = None
+    video: Medium | None = None
     prefix_from: Annotated[str, rules(_one_of("start", "end"))] | None = None
     prefix_frames: Annotated[Int, rules(_holds_a_latent)] | None = None
     fit: Annotated[str, rules(_one_of("crop", "pad", "fit"))] | None = None
     include_prefix: bool | None = None
     seconds: Annotated[float, rules(_is_a_length)] | None = None
-    num_chunks: Annotated[Chunks | None, rules(_not_beside("seconds", "num_chunks"))] = None
+    num_chunks: Annotated[Int, rules(_is_some_chunks)] | None = None
     width: Size | None = None
     height: Size | None = None
     fps: Annotated[Int, rules(_between(1, MAX_FPS, str(MAX_FPS)))] | None = None
@@ -338,7 +351,7 @@ class Cells(BaseModel):
     num_steps: Annotated[Int, rules(_fits_the_run)] | None = None
     priority: Int | None = None
     tags: Tags | None = None
-    schedule: Annotated[list[Entry] | None, rules(_captions, _rises, _divides_the_steps, _ends_in_time)] = None
+    schedule: list[Entry] | None = None
 
 
 # Columns that override for one row a field of the run's PrefixSettings.
@@ -371,14 +384,28 @@ def check(
     for number, row in enumerate(rows, 1):
         row = {**row, **hidden}
         found: list[Problem] = []
+        typed = dict.fromkeys(COLUMNS) | {column: cell for column, cell in row.items() if column not in hidden}
         try:
-            cells.append(Cells.model_validate(row, context=context and replace(context, number=number)))
+            valid = Cells.model_validate(row, context=context and replace(context, number=number))
         except ValidationError as exc:
             found += _problems(exc, number, row)
+            for column in _mistyped(exc):
+                typed.pop(column, None)
+        for column in hidden:
+            typed.pop(column, None)
         job_id = row.get("job_id")
+        if context is not None:
+            found += [
+                _problem(number, job_id, str(broken.column), str(broken.value), broken.rule, broken.remedy)
+                for needed, rule in _COMPARED
+                if typed.keys() >= set(needed)
+                for broken in rule(typed, context)
+            ]
         if context is not None and isinstance(job_id, str) and first.setdefault(job_id, number) != number:
             rule, remedy = f"is the job_id of row {first[job_id]} too", "give every row a name of its own"
             found.append(_problem(number, job_id, "job_id", shown(job_id), rule, remedy))
+        if not found:
+            cells.append(valid)
         problems += sorted(
             (problem for problem in found if problem.column not in unusable), key=lambda problem: order[problem.column]
         )
@@ -386,8 +413,7 @@ def check(
 
 
 def _problems(error: ValidationError, number: int, row: Mapping[str, Any]) -> Iterator[Problem]:
-    faults = error.errors(include_url=False, include_input=False)
-    mistyped = {str(fault["loc"][0]) for fault in faults if fault["type"] != "rules"}
+    faults, mistyped = error.errors(include_url=False, include_input=False), _mistyped(error)
     for column in mistyped:
         wanted = COLUMNS[column]
         remedy = "put the value in quotes" if wanted == pa.string() else "correct the value"
@@ -402,6 +428,12 @@ def _problems(error: ValidationError, number: int, row: Mapping[str, Any]) -> It
             if inside:  # an entry of the schedule: its place, its field
                 value, rule = f"{inside[1]} {value}", f"of entry {int(inside[0]) + 1} {rule}"
             yield _problem(number, row.get("job_id"), broken.column or column, value, rule, broken.remedy)
+
+
+def _mistyped(error: ValidationError) -> set[str]:
+    """Columns whose cell has a wrong type."""
+    faults = error.errors(include_url=False, include_input=False)
+    return {str(fault["loc"][0]) for fault in faults if fault["type"] != "rules"}
 
 
 def _problem(row: int, job_id: object, column: str, value: str, rule: str, remedy: str) -> Problem:
