@@ -183,7 +183,7 @@ def test_a_driver_that_is_killed_is_told_with_its_signal_and_the_way_on(here: Pa
     assert f"Process {driver.pid}, which rendered run {run_id()}, ended with signal 9 (SIGKILL)" in said
     assert "What was committed is kept" in said
     assert said.splitlines()[-1] == f"next: magi-ray resume {run_id()}"
-    assert "of 1 video done" in said.partition("last words:")[2], "the end of its log"
+    assert "of 1 video done" in said.partition("The end of its log:")[2]
     assert status()["state"] == "stopped"
 
 
