@@ -20,16 +20,8 @@ from typing import Any, NoReturn
 
 import click
 
-from magi_ray.commands.console import (
-    FAILURE,
-    INTERRUPTED,
-    USAGE,
-    as_magi_ray_error,
-    command_line,
-    print_json,
-    say,
-    say_next,
-)
+from magi_ray.commands import console
+from magi_ray.commands.console import as_magi_ray_error, command_line, print_json, say, say_next
 from magi_ray.commands.doctor import doctor
 from magi_ray.commands.look import list_command, status, watch
 from magi_ray.commands.manifests import manifest
@@ -53,7 +45,7 @@ class _Group(click.Group):
             sys.stdout.flush()
         except click.exceptions.NoArgsIsHelpError as exc:
             click.echo(exc.format_message(), err=True)
-            sys.exit(USAGE)
+            sys.exit(console.USAGE)
         except click.ClickException as exc:
             at = exc.ctx if isinstance(exc, click.UsageError) else None
             help_of = f"{at.command_path if at else 'magi-ray'} --help"
@@ -64,16 +56,16 @@ class _Group(click.Group):
             sys.exit(exc.exit_code)
         except click.Abort:
             say("Stopped.")
-            sys.exit(INTERRUPTED)
+            sys.exit(console.INTERRUPTED)
         except BrokenPipeError:
             # Whoever read our output has gone. Without this, Python would flush once more as it exits.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(FAILURE)
+            sys.exit(console.FAILURE)
         except Exception as exc:  # noqa: BLE001 - the last line of defence
             error, traceback = as_magi_ray_error(exc)
             click.echo(traceback, err=True, nl=False)
             _explain(error, typed)
-            sys.exit(FAILURE)
+            sys.exit(console.FAILURE)
         sys.exit(code if isinstance(code, int) else 0)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -71,9 +71,7 @@ def _drive(stored: StoredRun, options: RenderOptions, on_dashboard: Callable[[st
     """With Ray or without it, as ``options`` say."""
     failed = read_failures(stored.store, stored.run_id) if options.retry_failed else {}
     drive_options = DriveOptions(
-        take_over=options.take_over,
-        retry=frozenset({*options.retry, *failed}),
-        max_failed_rows=options.max_failed_rows,
+        take_over=options.take_over, retry=frozenset({*options.retry, *failed}), max_failed_rows=options.max_failed_rows
     )
     if options.local:
         from magi_ray.render.driving.local import render_locally

@@ -8,18 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from magi_ray.commands.console import (
-    CANCELLED,
-    FAILED_ROWS,
-    FAILURE,
-    PAUSED,
-    counted,
-    print_json,
-    print_table,
-    say,
-    say_next,
-    stderr,
-)
+from magi_ray.commands import console
+from magi_ray.commands.console import counted, print_json, print_table, say, say_next, stderr
 from magi_ray.commands.options import example, json_option, run_argument, store_option
 from magi_ray.commands.stores import StoredRun, open_named_run, store_to_read
 from magi_ray.render.driving.progress import Phase
@@ -118,16 +108,16 @@ def _say_at_rest(stored: StoredRun, found: RunStatus) -> int:
         others = f", {counted(left - failed, 'other')} not done" if left > failed else ""
         say(f"{ended}; {failed} of {counted(videos, 'video')} failed{others}.")
         say_next(stored.command("retry --failed"))
-        return FAILED_ROWS
+        return console.FAILED_ROWS
     match found.state:
         case "paused":
-            code, state = PAUSED, "Paused"
+            code, state = console.PAUSED, "Paused"
         case "cancelled":
-            code, state = CANCELLED, "Cancelled"
+            code, state = console.CANCELLED, "Cancelled"
         case _:
-            code, state = FAILURE, "Not being rendered"
+            code, state = console.FAILURE, "Not being rendered"
     say(f"{state}; {left} of {counted(videos, 'video')} not done.")
-    if code == FAILURE:
+    if code == console.FAILURE:
         _say_last_error(stored)
     say_next(stored.command("resume"))
     return code

@@ -15,6 +15,7 @@ from magi_ray.errors import SettingsError
 from magi_ray.settings import PRESETS, device_here, job, override, preset, published
 
 _PATH = click.Path(path_type=Path)
+_NAMES = ", ".join(PRESETS)
 
 
 def example(command: str) -> str:
@@ -36,12 +37,6 @@ def store_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")(command)
-
-
-def weights_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """For runs that exist: their weights may be elsewhere on this machine."""
-    help_text = "Where the weights are on this machine; default: where they were at submission."
-    return click.option("--weights", type=_PATH, metavar="FOLDER", help=help_text)(command)
 
 
 def no_wait_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,7 +78,7 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where to compute; default: as configured."),
         click.option("--weights", type=_PATH, metavar="FOLDER", help="Where the weights of the preset or job are."),
         click.option("--config", "config_file", type=_PATH, metavar="FILE", help="A published MAGI-1 config (JSON)."),
-        click.option("--preset", "preset_name", metavar="NAME", help=f"{', '.join(PRESETS)}; default {PRESETS[0]}."),
+        click.option("--preset", "preset_name", metavar="NAME", help=f"One of {_NAMES}; default {PRESETS[0]}."),
         click.option("--job", "job_file", type=_PATH, metavar="FILE", help="A job file (jobs/*.toml)."),
     ):
         with_settings = option(with_settings)
@@ -136,3 +131,11 @@ def render_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ):
         with_options = option(with_options)
     return with_options
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """RUN, --store and the options of rendering, for commands that go on with a run. --weights, since these may be
+    elsewhere on this machine, is one of ``options``."""
+    help_text = "Where the weights are on this machine; default: where they were at submission."
+    weights = click.option("--weights", type=_PATH, metavar="FOLDER", help=help_text)
+    return run_argument(store_option(weights(render_options(command))))

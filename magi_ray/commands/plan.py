@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @json_option
 @click.pass_obj
 def plan(typed: list[str], manifest: Path, store_uri: str, settings: Settings, as_json: bool) -> None:
-    """Show what `submit` would do with each row of MANIFEST, why, and how many forwards it would cost. Writes
+    """Show what `submit` would do with each row of MANIFEST, and why. Counts the forwards that it would cost; writes
     nothing."""
     store, run, _ = prepared(typed, manifest, store_uri, settings)
     show_plan(typed, store, run, as_json=as_json)

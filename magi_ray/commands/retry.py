@@ -9,28 +9,16 @@ from pathlib import Path
 import click
 
 from magi_ray.commands.console import counted, print_json, say, say_next
-from magi_ray.commands.options import (
-    RenderOptions,
-    example,
-    json_option,
-    no_wait_option,
-    render_options,
-    run_argument,
-    store_option,
-    weights_option,
-)
+from magi_ray.commands.options import RenderOptions, example, json_option, no_wait_option, run_options
 from magi_ray.commands.stores import StoredRun, open_named_run
 from magi_ray.errors import InputError, Superseded
 
 
 @click.command(epilog=example("magi-ray retry quickstart --failed"))
-@run_argument
 @click.option("--failed", is_flag=True, help="All failed rows; the default.")
 @click.option("--job", "job_ids", multiple=True, metavar="ID", help="This row; may be repeated.")
 @click.option("--from-chunk", type=int, metavar="N", help="Render the row of --job anew from chunk N on: a new take.")
-@store_option
-@weights_option
-@render_options
+@run_options
 @no_wait_option
 @json_option
 def retry(

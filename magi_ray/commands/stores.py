@@ -100,12 +100,7 @@ def run_command(words: str, run_id: str, store_uri: str) -> str:
 
 
 def open_named_run(
-    name: str,
-    store_uri: str,
-    *,
-    verb: str,
-    weights: Path | None = None,
-    patience_s: float | None = COMMAND_PATIENCE_S,
+    name: str, store_uri: str, *, verb: str, weights: Path | None = None, patience_s: float | None = COMMAND_PATIENCE_S
 ) -> StoredRun:
     """The run with that id, or the only one whose id begins so. Raises RunNotFound with what may have been meant.
 

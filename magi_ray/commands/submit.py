@@ -15,10 +15,9 @@ from magi_ray.commands.options import (
     json_option,
     no_wait_option,
     render_options,
-    run_argument,
+    run_options,
     settings_options,
     store_option,
-    weights_option,
 )
 from magi_ray.commands.plan import prepared, show_plan
 from magi_ray.commands.stores import StoredRun, open_named_run
@@ -86,15 +85,12 @@ def warn_of_made_weights(settings: Settings) -> None:
 
 
 @click.command(epilog=example("magi-ray resume quickstart"))
-@run_argument
-@store_option
-@weights_option
-@render_options
+@run_options
 @no_wait_option
 @json_option
 def resume(name: str, store_uri: str, options: RenderOptions, no_wait: bool, as_json: bool) -> None:
-    """Go on with RUN where it stopped, here or on another machine, even if it was paused or cancelled. Failed rows
-    are left alone: see `magi-ray retry`. RUN is the id of a run, or the beginning of one."""
+    """Go on with RUN where it stopped, here or on another machine. A paused or cancelled run goes on too; failed rows
+    are left alone, see `magi-ray retry`. RUN is the id of a run, or the beginning of one."""
     from magi_ray.commands.background import render_in_background
 
     stored = open_named_run(name, store_uri, verb="resume", weights=options.weights)
@@ -102,10 +98,7 @@ def resume(name: str, store_uri: str, options: RenderOptions, no_wait: bool, as_
 
 
 @click.command(epilog=example("magi-ray drive quickstart --local"))
-@run_argument
-@store_option
-@weights_option
-@render_options
+@run_options
 @click.option("--retry-failed", is_flag=True, help="Try the rows that failed again.")
 @click.option("--retry", multiple=True, metavar="ID", help="Try this row again, or repair its video; may be repeated.")
 @click.option("--resume", "resumed", is_flag=True, help="Go on even if the run was paused or cancelled.")
