@@ -89,7 +89,7 @@ def watch(name: str, store_uri: str, as_json: bool) -> None:
                 break
             time.sleep(WATCH_REFRESH_S)
     if monitor.silent:
-        say(f"No sign of life from {monitor.last} for too long; it is presumed dead.")
+        say(f"Nothing has been heard from {monitor.last} for too long; it is presumed dead.")
     if as_json:
         print_json(found.as_json())
     sys.exit(_say_at_rest(stored, found))

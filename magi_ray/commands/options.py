@@ -15,7 +15,7 @@ from magi_ray.errors import SettingsError
 from magi_ray.settings import PRESETS, device_here, job, override, preset, published
 
 _PATH = click.Path(path_type=Path)
-_NAMES = ", ".join(PRESETS)
+_PRESETS = ", ".join(PRESETS)
 
 
 def example(command: str) -> str:
@@ -78,7 +78,7 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where to compute; default: as configured."),
         click.option("--weights", type=_PATH, metavar="FOLDER", help="Where the weights of the preset or job are."),
         click.option("--config", "config_file", type=_PATH, metavar="FILE", help="A published MAGI-1 config (JSON)."),
-        click.option("--preset", "preset_name", metavar="NAME", help=f"One of {_NAMES}; default {PRESETS[0]}."),
+        click.option("--preset", "preset_name", metavar="NAME", help=f"One of {_PRESETS}; default {PRESETS[0]}."),
         click.option("--job", "job_file", type=_PATH, metavar="FILE", help="A job file (jobs/*.toml)."),
     ):
         with_settings = option(with_settings)

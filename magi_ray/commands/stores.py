@@ -35,7 +35,7 @@ def store_to_read(uri: str, *, patience_s: float | None = COMMAND_PATIENCE_S) ->
         if not store.root.exists():
             raise InputError(
                 f"There is no store at {store.root}.",
-                remedy="Give the store's folder with --store, or change to the folder that you submitted from.",
+                remedy="Name the store with --store, or change to the folder that you submitted from.",
                 next_command="magi-ray list" if uri != DEFAULT_STORE and Path(DEFAULT_STORE).is_dir() else "",
             )
         if not os.access(store.root, os.R_OK | os.X_OK):
