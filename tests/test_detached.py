@@ -363,7 +363,7 @@ def test_cancel_ends_a_driver_of_this_machine_also_while_the_store_is_out_of_rea
     assert time.monotonic() - begun < 15
     rgw.start()
     assert cancelled.exit_code == 0, cancelled.stderr
-    assert "The store is out of reach; process" in cancelled.stderr
+    assert "The store cannot be reached; process" in cancelled.stderr
     assert f"--store {s3_address}" in cancelled.stderr.splitlines()[-1]
     submit.end(within_s=60)
     assert submit.has_left_nothing()
