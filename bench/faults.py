@@ -1,17 +1,17 @@
-"""Faults, each brought about for real on this machine: what people see, what is lost, how long until work goes on.
+"""Real faults on this machine: what people see, what is lost, how long until work goes on.
 
     python bench/faults.py [--only NAME …] [--out FILE.json] [--json]
 
-With --out, FILE.json keeps what was measured, and FILE.md is the table of it; what FILE.json holds already is replaced
-as it is measured again.
+With --out, FILE.json keeps the measurements, and FILE.md is their table; a fault that is measured again replaces its
+old measurement.
 
-Every fault meets a run of its own: one row of magi-tiny, so large that a stage takes seconds, submitted as people do,
+Every fault hits a run of its own: one row of magi-tiny, so large that a stage takes seconds, submitted as people do,
 rendered on a Ray of its own. It strikes when two or three of the four forwards of a stage are done, so that there is
-something to lose. How far the run is comes from its progress.json, which is written once a second: so moments are known
+something to lose. How far the run is comes from its progress.json, which is written once a second: so times are known
 to about a second, and forwards to one. How long a stage takes comes from the commits of the same run.
 """
 
-# ruff: noqa: E402 - what is shared with the tests lies in their folders
+# ruff: noqa: E402 - helpers shared with the tests are in their folders
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ _USUAL = re.compile(
 
 
 @dataclass
-class Row:
+class Result:
     """What one fault did. ``commit_s``: from the fault to the next committed stage (or what ``waits_for`` says);
-    ``load``: of the machine, when it was over."""
+    ``load``: of the machine, afterwards."""
 
     fault: str
     seen: list[str] = field(default_factory=list)
@@ -82,7 +82,7 @@ class Row:
 
 
 class Bench:
-    """One run in a folder of its own, and the processes that come of it."""
+    """One run in a folder of its own, and its processes."""
 
     def __init__(self, folder: Path, *, chunks: int = CHUNKS, store: str = "store") -> None:
         self.folder, self.store_uri = folder, store if "://" in store else str(folder / store)
@@ -110,10 +110,10 @@ class Bench:
 
     def at(self) -> tuple[int, int]:
         """(stages done, forwards of the next one), as progress.json has it."""
-        noted = read_progress(self.store, self.run.run_id)
-        if noted is None:
+        reported = read_progress(self.store, self.run.run_id)
+        if reported is None:
             return 0, 0
-        video = noted.progress.videos["film"]
+        video = reported.progress.videos["film"]
         return video.stages_done, video.step
 
     def commits(self, kind: str = "stages") -> int:
@@ -123,23 +123,23 @@ class Bench:
         wait_until(lambda: self.commits() >= count, f"{count} stages are committed", within_s=240)
 
     def stage_s(self) -> float:
-        """Median of the stages computed so far, but for the first one, which begins cold."""
+        """Median of the stages computed so far, without the first one, which begins cold."""
         found = [read_commit(self.store, "stage", key) for key in self.run.plans["film"].stage_keys]
         return statistics.median(commit.provenance["seconds"] for commit in found[1:] if commit is not None)
 
     def await_mid_stage(self) -> None:
-        """Wait until two forwards of a stage are noted. A third may be done: after three, the stage may be."""
+        """Wait until two forwards of a stage are reported. A third may be done: after three, the stage may be."""
         self.await_commits(2)
         wait_until(lambda: self.at()[1] == 2, "a stage is half done", within_s=240)
 
     def forwards(self) -> int:
-        """How many are done in all, as far as is noted."""
+        """How many are done in all, as far as is reported."""
         stage, step = self.at()
         return stage * 4 + step
 
-    def measure(self, row: Row, begun: float, old: set[int]) -> Row:
-        """Just after a fault, at ``begun``: wait for another denoise worker than ``old``, its first forward and its
-        first stage; count what was lost of the forwards that had been done."""
+    def measure(self, result: Result, begun: float, old: set[int]) -> Result:
+        """Just after a fault, at ``begun``: wait for a denoise worker that is not in ``old``, its first forward and its
+        first stage; count how many of the forwards done before were lost."""
         before = self.forwards()
 
         def denoisers() -> set[int]:
@@ -148,19 +148,19 @@ class Bench:
         wait_until(denoisers, "there is another denoise worker", within_s=240)
         at, committed = self.at(), self.commits()
         wait_until(lambda: self.at() != at and self.at()[1] >= 1, "the next forward", within_s=240)
-        row.forward_s = time.monotonic() - begun
+        result.forward_s = time.monotonic() - begun
         self.await_commits(committed + 1)
-        row.commit_s, row.stage_s = time.monotonic() - begun, self.stage_s()
-        row.lost_forwards = max(0, before - 4 * committed)
-        return row
+        result.commit_s, result.stage_s = time.monotonic() - begun, self.stage_s()
+        result.lost_forwards = max(0, before - 4 * committed)
+        return result
 
     def said(self, command: Command, name: str = "") -> list[str]:
-        """What ``command`` told, but for how far it is."""
+        """What ``command`` printed, without its progress."""
         lines = [line.strip() for line in command.stderr.splitlines() if line.strip() and not _USUAL.match(line)]
         return [f"{name}: {line}" if name else line for line in lines]
 
     def logged(self) -> list[str]:
-        """What the log of the process that renders told, likewise; the beginning of each line."""
+        """What the rendering process logged, likewise; the beginning of each line."""
         log = log_path(self.store, self.run.run_id)
         lines = _COLOURS.sub("", log.read_text()).splitlines() if log.exists() else []
         return [f"log: {line[:150]}" for line in lines if line.strip() and not _USUAL.match(line)]
@@ -189,35 +189,35 @@ def worker(command: Command, kind: str) -> psutil.Process:
 # The faults -----------------------------------------------------------------------------------------------------
 
 
-def start() -> Iterator[Row]:
-    """No fault: what starting costs, since several faults below include it."""
+def start() -> Iterator[Result]:
+    """No fault: what starting costs, which several faults below include."""
     with bench() as run:
         begun = time.monotonic()
         command = run.submit()
         wait_until(lambda: command.processes("ray::EmbedWorker"), "Ray is there", within_s=120)
         ray_s = time.monotonic() - begun
         wait_until(lambda: list(run.store.list("runs/")) and run.at()[1] >= 1, "the first forward", within_s=240)
-        row = Row("none: submit", forward_s=time.monotonic() - begun, lost_forwards=0)
+        result = Result("none: submit", forward_s=time.monotonic() - begun, lost_forwards=0)
         wait_until(lambda: run.commits() >= 1, "the first stage", within_s=240)
-        row.commit_s = time.monotonic() - begun
+        result.commit_s = time.monotonic() - begun
         wait_until(lambda: run.commits() >= 4, "some stages", within_s=240)
-        row.stage_s, row.note = run.stage_s(), f"Ray's first worker process was there after {ray_s:.1f} s"
-        yield row
+        result.stage_s, result.note = run.stage_s(), f"Ray's first worker process was there after {ray_s:.1f} s"
+        yield result
 
 
-def denoiser() -> Iterator[Row]:
+def denoiser() -> Iterator[Result]:
     with bench() as run:
         command = run.submit()
         victim = worker(command, "DenoiseWorker")
         run.await_mid_stage()
         begun = time.monotonic()
         victim.kill()
-        row = run.measure(Row("denoise worker, kill -9"), begun, {victim.pid})
-        row.seen = run.said(command) + run.logged()
-        yield row
+        result = run.measure(Result("denoise worker, kill -9"), begun, {victim.pid})
+        result.seen = run.said(command) + run.logged()
+        yield result
 
 
-def decoder() -> Iterator[Row]:
+def decoder() -> Iterator[Result]:
     with bench() as run:
         command = run.submit()
         wait_until(lambda: command.processes("ray::DecodeWorker"), "there is a decoder", within_s=240)
@@ -238,11 +238,11 @@ def decoder() -> Iterator[Row]:
 
         wait_until(both, "a stage and a segment are committed", within_s=240)
         seen = run.said(command) + run.logged()
-        yield Row("decoder, kill -9", seen=seen, lost_forwards=0, commit_s=decoded_s, waits_for="next segment",
+        yield Result("decoder, kill -9", seen=seen, lost_forwards=0, commit_s=decoded_s, waits_for="next segment",
                   stage_s=run.stage_s(), note=f"denoising went on: next stage after {denoised_s:.1f} s")  # fmt: skip
 
 
-def finisher() -> Iterator[Row]:
+def finisher() -> Iterator[Result]:
     with bench(chunks=2) as run:
         command = run.submit()
         wait_until(lambda: command.processes("ray::FinishWorker"), "there is a finisher", within_s=240)
@@ -253,36 +253,36 @@ def finisher() -> Iterator[Row]:
         assert not run.store.exists(published), "too late"
         wait_until(lambda: run.store.exists(published), "the video is published", within_s=240)
         took, seen = time.monotonic() - begun, run.said(command) + run.logged()
-        yield Row("finisher, kill -9", seen=seen, lost_forwards=0, commit_s=took, waits_for="video",
+        yield Result("finisher, kill -9", seen=seen, lost_forwards=0, commit_s=took, waits_for="video",
                   stage_s=run.stage_s())  # fmt: skip
 
 
-def raylet() -> Iterator[Row]:
+def raylet() -> Iterator[Result]:
     with bench() as run, driving(run, "two-nodes") as command:
         victim = worker(command, "DenoiseWorker")
         node = next(parent for parent in victim.parents() if "raylet" in parent.name())
         run.await_mid_stage()
         begun = time.monotonic()
         node.kill()
-        victim.kill()  # a machine takes its processes along
-        row = run.measure(Row("node lost (raylet and worker, kill -9)"), begun, {victim.pid})
-        row.seen = run.said(command)
-        yield row
+        victim.kill()  # as a machine would take its processes along
+        result = run.measure(Result("node lost (raylet and worker, kill -9)"), begun, {victim.pid})
+        result.seen = run.said(command)
+        yield result
 
 
-def hung() -> Iterator[Row]:
+def hung() -> Iterator[Result]:
     with bench() as run, driving(run, "one-node") as command:
         victim = worker(command, "DenoiseWorker")
         run.await_mid_stage()
         begun = time.monotonic()
         victim.suspend()
-        row = run.measure(Row("denoise worker hangs (SIGSTOP)"), begun, {victim.pid})
-        row.seen = run.said(command)
-        row.note = f"{SILENCE_S:.0f} s of it until it was taken for hung; by default that is an hour"
-        yield row
+        result = run.measure(Result("denoise worker hangs (SIGSTOP)"), begun, {victim.pid})
+        result.seen = run.said(command)
+        result.note = f"{SILENCE_S:.0f} s of it until it was taken for hung; an hour by default"
+        yield result
 
 
-def driver() -> Iterator[Row]:
+def driver() -> Iterator[Result]:
     with bench() as run:
         command = run.submit()
         worker(command, "DenoiseWorker")
@@ -294,12 +294,12 @@ def driver() -> Iterator[Row]:
         command.end(within_s=60)
         wait_until(lambda: not command.processes("ray::"), "Ray is gone", within_s=60)
         resumed = run.type("resume", run.run.run_id)
-        row = run.measure(Row("driver, kill -9, then resume"), begun, set())
-        row.seen = run.said(command, "submit") + run.said(resumed, "resume")
-        yield row
+        result = run.measure(Result("driver, kill -9, then resume"), begun, set())
+        result.seen = run.said(command, "submit") + run.said(resumed, "resume")
+        yield result
 
 
-def driver_elsewhere() -> Iterator[Row]:
+def driver_elsewhere() -> Iterator[Result]:
     """As if the machine with the driver, Ray and all had been lost, and the run were resumed on another one."""
     with bench() as run:
         command = run.submit()
@@ -316,12 +316,12 @@ def driver_elsewhere() -> Iterator[Row]:
         lease["holder"] |= {"host": "another-machine", "boot": "another-boot"}
         run.store.put(key, canonical_json(lease))
         resumed = run.type("resume", run.run.run_id)
-        row = run.measure(Row("machine lost with the driver, resumed on another"), begun, set())
-        row.seen = run.said(resumed, "resume")
-        yield row
+        result = run.measure(Result("machine lost with the driver, resumed on another"), begun, set())
+        result.seen = run.said(resumed, "resume")
+        yield result
 
 
-def outage() -> Iterator[Row]:
+def outage() -> Iterator[Result]:
     if reason := why_not():
         print(f"store outage: not measured, {reason}", file=sys.stderr)
         return
@@ -338,41 +338,41 @@ def outage() -> Iterator[Row]:
                 time.sleep(seconds)
                 server.start()
                 back = time.monotonic()
-                row = Row(f"store (S3) out of reach for {back - begun:.0f} s")
+                result = Result(f"store (S3) out of reach for {back - begun:.0f} s")
                 run.await_commits(before // 4 + 1)
-                row.commit_s = time.monotonic() - begun
+                result.commit_s = time.monotonic() - begun
                 run.await_commits(before // 4 + 2)
-                row.stage_s, row.seen = run.stage_s(), run.said(command) + run.logged()
-                row.note = f"the stage after that one {time.monotonic() - back:.1f} s after the store's return"
+                result.stage_s, result.seen = run.stage_s(), run.said(command) + run.logged()
+                result.note = f"the stage after that one {time.monotonic() - back:.1f} s after the store's return"
                 epochs = len(list(run.store.list(keys.epochs(run.run.run_id))))
-                row.note += f"; drivers so far: {epochs}"
-                yield row
+                result.note += f"; drivers so far: {epochs}"
+                yield result
     finally:
         server.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def pause() -> Iterator[Row]:
+def pause() -> Iterator[Result]:
     with bench() as run:
         command = run.submit()
         run.await_mid_stage()
         begun = time.monotonic()
         paused = run.type("pause", run.run.run_id)
         paused.end(within_s=240)
-        row = Row("pause", seen=run.said(paused), commit_s=time.monotonic() - begun, waits_for="paused")
+        result = Result("pause", seen=run.said(paused), commit_s=time.monotonic() - begun, waits_for="paused")
         command.end(within_s=60)
-        row.seen += run.said(command, "submit")
+        result.seen += run.said(command, "submit")
         stage, step = run.at()
-        row.lost_forwards, row.stage_s = stage * 4 + step - run.commits() * 4, run.stage_s()
-        yield row
+        result.lost_forwards, result.stage_s = stage * 4 + step - run.commits() * 4, run.stage_s()
+        yield result
         begun = time.monotonic()
         resumed = run.type("resume", run.run.run_id)
-        row = run.measure(Row("… and resume"), begun, set())
-        row.seen = run.said(resumed, "resume")
-        yield row
+        result = run.measure(Result("… and resume"), begun, set())
+        result.seen = run.said(resumed, "resume")
+        yield result
 
 
-def cancel() -> Iterator[Row]:
+def cancel() -> Iterator[Result]:
     for stopped in (False, True):
         with bench() as run:
             command = run.submit()
@@ -389,14 +389,14 @@ def cancel() -> Iterator[Row]:
             cancelled.end(within_s=60)
             command.end(within_s=60)
             wait_until(command.has_left_nothing, "all its processes are gone", within_s=60)
-            row = Row("cancel" + (", the driver hangs" if stopped else ""), seen=run.said(cancelled))
-            row.commit_s, row.waits_for = time.monotonic() - begun, "no process left"
-            row.lost_forwards, row.stage_s = max(0, before - 4 * run.commits()), run.stage_s()
-            row.note = f"workers are gone, and accelerators with them, after {workers_s:.1f} s"
-            yield row
+            result = Result("cancel" + (", the driver hangs" if stopped else ""), seen=run.said(cancelled))
+            result.commit_s, result.waits_for = time.monotonic() - begun, "no process left"
+            result.lost_forwards, result.stage_s = max(0, before - 4 * run.commits()), run.stage_s()
+            result.note = f"workers are gone, and accelerators with them, after {workers_s:.1f} s"
+            yield result
 
 
-def detach() -> Iterator[Row]:
+def detach() -> Iterator[Result]:
     with bench() as run:
         command = run.submit()
         run.await_mid_stage()
@@ -405,11 +405,11 @@ def detach() -> Iterator[Row]:
         command.end(within_s=60)
         left_s = time.monotonic() - begun
         wait_until(lambda: run.commits() > committed, "it goes on", within_s=240)
-        yield Row("Ctrl-C while submit follows", seen=run.said(command), lost_forwards=0, stage_s=run.stage_s(),
+        yield Result("Ctrl-C while submit follows", seen=run.said(command), lost_forwards=0, stage_s=run.stage_s(),
                   commit_s=time.monotonic() - begun, note=f"the shell is back after {left_s:.1f} s")  # fmt: skip
 
 
-FAULTS: dict[str, Callable[[], Iterator[Row]]] = {
+FAULTS: dict[str, Callable[[], Iterator[Result]]] = {
     fault.__name__: fault
     for fault in (
         start,
@@ -428,12 +428,12 @@ FAULTS: dict[str, Callable[[], Iterator[Row]]] = {
 }
 
 
-# A driver whose Ray or deadlines the command line does not offer ------------------------------------------------
+# A driver with a Ray or deadlines that the command line does not offer ------------------------------------------------
 
 
 @contextmanager
 def driving(run: Bench, how: str) -> Iterator[Command]:
-    """This very file as a driver of the run, in a process of its own."""
+    """This file as the run's driver, in a process of its own."""
     submit = run.submit("--no-wait", "--local")
     submit.end(within_s=240)
     submit.clean_up()
@@ -485,7 +485,7 @@ def machine() -> str:
     return f"{cpu}, {cores} cores (shared), {psutil.virtual_memory().total / 2**30:.0f} GiB, no accelerator used"
 
 
-def table(rows: list[Row]) -> str:
+def table(results: list[Result]) -> str:
     def number(value: float | None, unit: str = "") -> str:
         return "–" if value is None else f"{value:.1f}{unit}" if isinstance(value, float) else f"{value}{unit}"
 
@@ -493,27 +493,27 @@ def table(rows: list[Row]) -> str:
         "| fault | forwards lost | next forward | next commit | = stages of | load | notes |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        waits = "" if row.waits_for == "next stage" else f" ({row.waits_for})"
-        stages = "–" if row.stages is None else f"{row.stages:.1f} × {row.stage_s:.1f} s"
+    for result in results:
+        waits = "" if result.waits_for == "next stage" else f" ({result.waits_for})"
+        stages = "–" if result.stages is None else f"{result.stages:.1f} × {result.stage_s:.1f} s"
         lines.append(
-            f"| {row.fault} | {number(row.lost_forwards)} | {number(row.forward_s, ' s')} |"
-            f" {number(row.commit_s, ' s')}{waits} | {stages} | {row.load} | {row.note} |"
+            f"| {result.fault} | {number(result.lost_forwards)} | {number(result.forward_s, ' s')} |"
+            f" {number(result.commit_s, ' s')}{waits} | {stages} | {result.load} | {result.note} |"
         )
-    lines += ["", "What people saw, but for how far it is:", ""]
-    for row in rows:
-        lines += [f"**{row.fault}**", "", *(f"    {line}" for line in row.seen or ["(nothing)"]), ""]
+    lines += ["", "What people saw, without progress:", ""]
+    for result in results:
+        lines += [f"**{result.fault}**", "", *(f"    {line}" for line in result.seen or ["(nothing)"]), ""]
     return "\n".join(lines)
 
 
-def report(rows: list[Row]) -> str:
+def report(results: list[Result]) -> str:
     about = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
         "job": f"magi-tiny, {SIZE}×{SIZE}, {NUM_STEPS} steps, 4 forwards a stage, one row, Ray on this machine",
         "command": "python bench/faults.py",
     }
-    return "\n".join(["# Faults", "", *(f"{name}: {value}  " for name, value in about.items()), "", table(rows)])
+    return "\n".join(["# Faults", "", *(f"{name}: {value}  " for name, value in about.items()), "", table(results)])
 
 
 def main() -> None:
@@ -530,20 +530,20 @@ def main() -> None:
     kept = json.loads(given.out.read_text()) if given.out and given.out.exists() else {}
     for name in given.only:
         try:
-            kept[name] = [asdict(row) | {"load": round(os.getloadavg()[0], 1)} for row in FAULTS[name]()]
-        except Exception:  # noqa: BLE001 - the others are measured all the same
+            kept[name] = [asdict(result) | {"load": round(os.getloadavg()[0], 1)} for result in FAULTS[name]()]
+        except Exception:  # noqa: BLE001 - the others are still measured
             traceback.print_exc()
             continue
         print(f"{name}: {kept[name]}", file=sys.stderr)
         if given.out:
             given.out.write_text(json.dumps(kept, indent=1) + "\n")
-            given.out.with_suffix(".md").write_text(report(_rows(kept)))
-    print(json.dumps(kept, indent=1) if given.json else report(_rows(kept)))
+            given.out.with_suffix(".md").write_text(report(_results(kept)))
+    print(json.dumps(kept, indent=1) if given.json else report(_results(kept)))
 
 
-def _rows(kept: dict[str, list[dict[str, Any]]]) -> list[Row]:
+def _results(kept: dict[str, list[dict[str, Any]]]) -> list[Result]:
     """In the order of FAULTS."""
-    return [Row(**row) for name in FAULTS for row in kept.get(name, [])]
+    return [Result(**result) for name in FAULTS for result in kept.get(name, [])]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draws docs/quickstart.png: eight frames of each quickstart video, magnified, one video a line.
+"""Draws docs/quickstart.png: eight frames of each quickstart video, magnified, one line per video.
 
 .venv/bin/python docs/make_picture.py magi-ray-store/runs/quickstart-*/videos docs/quickstart.png
 """

@@ -7,7 +7,7 @@ Exit codes:
   3  invalid manifest                  8  another process renders the run, or took it over
   4  finished with failed rows       130  left rendering, or interrupted
 
-Heavy imports are inside the commands: a wrong manifest is explained before torch would have been found.
+Heavy imports are inside the commands: a wrong manifest is explained before torch would have been loaded.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from typing import Any, NoReturn
 
 import click
 
-from magi_ray.commands.console import command_line, print_json, say, say_next
+from magi_ray.commands import console
+from magi_ray.commands.console import as_magi_ray_error, command_line, print_json, say, say_next
 from magi_ray.commands.doctor import doctor
-from magi_ray.commands.exit_codes import FAILURE, INTERRUPTED, USAGE
 from magi_ray.commands.look import list_command, status, watch
 from magi_ray.commands.manifests import manifest
 from magi_ray.commands.options import example, json_option
 from magi_ray.commands.plan import plan
 from magi_ray.commands.render import render
 from magi_ray.commands.retry import retry
-from magi_ray.commands.serialized_error import as_magi_ray_error
 from magi_ray.commands.stop import cancel, pause
 from magi_ray.commands.submit import drive, resume, submit
 from magi_ray.commands.upkeep import gc, verify
@@ -46,7 +45,7 @@ class _Group(click.Group):
             sys.stdout.flush()
         except click.exceptions.NoArgsIsHelpError as exc:
             click.echo(exc.format_message(), err=True)
-            sys.exit(USAGE)
+            sys.exit(console.USAGE)
         except click.ClickException as exc:
             at = exc.ctx if isinstance(exc, click.UsageError) else None
             help_of = f"{at.command_path if at else 'magi-ray'} --help"
@@ -57,20 +56,20 @@ class _Group(click.Group):
             sys.exit(exc.exit_code)
         except click.Abort:
             say("Stopped.")
-            sys.exit(INTERRUPTED)
+            sys.exit(console.INTERRUPTED)
         except BrokenPipeError:
-            # Whoever read our output has gone. Python would try to flush once more at its end.
+            # Whoever read our output has gone. Without this, Python would flush once more as it exits.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(FAILURE)
+            sys.exit(console.FAILURE)
         except Exception as exc:  # noqa: BLE001 - the last line of defence
             error, traceback = as_magi_ray_error(exc)
             click.echo(traceback, err=True, nl=False)
             _explain(error, typed)
-            sys.exit(FAILURE)
+            sys.exit(console.FAILURE)
         sys.exit(code if isinstance(code, int) else 0)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """By what people want, not by the alphabet."""
+        """Grouped by what people want, not alphabetically."""
         for title, commands in _SECTIONS.items():
             with formatter.section(title):
                 formatter.write_dl([(command.name or "", command.get_short_help_str(80)) for command in commands])
@@ -86,10 +85,10 @@ def main() -> NoReturn:
 
 
 def _explain(error: MagiRayError, typed: Sequence[str]) -> None:
-    """Say what is wrong, how to mend it, and what to type next; with --json also as an object on stdout."""
+    """Say what is wrong, how to fix it, and what to type next; with --json also as an object on stdout."""
     again = command_line(typed)
     if isinstance(error, ManifestError) and any(problem.row or problem.column for problem in error.problems):
-        # Not the error's own: only the typed command has the settings that the rows were checked against.
+        # Not the error's own command: only the typed one has the settings that the rows were checked with.
         remedy, following = error.remedy or "Correct the rows, then run the command again.", again
     elif isinstance(error, ManifestError):
         remedy, following = error.remedy, "magi-ray manifest build --help"
@@ -113,7 +112,7 @@ def _explain(error: MagiRayError, typed: Sequence[str]) -> None:
 
 
 def _command_path(typed: Sequence[str]) -> str:
-    """``magi-ray manifest build`` for whatever was typed behind it."""
+    """The command in ``typed``, without its arguments: ``magi-ray manifest build``."""
     path = ["magi-ray"]
     at: click.Command | None = cli
     for argument in typed:

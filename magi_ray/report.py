@@ -1,6 +1,6 @@
 """What people see of runs, stores and manifests: live progress, and tables.
 
-Captions and messages are shown as they are: the consoles these tables are printed on must not read markup in them.
+Captions and messages are shown as they are, so the consoles that print these tables must have markup off.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from magi_ray.commands.console import counted
 from magi_ray.render.driving.progress import Phase, RunProgress, VideoProgress
 
 if TYPE_CHECKING:
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
 
 MAX_BARS = 12
 LINE_INTERVAL_S = 5.0
-# More lines than that nobody reads.
-MAX_PLACES = 40
+MAX_PLACES = 40  # nobody reads more lines
 _COLOURS = {Phase.DONE: "green", Phase.FAILED: "red", Phase.WAITING: "dim"}
 _ACTIVE = (Phase.EMBEDDING, Phase.RENDERING, Phase.FINISHING)
 
@@ -38,7 +38,7 @@ def follow(console: Console, *, clock: Callable[[], float] = time.monotonic) -> 
     console: of stderr.  clock: seconds, for tests.
     """
     if console.is_terminal and not console.is_dumb_terminal:
-        # What is printed meanwhile, here or by Ray, appears above the bars.
+        # What is printed meanwhile, by us or by Ray, appears above the bars.
         with Live(console=console, refresh_per_second=8) as live:
             yield lambda progress: live.update(bars(progress, width=console.width, height=console.height))
         return
@@ -56,7 +56,7 @@ def follow(console: Console, *, clock: Callable[[], float] = time.monotonic) -> 
 
 @contextmanager
 def status_line(console: Console, *, clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[str], None]]:
-    """A function to call, as often as one likes, with how far something is in one line. Arguments as ``follow``."""
+    """A function to call with a line that says how far something is, as often as one likes. Arguments as ``follow``."""
     if console.is_terminal and not console.is_dumb_terminal:
         with console.status("") as status:
             yield status.update
@@ -73,9 +73,9 @@ def status_line(console: Console, *, clock: Callable[[], float] = time.monotonic
 
 
 def bars(progress: RunProgress, *, width: int = 80, height: int = 24) -> Table:
-    """A bar per video, moving with every step, and a line of counts; one line each in ``width`` columns.
+    """A bar per video, moving with every step, and a line of counts, each on one line of ``width`` columns.
 
-    When not all fit into ``height`` lines, the videos in work and those that failed come first.
+    When they do not all fit into ``height`` lines, those being rendered are shown first, then those that failed.
     """
     room = max(1, min(MAX_BARS, height - 2))
     shown = list(progress.videos.values())
@@ -88,7 +88,8 @@ def bars(progress: RunProgress, *, width: int = 80, height: int = 24) -> Table:
     table.add_column(width=bar_width)
     table.add_column(no_wrap=True, overflow="ellipsis")
     for video in shown:
-        bar = ProgressBar(total=video.steps_total, completed=_steps_completed(video), width=bar_width)
+        steps = video.steps_total if video.phase is Phase.DONE else video.steps_done
+        bar = ProgressBar(total=video.steps_total, completed=steps, width=bar_width)
         table.add_row(video.job_id, bar, describe(video), style=_COLOURS.get(video.phase, ""))
     whole = Table.grid()
     whole.add_column(no_wrap=True, overflow="ellipsis")
@@ -104,10 +105,10 @@ def summary(progress: RunProgress) -> str:
 
 
 def describe(video: VideoProgress) -> str:
-    """Where a video is, in a few words; the first of them say most, since a terminal may be narrow."""
+    """How far a video is, in a few words; the most important first, since a terminal may be narrow."""
     match video.phase:
         case Phase.DONE:
-            return f"done, {_chunks(video)}"
+            return f"done, {counted(video.chunks, 'chunk')}"
         case Phase.FAILED:
             return f"failed: {_first_line(video.message) or 'no reason given'}"
         case Phase.RENDERING if video.stages_done == video.stages:
@@ -125,14 +126,9 @@ def status_table(progress: RunProgress) -> Table:
     """A line for each video."""
     table = _table("job", "phase", "stages", "chunks", "")
     for video in progress.videos.values():
-        table.add_row(
-            video.job_id,
-            str(video.phase),
-            f"{video.stages_done}/{video.stages}",
-            f"{video.chunks_done}/{video.chunks}",
-            _first_line(video.message),
-            style=_COLOURS.get(video.phase, ""),
-        )
+        stages, chunks = f"{video.stages_done}/{video.stages}", f"{video.chunks_done}/{video.chunks}"
+        style = _COLOURS.get(video.phase, "")
+        table.add_row(video.job_id, str(video.phase), stages, chunks, _first_line(video.message), style=style)
     return table
 
 
@@ -219,7 +215,7 @@ def manifest_table(rows: Sequence[Mapping[str, object]]) -> Table:
 
 
 def _table(*columns: str) -> Table:
-    """Names and sentences break into several lines on a narrow terminal, numbers never do."""
+    """On a narrow terminal names and sentences wrap, numbers never do."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in columns:
         long = name in ("job", "job_id", "run", "captions", "settings", "why", "")
@@ -227,23 +223,13 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _steps_completed(video: VideoProgress) -> int:
-    return video.steps_total if video.phase is Phase.DONE else video.steps_done
-
-
-def _chunks(video: VideoProgress) -> str:
-    return f"{video.chunks} chunk{'s' * (video.chunks != 1)}"
-
-
 def _first_line(message: str) -> str:
     return message.splitlines()[0] if message else ""
 
 
 def _counts(progress: RunProgress) -> str:
-    waiting = progress.count(Phase.WAITING)
-    total = len(progress.videos)
-    parts = [f"{progress.count(Phase.DONE)} of {total} video{'s' * (total != 1)} done"]
-    if waiting:
+    parts = [f"{progress.count(Phase.DONE)} of {counted(len(progress.videos), 'video')} done"]
+    if waiting := progress.count(Phase.WAITING):
         parts.append(f"{waiting} waiting")
     if failed := progress.count(Phase.FAILED):
         parts.append(f"{failed} failed")

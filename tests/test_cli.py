@@ -24,7 +24,7 @@ from runs import MakeRun, prepared
 
 from magi_ray.cli import cli
 from magi_ray.commands import driver_monitor, stop
-from magi_ray.commands.stored_run import find_run
+from magi_ray.commands.stores import find_run
 from magi_ray.errors import MediaError
 from magi_ray.manifest import write_manifest
 from magi_ray.render.driving.progress import RunProgress
@@ -100,7 +100,7 @@ def tree(folder: Path) -> set[str]:
 @contextmanager
 def interrupted_at(stage: int) -> Iterator[None]:
     """Ctrl-C when a video has come to ``stage``, so that all but one of those before are committed; 0: at once."""
-    from magi_ray import report
+    from magi_ray.commands import foreground
 
     def show(progress: RunProgress) -> None:
         if any(video.stages_done >= stage for video in progress.videos.values()):
@@ -111,7 +111,7 @@ def interrupted_at(stage: int) -> Iterator[None]:
         yield show
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "follow", follow)
+        patch.setattr(foreground, "follow", follow)
         yield
 
 

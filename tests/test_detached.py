@@ -183,7 +183,7 @@ def test_a_driver_that_is_killed_is_told_with_its_signal_and_the_way_on(here: Pa
     assert f"Process {driver.pid}, which rendered run {run_id()}, ended with signal 9 (SIGKILL)" in said
     assert "What was committed is kept" in said
     assert said.splitlines()[-1] == f"next: magi-ray resume {run_id()}"
-    assert "of 1 video done" in said.partition("last words:")[2], "the end of its log"
+    assert "of 1 video done" in said.partition("The end of its log:")[2]
     assert status()["state"] == "stopped"
 
 
@@ -363,7 +363,7 @@ def test_cancel_ends_a_driver_of_this_machine_also_while_the_store_is_out_of_rea
     assert time.monotonic() - begun < 15
     rgw.start()
     assert cancelled.exit_code == 0, cancelled.stderr
-    assert "The store is out of reach; process" in cancelled.stderr
+    assert "The store cannot be reached; process" in cancelled.stderr
     assert f"--store {s3_address}" in cancelled.stderr.splitlines()[-1]
     submit.end(within_s=60)
     assert submit.has_left_nothing()

@@ -86,7 +86,7 @@ def test_doctor_says_what_this_machine_has_and_what_a_store_does(tmp_path: Path)
     assert result.exit_code == 0, result.stderr
     for name in ("torch", "ray", "ffmpeg", "Create once", "Stale swap"):
         assert re.search(rf"^ok +{name}  ", result.stdout, re.MULTILINE), name
-    assert "All that is needed is there" in result.stderr
+    assert "Everything that is needed is there" in result.stderr
     assert [path for path in (tmp_path / "a store").rglob("*") if path.is_file() and ".locks" not in path.parts] == []
     told = json.loads(run("doctor", "--store", str(tmp_path / "a store"), "--json").stdout)
     assert told["ok"] is True
@@ -157,7 +157,7 @@ def test_gc_shows_what_no_run_needs_and_deletes_it_only_with_yes(store: LocalSto
     age(store.root, 30)
     nothing = run("gc")
     assert (nothing.exit_code, nothing.stdout) == (0, "")
-    assert "Nothing in" in nothing.stderr
+    assert "holds nothing older than" in nothing.stderr
     before = contents(store.root)
     shown = run("gc", "--forget", run_id, "--min-age", "10d")
     assert shown.exit_code == 0, shown.stderr
@@ -166,7 +166,7 @@ def test_gc_shows_what_no_run_needs_and_deletes_it_only_with_yes(store: LocalSto
     assert contents(store.root) == before
     following = next_command(shown)
     assert following == ["gc", "--forget", run_id, "--min-age", "10d", "--yes"]
-    assert "Nothing in" in run("gc", "--forget", run_id, "--min-age", "31d").stderr
+    assert "holds nothing older than" in run("gc", "--forget", run_id, "--min-age", "31d").stderr
     deleted = run(*following)
     assert deleted.exit_code == 0, deleted.stderr
     assert list(store.list("stages/")) == list(store.list("segments/")) == []

@@ -7,35 +7,31 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import click
 
-from magi_ray.commands.console import print_json, say, say_next, stderr
-from magi_ray.commands.exit_codes import INTERRUPTED
+from magi_ray.commands.console import INTERRUPTED, print_json, say, say_next, stderr
+from magi_ray.commands.driver_monitor import refuse_second_driver
 from magi_ray.commands.foreground import render_in_foreground
 from magi_ray.commands.options import RenderOptions
 from magi_ray.commands.outcome import report_exit
-from magi_ray.commands.signals import DelayedInterrupts
-from magi_ray.commands.stored_run import StoredRun
+from magi_ray.commands.signals import delayed_interrupts
+from magi_ray.commands.status_file import DriverExit, DriverStatus, log_path, read_status, status_path
+from magi_ray.commands.stores import StoredRun
 from magi_ray.errors import MagiRayError, StoreError
-
-if TYPE_CHECKING:
-    from magi_ray.commands.status_file import DriverExit, DriverStatus
-    from magi_ray.render.driving.reports import ReportedProgress
+from magi_ray.render.driving import requests
+from magi_ray.render.driving.reports import ReportedProgress, read_progress
+from magi_ray.report import follow
 
 FOLLOW_REFRESH_S = 0.5
-# How long a process may take until its status file is there: Python starts, and reads its own files.
+# How long a process may take to write its status file: Python has to start first.
 STARTING_S = 60.0
 LOG_LINES_SHOWN = 12
 
 
 def render_in_background(stored: StoredRun, options: RenderOptions, *, as_json: bool, no_wait: bool = False) -> None:
-    """Render what is left in a process that outlives this one and its terminal. Follow it to its end and say how it
-    ended, or with ``no_wait`` leave it as soon as it has begun."""
-    from magi_ray.commands.driver_monitor import refuse_second_driver
-    from magi_ray.render.driving import requests
-
+    """Render what is left in a process that outlives this one and its terminal. Follow it until it ends and say how,
+    or with ``no_wait`` leave it as soon as it has begun."""
     if not options.retry and stored.all_published():
         report_exit(stored, render_in_foreground(stored, options), as_json=as_json)
         return
@@ -45,14 +41,14 @@ def render_in_background(stored: StoredRun, options: RenderOptions, *, as_json: 
     if wanted is not None:
         say(f"Run {stored.run_id} was {'paused' if wanted == 'pause' else 'cancelled'}; going on with it.")
         requests.clear(stored.store, stored.run_id)
-    with DelayedInterrupts() as interrupts:
+    with delayed_interrupts() as interrupts_allowed:
         driver = _DriverProcess(stored, options)
         if no_wait:
             driver.wait_until_begun()
             driver.leave(f"Rendering in the background, process {driver.pid}; its log is {driver.log}.", as_json)
             return
         try:
-            with interrupts.allowed():
+            with interrupts_allowed():
                 ended = driver.follow()
         except KeyboardInterrupt:
             with suppress(OSError):  # its terminal may be gone
@@ -65,8 +61,6 @@ class _DriverProcess:
     """``magi-ray drive`` in a session of its own: started, followed, left."""
 
     def __init__(self, stored: StoredRun, options: RenderOptions) -> None:
-        from magi_ray.commands.status_file import log_path, status_path
-
         self._stored = stored
         self._last_report = self._reported()
         self.log = log_path(stored.store, stored.run_id)
@@ -75,18 +69,14 @@ class _DriverProcess:
         with self.log.open("ab") as output:
             self._log_began = output.tell()
             self._process = subprocess.Popen(
-                [*command, *options.argv()],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
+                [*command, *options.argv()], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                 start_new_session=True,
-            )
+            )  # fmt: skip
         self.pid = self._process.pid
         self._status_path = status_path(stored.store, stored.run_id, self.pid)
 
     def wait_until_begun(self) -> None:
-        """Until others can see that the run is being rendered, or it has ended already. Raises MagiRayError if it did
-        not even begin."""
+        """Until others can see that it renders the run, or it has ended. Raises the error that ended it."""
         deadline = time.monotonic() + STARTING_S
         while time.monotonic() < deadline and self._process.poll() is None:
             if self._status() is not None:
@@ -96,9 +86,7 @@ class _DriverProcess:
             self._exit()
 
     def follow(self) -> DriverExit:
-        """Show its progress until it ends. Raises the error that ended it, MagiRayError if it died without a word."""
-        from magi_ray.report import follow
-
+        """Show its progress until it ends. Raises the error that ended it, MagiRayError if it died without one."""
         say(f"Process {self.pid} renders; Ctrl-C leaves it running. Its log is {self.log}.")
         dashboard = None
         with follow(stderr()) as show:
@@ -108,7 +96,7 @@ class _DriverProcess:
                     dashboard = status.dashboard
                     say(f"Ray dashboard: {dashboard}")
                 report = self._reported()
-                # What an earlier driver reported says nothing of this one.
+                # What an earlier driver reported says nothing about this one.
                 if report is not None and report != self._last_report:
                     self._last_report = report
                     show(report.progress)
@@ -118,29 +106,24 @@ class _DriverProcess:
                     self._process.wait(FOLLOW_REFRESH_S)
 
     def leave(self, message: str, as_json: bool) -> None:
-        """It goes on; say so, and how to see it again."""
-        # Without this, Python warns of a process that is left alone.
+        """Let it go on; say so, and how to follow it again."""
+        # Otherwise Python warns about a process that nobody waited for.
         self._process.returncode = self._process.returncode or 0
         following = self._stored.command("watch")
         if as_json:
-            print_json(
-                {"run_id": self._stored.run_id, "pid": self.pid, "log": str(self.log), "next_command": following}
-            )
+            content = {"run_id": self._stored.run_id, "pid": self.pid, "log": str(self.log)}
+            print_json(content | {"next_command": following})
         say(message)
         say_next(following)
 
     def _reported(self) -> ReportedProgress | None:
-        """What its run's driver last reported. A store that is out of reach does not end us."""
-        from magi_ray.render.driving.reports import read_progress
-
+        """The run's last report. A store that cannot be reached does not stop us."""
         try:
             return read_progress(self._stored.store, self._stored.run_id)
         except StoreError:
             return None
 
     def _status(self) -> DriverStatus | None:
-        from magi_ray.commands.status_file import read_status
-
         return read_status(self._status_path)
 
     def _exit(self) -> DriverExit:
@@ -155,7 +138,7 @@ class _DriverProcess:
         raise status.ended.error.error()
 
     def _death(self) -> MagiRayError:
-        """It ended without a word."""
+        """The error for a process that ended without saying why."""
         code = self._process.returncode
         cause = f"exit code {code}"
         if code < 0:
@@ -167,9 +150,6 @@ class _DriverProcess:
             lines = log.read().decode(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
         message = f"Process {self.pid}, which rendered run {self._stored.run_id}, ended with {cause}."
         if lines:
-            message = "\n  ".join([f"{message} Its last words:", *lines])
-        return MagiRayError(
-            message,
-            remedy=f"What was committed is kept. Its whole log is {self.log}.",
-            next_command=self._stored.command("resume"),
-        )
+            message = "\n  ".join([f"{message} The end of its log:", *lines])
+        remedy = f"What was committed is kept. The whole log is {self.log}."
+        return MagiRayError(message, remedy=remedy, next_command=self._stored.command("resume"))

@@ -9,30 +9,24 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
 
 import click
 
-from magi_ray.commands.console import counted, print_json, print_table, say, say_next
-from magi_ray.commands.exit_codes import FAILURE
+from magi_ray.commands.console import FAILURE, counted, print_json, print_table, say, say_next
 from magi_ray.commands.options import example, json_option
 from magi_ray.commands.stores import store_to_write
 from magi_ray.errors import MediaError
 from magi_ray.settings import cache_folder, device_here
-
-if TYPE_CHECKING:
-    from magi_ray.storage.probe import Finding
+from magi_ray.storage.probe import Finding, probe
 
 
 @click.command(epilog=example("magi-ray doctor --store ./magi-ray-store"))
-@click.option(
-    "--store", "store_uri", metavar="URI", help="Test this store, too: a folder, file:///… or s3://bucket/prefix."
-)
+@click.option("--store", "store_uri", metavar="URI", help="Test this store too: a folder, file:///… or s3://….")
 @json_option
 def doctor(store_uri: str | None, as_json: bool) -> None:
-    """Show what this machine has, and test what a store really does. Exit code 1 if something needed is missing."""
+    """Check what this machine has and, with --store, what a store really does. Exit code 1 if something needed is
+    missing."""
     from magi_ray.report import findings_table
-    from magi_ray.storage.probe import probe
 
     store = None if store_uri is None else store_to_write(store_uri)
     machine = list(_machine())
@@ -47,14 +41,8 @@ def doctor(store_uri: str | None, as_json: bool) -> None:
     missing = [finding for finding in (*machine, *found) if not finding.ok]
     needed = [finding for finding in missing if finding.needed]
     if as_json:
-        print_json(
-            {
-                "ok": not needed,
-                "machine": [asdict(finding) for finding in machine],
-                "store": store_uri,
-                "findings": [asdict(finding) for finding in found],
-            }
-        )
+        content = {"ok": not needed, "machine": [asdict(finding) for finding in machine], "store": store_uri}
+        print_json(content | {"findings": [asdict(finding) for finding in found]})
     for finding in missing:
         say(f"{finding.name}: {finding.seen} {finding.why}", style="red" if finding.needed else "yellow")
     if needed:
@@ -63,13 +51,11 @@ def doctor(store_uri: str | None, as_json: bool) -> None:
         say(f"Error: {where} lacks {counted(len(needed), 'thing')} that magi-ray needs.", style="red")
         say_next("magi-ray doctor --store ANOTHER" if store_alone else "magi-ray doctor")
         sys.exit(FAILURE)
-    say("All that is needed is there." if not missing else "All that is needed is there; see above for the rest.")
+    say("Everything that is needed is there" + ("; see above for the rest." if missing else "."))
 
 
 def _machine() -> Iterator[Finding]:
-    """What rendering needs of this machine, and whether it is there."""
-    from magi_ray.storage.probe import Finding
-
+    """What rendering needs on this machine, and whether it is there."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     about = f"{version('magi-ray')}, Python {platform.python_version()}, {counted(cores, 'core')}"
     yield Finding(name="magi-ray", ok=True, seen=about, why="")
@@ -83,7 +69,7 @@ def _machine() -> Iterator[Finding]:
         yield Finding(name="torch", ok=True, seen=f"{torch.__version__}, computes on {where}", why="")
         if device_here() == "cuda" and not cuda:
             why = "Install a build of torch for CUDA, or everything is computed on the CPU."
-            seen = "there is an NVIDIA driver, but torch does not find a device."
+            seen = "there is an NVIDIA driver, but torch finds no device."
             yield Finding(name="CUDA", ok=False, seen=seen, why=why, needed=False)
     try:
         yield Finding(name="ray", ok=True, seen=version("ray"), why="")
@@ -103,7 +89,6 @@ def _machine() -> Iterator[Finding]:
 
 def _ffmpeg() -> Finding:
     from magi_ray.media.encoder import encoder_identity, find_ffmpeg
-    from magi_ray.storage.probe import Finding
 
     try:
         path = find_ffmpeg()

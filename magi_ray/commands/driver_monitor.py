@@ -1,4 +1,4 @@
-"""Which process renders a run: by its lease in the store, the same on every machine."""
+"""Which process renders a run: whoever holds its lease in the store, whichever machine asks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from magi_ray.commands.console import say
 from magi_ray.commands.status_file import driver_on_this_machine
-from magi_ray.commands.stored_run import StoredRun
+from magi_ray.commands.stores import StoredRun
 from magi_ray.errors import Superseded
 from magi_ray.storage import keys
 from magi_ray.storage.leases import BEAT_S, TTL_S, read_lease
@@ -19,14 +19,14 @@ from magi_ray.system import Owner, gone
 
 @dataclass(frozen=True, kw_only=True)
 class Driver:
-    """The process that renders a run. ``beat``: of its lease; None while it loads and has none yet."""
+    """The process that renders a run. ``beat``: its lease's; None while it loads and has no lease yet."""
 
     owner: Owner
     beat: int | None
 
     @property
     def here(self) -> bool:
-        """Whether it is a process of this machine, which can be signalled."""
+        """Whether it runs on this machine, so that it can be signalled."""
         here = Owner.here("")
         return bool(here.boot) and (self.owner.host, self.owner.boot) == (here.host, here.boot)
 
@@ -40,7 +40,7 @@ class Driver:
 
 
 def find_driver(store: Store, run_id: str) -> Driver | None:
-    """Who renders the run, as far as one look can tell: a driver elsewhere that has died still counts."""
+    """Who renders the run, as far as one look can tell: a driver that died on another machine still counts."""
     lease = read_lease(store, keys.run_lease(run_id))
     if lease is not None and lease.holder is not None and not gone(lease.holder):
         return Driver(owner=lease.holder, beat=lease.beat)
@@ -49,9 +49,9 @@ def find_driver(store: Store, run_id: str) -> Driver | None:
 
 
 class DriverMonitor:
-    """Looks again and again, and so notices that a driver elsewhere has died: by TTL_S without a beat.
+    """Looks again and again, and so notices the death of a driver on another machine: TTL_S without a beat.
 
-    last: the driver that was seen last.  silent: whether the last look found none because that one had gone silent.
+    last: the driver seen last.  silent: whether the last look found none because that one had gone silent.
     """
 
     def __init__(self, store: Store, run_id: str) -> None:
@@ -71,14 +71,15 @@ class DriverMonitor:
 
 
 def refuse_second_driver(stored: StoredRun) -> None:
-    """Raises Superseded while a process of this machine renders the run. Whether one elsewhere still lives only time
-    can tell: the new driver waits for that."""
+    """Raises Superseded while a process of this machine renders the run. Only time can tell whether one on another
+    machine still lives: the new driver waits for that."""
     driver = find_driver(stored.store, stored.run_id)
-    if driver is not None and driver.here:
+    if driver is None:
+        return
+    if driver.here:
         raise Superseded(
             f"Run {stored.run_id} is already being rendered by {driver}.",
             remedy="Watch it, pause it first, or take it over with --take-over.",
             next_command=stored.command("watch"),
         )
-    if driver is not None:
-        say(f"It was last rendered by {driver}; {TTL_S + BEAT_S:.0f} s will show whether it still is.")
+    say(f"It was last rendered by {driver}; {TTL_S + BEAT_S:.0f} s will show whether it still is.")

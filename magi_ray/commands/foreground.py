@@ -5,18 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from magi_ray.commands.console import say, stderr
 from magi_ray.commands.options import RenderOptions
 from magi_ray.commands.signals import terminated_as_by_ctrl_c
-from magi_ray.commands.stored_run import StoredRun
+from magi_ray.commands.status_file import DriverExit
+from magi_ray.commands.stores import StoredRun
 from magi_ray.errors import Superseded
-
-if TYPE_CHECKING:
-    from magi_ray.commands.status_file import DriverExit
-    from magi_ray.render.driving.reports import RunResult
-    from magi_ray.render.driving.scheduler import RunState
+from magi_ray.render.driving.inventory import take_inventory_of_run
+from magi_ray.render.driving.reports import RunReports, RunResult, read_failures
+from magi_ray.render.driving.requests import requested
+from magi_ray.render.driving.scheduler import RunState
+from magi_ray.render.driving.session import DriveOptions
+from magi_ray.report import follow
 
 
 def render_in_foreground(
@@ -27,13 +28,11 @@ def render_in_foreground(
     on_dashboard: called with the URL of Ray's dashboard, if there is one.
     Raises what ``render_locally`` and ``render_on_ray`` raise.
     """
-    from magi_ray.commands.status_file import DriverExit
-
     begun = time.monotonic()
     try:
         with terminated_as_by_ctrl_c():
             run_result = _at_rest(stored, options) or _drive(stored, options, on_dashboard)
-    except (KeyboardInterrupt, SystemExit):  # while Ray starts, SIGTERM is its own affair: it exits
+    except (KeyboardInterrupt, SystemExit):  # while Ray starts, it handles SIGTERM itself: it exits
         return DriverExit(seconds=time.monotonic() - begun)
     except Superseded as exc:
         exc.next_command = exc.next_command or stored.command("watch")
@@ -42,11 +41,8 @@ def render_in_foreground(
 
 
 def _at_rest(stored: StoredRun, options: RenderOptions) -> RunResult | None:
-    """The result of a run that is done, paused or cancelled; None if there is something to render. Needs neither Ray
+    """The result of a run that is done, paused or cancelled; None if there is something to render. Loads neither Ray
     nor torch."""
-    from magi_ray.render.driving.requests import requested
-    from magi_ray.render.driving.scheduler import RunState
-
     if not options.retry and stored.all_published():
         return _close(stored, RunState.DONE)
     match requested(stored.store, stored.run_id):
@@ -60,11 +56,8 @@ def _at_rest(stored: StoredRun, options: RenderOptions) -> RunResult | None:
 
 def _close(stored: StoredRun, state: RunState) -> RunResult:
     from magi_ray.media.encoder import encoder_identity, find_ffmpeg
-    from magi_ray.render.driving.inventory import take_inventory_of_run
-    from magi_ray.render.driving.reports import RunReports, read_failures
-    from magi_ray.render.driving.scheduler import RunState
 
-    # Of a published video no segments are looked up.
+    # The segments of published videos are not looked up, so that a done run needs no ffmpeg.
     encoder = None if state is RunState.DONE else encoder_identity(find_ffmpeg())
     earlier = read_failures(stored.store, stored.run_id)
     rows = [
@@ -76,15 +69,9 @@ def _close(stored: StoredRun, state: RunState) -> RunResult:
 
 def _drive(stored: StoredRun, options: RenderOptions, on_dashboard: Callable[[str], None]) -> RunResult:
     """With Ray or without it, as ``options`` say."""
-    from magi_ray.render.driving.reports import read_failures
-    from magi_ray.render.driving.session import DriveOptions
-    from magi_ray.report import follow
-
     failed = read_failures(stored.store, stored.run_id) if options.retry_failed else {}
     drive_options = DriveOptions(
-        take_over=options.take_over,
-        retry=frozenset({*options.retry, *failed}),
-        max_failed_rows=options.max_failed_rows,
+        take_over=options.take_over, retry=frozenset({*options.retry, *failed}), max_failed_rows=options.max_failed_rows
     )
     if options.local:
         from magi_ray.render.driving.local import render_locally

@@ -1,4 +1,4 @@
-"""Files that a command is given: is this one usable, and if not, which was meant?"""
+"""The files that a command is given: can they be used, and if not, which were meant?"""
 
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ def require_file(path: Path, suffixes: Sequence[str], typed: list[str]) -> None:
         neighbours = sorted(str(found) for found in folder.iterdir() if found.suffix.lower() in suffixes)
     except OSError:
         neighbours = []
-    # In a folder without one of that name, whatever is there is likelier than nothing.
+    # However different its name, a neighbour is likelier to be meant than nothing.
     [close] = difflib.get_close_matches(str(path), neighbours, n=1, cutoff=0) or [""]
-    fault = f"{path} is a folder, not a file." if path.is_dir() else f"There is no file {path}."
-    if path.exists() and not path.is_dir():
-        fault = f"{path} is not an ordinary file."
+    if path.is_dir():
+        fault = f"{path} is a folder, not a file."
+    else:
+        fault = f"{path} is not an ordinary file." if path.exists() else f"There is no file {path}."
     if not close:
         raise InputError(fault, remedy=f"Give the path of a file that ends in {', '.join(suffixes)}.")
     raise InputError(fault, remedy=f"Did you mean {close}?", next_command=_instead(typed, path, Path(close)))
@@ -77,7 +78,7 @@ def require_place(out: Path, typed: list[str]) -> None:
 
 @contextmanager
 def as_options() -> Iterator[None]:
-    """What is wrong with the one row of ``render``, in the words of its options."""
+    """Errors in the one row of ``render`` name the options that it was made of."""
     try:
         yield
     except ManifestError as exc:

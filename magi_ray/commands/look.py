@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from magi_ray.commands import console
 from magi_ray.commands.console import counted, print_json, print_table, say, say_next, stderr
-from magi_ray.commands.exit_codes import CANCELLED, FAILED_ROWS, FAILURE, PAUSED
 from magi_ray.commands.options import example, json_option, run_argument, store_option
-from magi_ray.commands.stored_run import StoredRun, open_named_run
-from magi_ray.commands.stores import store_to_read
+from magi_ray.commands.stores import StoredRun, open_named_run, store_to_read
+from magi_ray.render.driving.progress import Phase
+from magi_ray.storage import keys
 
 if TYPE_CHECKING:
     from magi_ray.commands.run_status import RunStatus
@@ -30,7 +31,7 @@ def status(name: str, store_uri: str, as_json: bool) -> None:
     from magi_ray.commands.run_status import run_status
     from magi_ray.report import status_table
 
-    stored = open_named_run(store_to_read(store_uri), name, store_uri, verb="status")
+    stored = open_named_run(name, store_uri, verb="status")
     found = run_status(stored.store, stored.run, find_driver(stored.store, stored.run_id))
     if as_json:
         print_json(found.as_json())
@@ -78,7 +79,7 @@ def watch(name: str, store_uri: str, as_json: bool) -> None:
     from magi_ray.commands.run_status import run_status
     from magi_ray.report import follow
 
-    stored = open_named_run(store_to_read(store_uri), name, store_uri, verb="watch")
+    stored = open_named_run(name, store_uri, verb="watch")
     monitor = DriverMonitor(stored.store, stored.run_id)
     with follow(stderr()) as show:
         while True:
@@ -95,10 +96,7 @@ def watch(name: str, store_uri: str, as_json: bool) -> None:
 
 
 def _say_at_rest(stored: StoredRun, found: RunStatus) -> int:
-    """What to know of a run that nobody renders; the exit code that fits."""
-    from magi_ray.render.driving.progress import Phase
-    from magi_ray.storage import keys
-
+    """Say what there is to know about a run that nobody renders; returns the exit code that fits."""
     videos = len(found.progress.videos)
     left = videos - found.progress.count(Phase.DONE)
     failed = found.progress.count(Phase.FAILED)
@@ -110,16 +108,16 @@ def _say_at_rest(stored: StoredRun, found: RunStatus) -> int:
         others = f", {counted(left - failed, 'other')} not done" if left > failed else ""
         say(f"{ended}; {failed} of {counted(videos, 'video')} failed{others}.")
         say_next(stored.command("retry --failed"))
-        return FAILED_ROWS
+        return console.FAILED_ROWS
     match found.state:
         case "paused":
-            code, state = PAUSED, "Paused"
+            code, state = console.PAUSED, "Paused"
         case "cancelled":
-            code, state = CANCELLED, "Cancelled"
+            code, state = console.CANCELLED, "Cancelled"
         case _:
-            code, state = FAILURE, "Not being rendered"
+            code, state = console.FAILURE, "Not being rendered"
     say(f"{state}; {left} of {counted(videos, 'video')} not done.")
-    if code == FAILURE:
+    if code == console.FAILURE:
         _say_last_error(stored)
     say_next(stored.command("resume"))
     return code

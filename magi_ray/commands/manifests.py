@@ -24,15 +24,8 @@ def manifest() -> None:
 @settings_options
 @json_option
 @click.pass_obj
-def build(
-    typed: list[str],
-    rows: Path,
-    out: Path,
-    no_check: bool,
-    settings: Settings,
-    as_json: bool,
-) -> None:
-    """Build a manifest, FILE.parquet, from ROWS: .jsonl, .csv or .yaml. Media paths start from its folder."""
+def build(typed: list[str], rows: Path, out: Path, no_check: bool, settings: Settings, as_json: bool) -> None:
+    """Build the manifest FILE (.parquet) from ROWS (.jsonl, .csv or .yaml). Media paths start from FILE's folder."""
     from magi_ray.manifest import Defaults, build_manifest
 
     require_file(rows, SOURCES, typed)
@@ -50,12 +43,7 @@ def build(
 @settings_options
 @json_option
 @click.pass_obj
-def validate(
-    typed: list[str],
-    path: Path,
-    settings: Settings,
-    as_json: bool,
-) -> None:
+def validate(typed: list[str], path: Path, settings: Settings, as_json: bool) -> None:
     """Check every row of MANIFEST; exit code 3 if any is invalid."""
     from magi_ray.manifest import Defaults, read_manifest
 
@@ -74,12 +62,7 @@ def validate(
 @settings_options
 @json_option
 @click.pass_obj
-def show(
-    typed: list[str],
-    path: Path,
-    settings: Settings,
-    as_json: bool,
-) -> None:
+def show(typed: list[str], path: Path, settings: Settings, as_json: bool) -> None:
     """Show the rows of MANIFEST with the defaults of a run filled in."""
     from magi_ray.manifest import Defaults, read_manifest, table_for_show
     from magi_ray.report import manifest_table

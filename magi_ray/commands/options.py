@@ -1,10 +1,10 @@
-"""Options and arguments that several commands have, and the values that they become."""
+"""Options and arguments that several commands share, and the values that they become."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from magi_ray.errors import SettingsError
 from magi_ray.settings import PRESETS, device_here, job, override, preset, published
 
 _PATH = click.Path(path_type=Path)
+_PRESETS = ", ".join(PRESETS)
 
 
 def example(command: str) -> str:
@@ -23,7 +24,7 @@ def example(command: str) -> str:
 
 
 def run_argument(command: Callable[..., Any]) -> Callable[..., Any]:
-    """RUN: the id of a run, or the beginning of it; the command gets ``name``."""
+    """RUN: the id of a run, or the beginning of one; the command gets ``name``."""
     return click.argument("name", metavar="RUN")(command)
 
 
@@ -38,18 +39,9 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")(command)
 
 
-def weights_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """For runs that exist: their weights may lie elsewhere on this machine."""
-    return click.option(
-        "--weights", type=_PATH, metavar="FOLDER",
-        help="Where the weights are on this machine; default: where they were at submission.",
-    )(command)  # fmt: skip
-
-
 def no_wait_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--no-wait", is_flag=True, help="Return as soon as the background process has started rendering."
-    )(command)
+    help_text = "Return as soon as the background process has started rendering."
+    return click.option("--no-wait", is_flag=True, help=help_text)(command)
 
 
 def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,9 +62,8 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
         if len(given) > 1:
             raise SettingsError(f"{' and '.join(given)} cannot be combined.", remedy="Give one of them.")
         if weights is not None and config_file is not None:
-            raise SettingsError(
-                "--weights and --config cannot be combined.", remedy="Name the folders of the weights in the config."
-            )
+            remedy = "Name the folders of the weights in the config."
+            raise SettingsError("--weights and --config cannot be combined.", remedy=remedy)
         if job_file is not None:
             settings = job(job_file, weights=weights)
         elif config_file is not None:
@@ -87,9 +78,7 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where to compute; default: as configured."),
         click.option("--weights", type=_PATH, metavar="FOLDER", help="Where the weights of the preset or job are."),
         click.option("--config", "config_file", type=_PATH, metavar="FILE", help="A published MAGI-1 config (JSON)."),
-        click.option(
-            "--preset", "preset_name", metavar="NAME", help=f"One of {', '.join(PRESETS)}; default {PRESETS[0]}."
-        ),
+        click.option("--preset", "preset_name", metavar="NAME", help=f"One of {_PRESETS}; default {PRESETS[0]}."),
         click.option("--job", "job_file", type=_PATH, metavar="FILE", help="A job file (jobs/*.toml)."),
     ):
         with_settings = option(with_settings)
@@ -101,7 +90,7 @@ class RenderOptions:
     """How to render a run: the options of ``drive``.
 
     local: in one process, without Ray.  dashboard: serve Ray's.  take_over: from the process that renders the run now.
-    max_failed_rows: stop when more have failed.  retry_failed, retry: the rows to try again although they failed.
+    max_failed_rows: stop when more have failed.  retry_failed: try all failed rows again.  retry: these rows.
     weights: the folder of the weights on this machine, if not where they were at submission.
     """
 
@@ -124,18 +113,17 @@ class RenderOptions:
 
 
 def render_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of all commands that render a run; the command gets ``options``."""
+    """The options of all commands that render a run; the command gets ``options``, which also hold those of its own
+    options that are fields of ``RenderOptions``."""
 
     @functools.wraps(command)
-    def with_options(
-        *args: Any, local: bool, dashboard: bool, take_over: bool, max_failed_rows: int | None, **others: Any
-    ) -> Any:
-        options = RenderOptions(local=local, dashboard=dashboard, take_over=take_over, max_failed_rows=max_failed_rows)
-        return command(*args, options=options, **others)
+    def with_options(*args: Any, **values: Any) -> Any:
+        chosen = {field.name: values.pop(field.name) for field in fields(RenderOptions) if field.name in values}
+        return command(*args, options=RenderOptions(**chosen), **values)
 
     for option in (
         click.option(
-            "--max-failed-rows", type=click.IntRange(min=0), metavar="N", help="Stop when more than N rows have failed."
+            "--max-failed-rows", type=click.IntRange(min=0), metavar="N", help="Stop once more than N rows have failed."
         ),
         click.option("--take-over", is_flag=True, help="Take the run over from the process that renders it now."),
         click.option("--dashboard/--no-dashboard", default=True, show_default=True, help="Serve the Ray dashboard."),
@@ -143,3 +131,11 @@ def render_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ):
         with_options = option(with_options)
     return with_options
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """RUN, --store and the options of rendering, for commands that go on with a run. --weights, since these may be
+    elsewhere on this machine, is one of ``options``."""
+    help_text = "Where the weights are on this machine; default: where they were at submission."
+    weights = click.option("--weights", type=_PATH, metavar="FOLDER", help=help_text)
+    return run_argument(store_option(weights(render_options(command))))

@@ -1,20 +1,18 @@
-"""How rendering ended, for people and scripts: words, the videos' paths, an exit code."""
+"""How rendering ended, for people and scripts: messages, the videos' paths, an exit code."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from magi_ray.commands.console import counted, print_json, say, say_next
-from magi_ray.commands.exit_codes import CANCELLED, FAILED_ROWS, INTERRUPTED, PAUSED
-from magi_ray.commands.stored_run import StoredRun
-
-if TYPE_CHECKING:
-    from magi_ray.commands.status_file import DriverExit
-    from magi_ray.render.driving.reports import RunResult
+from magi_ray.commands.console import CANCELLED, FAILED_ROWS, INTERRUPTED, PAUSED, counted, print_json, say, say_next
+from magi_ray.commands.status_file import DriverExit
+from magi_ray.commands.stores import StoredRun
+from magi_ray.render.driving.reports import RunResult
+from magi_ray.storage import keys
 
 
 def report_exit(
@@ -25,14 +23,12 @@ def report_exit(
     again: str | None = None,
     delivered: Mapping[str, Any] | None = None,
 ) -> None:
-    """Say how rendering ended: the videos' paths to stdout, the rest to stderr. Exits with another code than 0 unless
+    """Say how rendering ended: the videos' paths to stdout, the rest to stderr. Exits with a code other than 0 unless
     all videos are done.
 
-    again: the command that goes on and tries again what failed; default: ``resume`` and ``retry``.
-    delivered: what a command made of the videos: printed in place of their paths.
+    again: the command that goes on and retries what failed; default: ``resume`` and ``retry``.
+    delivered: what the command made of the videos, printed in place of their paths.
     """
-    from magi_ray.storage import keys
-
     result = ended.run_result
     resume, retry = again or stored.command("resume"), again or stored.command("retry --failed")
     if result is None:

@@ -13,10 +13,10 @@ from magi_ray.commands.inputs import require_manifest
 from magi_ray.commands.options import example, json_option, settings_options, store_option
 from magi_ray.commands.stores import store_to_write
 from magi_ray.settings import Settings
+from magi_ray.storage.store import Store
 
 if TYPE_CHECKING:
     from magi_ray.render.runs.record import Run
-    from magi_ray.storage.store import Store
 
 
 @click.command(epilog=example("magi-ray plan manifests/quickstart.parquet --store ./magi-ray-store"))
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @json_option
 @click.pass_obj
 def plan(typed: list[str], manifest: Path, store_uri: str, settings: Settings, as_json: bool) -> None:
-    """Show what `submit` would do with each row of MANIFEST, and why. Also how many forwards it would cost. Writes
+    """Show what `submit` would do with each row of MANIFEST, and why. Counts the forwards that it would cost; writes
     nothing."""
     store, run, _ = prepared(typed, manifest, store_uri, settings)
     show_plan(typed, store, run, as_json=as_json)
@@ -39,7 +39,7 @@ def prepared(
     from magi_ray.manifest import Defaults, read_manifest
 
     require_manifest(manifest, typed)
-    # Rows first: this takes a moment, what follows loads torch.
+    # Rows first: this takes a moment, the rest loads torch.
     checked = read_manifest(manifest, Defaults.of(settings))
     store = store_to_write(store_uri)
     from magi_ray.render.runs.submission import prepare
@@ -51,7 +51,7 @@ def prepared(
 
 
 def show_plan(typed: list[str], store: Store, run: Run, *, as_json: bool) -> None:
-    """A line for each row, the sums, and the command that does it. ``typed``: `plan` or `submit --dry-run`."""
+    """A line per row, the totals, and the command that does it. ``typed``: `plan` or `submit --dry-run`."""
     from magi_ray.media.encoder import encoder_identity, find_ffmpeg
     from magi_ray.render.runs.record import with_takes
     from magi_ray.render.upkeep.forecast import forecast
@@ -62,8 +62,8 @@ def show_plan(typed: list[str], store: Store, run: Run, *, as_json: bool) -> Non
     forwards = sum(row.forwards_left for row in rows)
     following = command_line(["submit", *typed[1:]], without=["--json", "--dry-run"])
     if as_json:
-        sums = {"stages_left": stages, "forwards_left": forwards, "next_command": following}
-        print_json({"run_id": run.run_id, "videos": [asdict(row) for row in rows]} | sums)
+        totals = {"stages_left": stages, "forwards_left": forwards, "next_command": following}
+        print_json({"run_id": run.run_id, "videos": [asdict(row) for row in rows]} | totals)
     else:
         print_table(plan_table(rows))
     say(f"Run {run.run_id}: {counted(stages, 'stage')} to render, {counted(forwards, 'forward')}. Nothing was written.")

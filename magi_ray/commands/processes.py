@@ -1,4 +1,4 @@
-"""Processes of this machine that belong to a driver, so that cancelling can make sure that none is left.
+"""The processes of a driver on this machine, so that cancelling can make sure that none is left.
 
 A ``psutil.Process`` is a pid and when it started: a later process with the same pid is another one.
 """
@@ -22,7 +22,7 @@ def tree_below(pid: int) -> set[psutil.Process]:
 
 
 def in_session(leader: int) -> set[psutil.Process]:
-    """All processes of the session that ``leader`` began, even if it has ended itself."""
+    """All processes of the session that ``leader`` began, even after it has ended itself."""
     found = set()
     for pid in psutil.pids():
         with suppress(psutil.Error, OSError):  # ended in between
@@ -33,12 +33,12 @@ def in_session(leader: int) -> set[psutil.Process]:
 
 
 def alive(processes: Iterable[psutil.Process]) -> set[psutil.Process]:
-    """Those that have not ended. Zombies have."""
+    """Those that have not ended; zombies have."""
     return {process for process in processes if _lives(process)}
 
 
 def kill(processes: Iterable[psutil.Process]) -> None:
-    """End them at once, whatever they do."""
+    """SIGKILL to all of them that are alive."""
     for process in alive(processes):
         with suppress(psutil.Error):
             process.kill()
@@ -50,4 +50,4 @@ def _lives(process: psutil.Process) -> bool:
     except psutil.NoSuchProcess:
         return False
     except psutil.Error:
-        return True  # hidden from us, yet there
+        return True  # it is there, but we may not look at it

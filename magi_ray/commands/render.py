@@ -7,14 +7,13 @@ from pathlib import Path
 import click
 
 from magi_ray.commands.console import command_line
-from magi_ray.commands.foreground import render_in_foreground
 from magi_ray.commands.inputs import as_options, require_place
 from magi_ray.commands.options import RenderOptions, example, json_option, settings_options, store_option
-from magi_ray.commands.outcome import report_exit
-from magi_ray.commands.stored_run import StoredRun
-from magi_ray.commands.stores import store_to_write
+from magi_ray.commands.stores import StoredRun, store_to_write
 from magi_ray.commands.submit import create_run, warn_of_made_weights
+from magi_ray.render.driving import requests
 from magi_ray.settings import Settings
+from magi_ray.storage import keys
 
 
 @click.command(epilog=example('magi-ray render --prompt "a boat on calm water" --num-chunks 4 -o boat.mp4'))
@@ -45,7 +44,9 @@ def render(
     as_json: bool,
     **values: int | float | None,
 ) -> None:
-    """Render one video without a manifest, in this process. If it is interrupted, the same command goes on."""
+    """Render one video without a manifest, in this process. If interrupted, the same command goes on."""
+    from magi_ray.commands.foreground import render_in_foreground
+    from magi_ray.commands.outcome import report_exit
     from magi_ray.manifest import Defaults, manifest_of
 
     require_place(out, typed)
@@ -54,7 +55,6 @@ def render(
     with as_options():
         manifest = manifest_of([row], Defaults.of(settings), base=Path.cwd(), name="the options of render")
     store = store_to_write(store_uri)
-    from magi_ray.render.driving import requests
     from magi_ray.render.runs.submission import prepare
 
     with as_options():
@@ -62,7 +62,7 @@ def render(
     stored = StoredRun(store=store, store_uri=store_uri, run=run)
     if create_run(stored, files):
         warn_of_made_weights(settings)
-    # Whoever types this wants it rendered, also if it was cancelled or failed before.
+    # Whoever types this wants it rendered, even if it was cancelled or failed before.
     requests.clear(store, run.run_id)
     ended = render_in_foreground(stored, RenderOptions(local=True, retry_failed=True))
     result = ended.run_result
@@ -75,8 +75,6 @@ def render(
 
 def _deliver(stored: StoredRun, out: Path) -> None:
     """Write the video to ``out``, whole or not at all."""
-    from magi_ray.storage import keys
-
     part = out.with_name(f".{out.name}.part")
     try:
         stored.store.get_to_file(keys.video(stored.run_id, "video"), part)

@@ -8,31 +8,17 @@ from pathlib import Path
 
 import click
 
-from magi_ray.commands.background import render_in_background
 from magi_ray.commands.console import counted, print_json, say, say_next
-from magi_ray.commands.options import (
-    RenderOptions,
-    example,
-    json_option,
-    no_wait_option,
-    render_options,
-    run_argument,
-    store_option,
-    weights_option,
-)
-from magi_ray.commands.stored_run import StoredRun, open_named_run
-from magi_ray.commands.stores import store_to_read
+from magi_ray.commands.options import RenderOptions, example, json_option, no_wait_option, run_options
+from magi_ray.commands.stores import StoredRun, open_named_run
 from magi_ray.errors import InputError, Superseded
 
 
 @click.command(epilog=example("magi-ray retry quickstart --failed"))
-@run_argument
-@click.option("--failed", is_flag=True, help="All rows that failed; the default.")
+@click.option("--failed", is_flag=True, help="All failed rows; the default.")
 @click.option("--job", "job_ids", multiple=True, metavar="ID", help="This row; may be repeated.")
-@click.option("--from-chunk", type=int, metavar="N", help="Render the row of --job anew from chunk N on: another take.")
-@store_option
-@weights_option
-@render_options
+@click.option("--from-chunk", type=int, metavar="N", help="Render the row of --job anew from chunk N on: a new take.")
+@run_options
 @no_wait_option
 @json_option
 def retry(
@@ -41,29 +27,28 @@ def retry(
     job_ids: tuple[str, ...],
     from_chunk: int | None,
     store_uri: str,
-    weights: Path | None,
     options: RenderOptions,
     no_wait: bool,
     as_json: bool,
 ) -> None:
-    """Try rows of RUN again: all that failed, or those that are named. A row that is done is read again, and what is
-    damaged of it is made again."""
+    """Try rows of RUN again: all that failed, or those named. A row that is done is checked, and what is damaged of
+    it is rendered again."""
+    from magi_ray.commands.background import render_in_background
     from magi_ray.render.driving.reports import read_failures
 
     if failed and job_ids:
         raise InputError("--failed and --job cannot be combined.", remedy="Give one of them.")
     if from_chunk is not None and len(job_ids) != 1:
-        raise InputError(
-            f"--from-chunk is for one row, but {len(job_ids)} are named.", remedy="Name the row with one --job ID."
-        )
-    stored = open_named_run(store_to_read(store_uri), name, store_uri, verb="retry", weights=weights)
+        fault = f"--from-chunk is for one row, but {len(job_ids)} are named."
+        raise InputError(fault, remedy="Name the row with one --job ID.")
+    stored = open_named_run(name, store_uri, verb="retry", weights=options.weights)
     for job_id in job_ids:
         _require_row(stored, job_id)
     if not options.take_over:
         _require_nobody_here(stored)
-    options = replace(options, weights=weights, retry=job_ids)
+    options = replace(options, retry=job_ids)
     if from_chunk is not None:
-        stored = _with_take(stored, job_ids[0], from_chunk, weights)
+        stored = _with_take(stored, job_ids[0], from_chunk, options.weights)
     elif not job_ids:
         count = len(read_failures(stored.store, stored.run_id))
         if not count:
@@ -90,7 +75,7 @@ def _require_row(stored: StoredRun, job_id: str) -> None:
 
 
 def _require_nobody_here(stored: StoredRun) -> None:
-    """Raises Superseded while a process of this machine renders the run, before a take is added to it."""
+    """Raises Superseded while a process of this machine renders the run: no take is added to it then."""
     from magi_ray.commands.driver_monitor import find_driver
 
     driver = find_driver(stored.store, stored.run_id)
@@ -103,7 +88,7 @@ def _require_nobody_here(stored: StoredRun) -> None:
 
 
 def _with_take(stored: StoredRun, job_id: str, from_chunk: int, weights: Path | None) -> StoredRun:
-    """The run with another take of ``job_id`` asked for."""
+    """The run after a new take of ``job_id`` has been asked for."""
     from magi_ray.render.plans.takes import add_take
     from magi_ray.render.runs.record import open_run
 

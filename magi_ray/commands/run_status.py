@@ -1,4 +1,4 @@
-"""How far a run is and how it stands, for people who ask: also at rest, and without torch, Ray or ffmpeg."""
+"""How far a run is and its state, whether or not anybody renders it. Without torch, Ray or ffmpeg."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from magi_ray.storage import keys
 from magi_ray.storage.records import read_record
 from magi_ray.storage.store import Store
 
-# How people are told that a run stands: more words than its driver needs (``RunState``).
+# The states that people see; a driver needs fewer (``RunState``).
 State = Literal["new", "rendering", "pausing", "cancelling", "paused", "cancelled", "broken", "stopped", "done"]
 _WHILE_DRIVEN: dict[requests.Request | None, State] = {None: "rendering", "pause": "pausing", "cancel": "cancelling"}
 _AT_REST: dict[requests.Request, State] = {"pause": "paused", "cancel": "cancelled"}
@@ -38,27 +38,23 @@ class RunStatus:
 
 
 def run_status(store: Store, run: Run, driver: Driver | None) -> RunStatus:
-    """While ``run`` is rendered, what its driver reports is newest; otherwise the store is asked for what it holds."""
+    """While ``run`` is rendered, its driver's report is newest; otherwise the store is asked what it holds."""
     reported = read_progress(store, run.run_id)
     if driver is not None and reported is not None:
         progress = reported.progress
     else:
         progress = _progress_at_rest(store, run, reported)
-    done = progress.count(Phase.DONE) == len(progress.videos)
-    return RunStatus(
-        progress=progress, state=state_of(store, run.run_id, driver, reported, all_done=done), driver=driver
-    )
+    all_done = progress.count(Phase.DONE) == len(progress.videos)
+    state = state_of(store, run.run_id, driver, reported, all_done=all_done)
+    return RunStatus(progress=progress, state=state, driver=driver)
 
 
 def run_summary(store: Store, run_id: str) -> dict[str, Any]:
-    """A run in one line, without planning it: a video counts as done if its record, written last, is there."""
+    """A run in one line, without its plans: a video counts as done if its record, written last, exists."""
     record = read_record(store.get(keys.run_record(run_id)))
     videos = parquet.read_metadata(BufferReader(store.get(keys.run_manifest(run_id)))).num_rows
-    done = {
-        key.removeprefix(keys.videos(run_id)).removesuffix(".json")
-        for key in store.list(keys.videos(run_id))
-        if key.endswith(".json")
-    }
+    folder = keys.videos(run_id)
+    done = {key.removeprefix(folder).removesuffix(".json") for key in store.list(folder) if key.endswith(".json")}
     driver, reported = find_driver(store, run_id), read_progress(store, run_id)
     return {
         "run_id": run_id,
@@ -74,7 +70,7 @@ def run_summary(store: Store, run_id: str) -> dict[str, Any]:
 def state_of(
     store: Store, run_id: str, driver: Driver | None, reported: ReportedProgress | None, *, all_done: bool
 ) -> State:
-    """The run in one word. A driver that is gone can no longer say that it renders.
+    """The run in one word. The report of a driver that is gone may still say that it renders.
 
     reported: what the last driver wrote.  all_done: whether all videos are.
     """
@@ -93,8 +89,8 @@ def state_of(
 def _progress_at_rest(store: Store, run: Run, reported: ReportedProgress | None) -> RunProgress:
     """What the store holds, with the failures that were reported.
 
-    Segments bear the identity of the ffmpeg that made them, which this machine may lack: how many there are is taken
-    from what was last reported.
+    The keys of segments need the identity of the run's ffmpeg, which this machine may lack: their number is taken from
+    the last report.
     """
     rows = take_inventory_of_run(store, run, None)
     progress = RunProgress.of(run.run_id, rows, {job_id: plan.forwards_per_stage for job_id, plan in run.plans.items()})

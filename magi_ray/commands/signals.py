@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
-from typing import Any, NoReturn, Self
+from typing import NoReturn
 
 
 @contextmanager
@@ -20,40 +20,36 @@ def terminated_as_by_ctrl_c() -> Iterator[None]:
         yield
 
 
-class DelayedInterrupts:
-    """While the block runs, Ctrl-C, SIGTERM and a closed terminal raise KeyboardInterrupt only inside ``allowed``; what
-    came before is raised as that begins. So no process is started and then forgotten."""
+@contextmanager
+def delayed_interrupts() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Yields ``allowed``: Ctrl-C, SIGTERM and a closed terminal raise KeyboardInterrupt only inside ``with allowed()``;
+    one that came before is raised as that begins. So no process is started and then forgotten."""
+    came = is_allowed = False
 
-    def __init__(self) -> None:
-        self._came = self._allowed = False
-        self._handling = _handling((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), self._handle)
-
-    def __enter__(self) -> Self:
-        self._handling.__enter__()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self._handling.__exit__(*exc)
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        if is_allowed:
+            raise KeyboardInterrupt
 
     @contextmanager
-    def allowed(self) -> Iterator[None]:
+    def allowed() -> Iterator[None]:
+        nonlocal is_allowed
         try:
-            self._allowed = True
-            if self._came:
+            is_allowed = True
+            if came:
                 raise KeyboardInterrupt
             yield
         finally:
-            self._allowed = False
+            is_allowed = False
 
-    def _handle(self, _number: int, _frame: FrameType | None) -> None:
-        self._came = True
-        if self._allowed:
-            raise KeyboardInterrupt
+    with _handling((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), handle):
+        yield allowed
 
 
 @contextmanager
-def _handling(numbers: tuple[signal.Signals, ...], handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """``handler`` for these signals while the block runs, but for those that whoever started us wants ignored."""
+def _handling(numbers: tuple[signal.Signals, ...], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """``handler`` for these signals while the block runs, except those that whoever started us wants ignored."""
     before = {number: signal.getsignal(number) for number in numbers}
     for number in numbers:
         if before[number] is not signal.SIG_IGN:

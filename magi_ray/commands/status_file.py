@@ -1,4 +1,4 @@
-"""What a driver leaves on this machine for whoever started it or looks after it: a log, and a status file that says
+"""What a driver leaves on this machine for whoever started it or looks for it: a log, and a status file that says
 which process it is, where Ray's dashboard is, and how it ended. Losing them loses no work."""
 
 from __future__ import annotations
@@ -12,18 +12,48 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from magi_ray.commands.serialized_error import SerializedError
+from magi_ray import errors
+from magi_ray.commands.console import as_magi_ray_error
+from magi_ray.errors import MagiRayError
 from magi_ray.render.driving.reports import RunResult
 from magi_ray.settings import Frozen, cache_folder
 from magi_ray.storage.store import Store
 from magi_ray.system import Owner, gone
 
-# Status files of ended drivers are kept this long for those who still want to read them.
+# How long the status files of ended drivers are kept for those who still want to read them.
 KEEP_STATUS_S = 3600.0
 
 
+class SerializedError(Frozen):
+    """An error on its way to another process. ``traceback``: not empty if it is a bug."""
+
+    kind: str
+    message: str
+    remedy: str
+    next_command: str
+    exit_code: int
+    traceback: str
+
+    @classmethod
+    def of(cls, exc: Exception) -> SerializedError:
+        error, traceback = as_magi_ray_error(exc)
+        return cls(
+            kind=type(error).__name__, message=error.message, remedy=error.remedy, next_command=error.next_command,
+            exit_code=error.exit_code, traceback=traceback,
+        )  # fmt: skip
+
+    def error(self) -> MagiRayError:
+        """The error again."""
+        kind = getattr(errors, self.kind, MagiRayError)
+        # A ManifestError needs more than this; nothing that renders raises it.
+        kind = MagiRayError if kind is errors.ManifestError else kind
+        error: MagiRayError = kind(self.message, remedy=self.remedy, next_command=self.next_command)
+        error.exit_code = self.exit_code
+        return error
+
+
 class DriverExit(Frozen):
-    """How a driver ended: with the run's result, with an error, or with neither, that is interrupted."""
+    """How a driver ended: with the run's result, with an error, or with neither: interrupted."""
 
     run_result: RunResult | None = None
     error: SerializedError | None = None
@@ -31,7 +61,7 @@ class DriverExit(Frozen):
 
 
 class DriverStatus(Frozen):
-    """``ended``: None while the driver goes on, or when it died without a word."""
+    """``ended``: None while the driver lives, or when it died too suddenly to say."""
 
     driver: Owner
     dashboard: str | None = None
@@ -47,10 +77,9 @@ class StatusFile:
 
     def write(self, *, dashboard: str | None = None, ended: DriverExit | None = None) -> None:
         """What is not given stays as it is."""
+        last = self._status
         self._status = DriverStatus(
-            driver=self._status.driver,
-            dashboard=dashboard or self._status.dashboard,
-            ended=ended or self._status.ended,
+            driver=last.driver, dashboard=dashboard or last.dashboard, ended=ended or last.ended
         )
         part = self._path.with_suffix(".part")
         # Rendering does not depend on it.
@@ -62,7 +91,7 @@ class StatusFile:
 
 @contextmanager
 def status_file(store: Store, run_id: str) -> Iterator[StatusFile]:
-    """The status file of this process, for as long as the block runs; an error that ends the block is written too."""
+    """This process's status file while the block runs; an error that ends the block is written to it."""
     for path in _status_paths(store, run_id):
         with suppress(OSError):
             status = read_status(path)
@@ -78,7 +107,7 @@ def status_file(store: Store, run_id: str) -> Iterator[StatusFile]:
 
 
 def log_path(store: Store, run_id: str) -> Path:
-    """The log of all background processes that rendered the run here, one after the other."""
+    """The log of the background processes that rendered the run on this machine, one after the other."""
     return _folder(store) / f"{run_id}.log"
 
 
@@ -95,12 +124,12 @@ def read_status(path: Path) -> DriverStatus | None:
 
 
 def driver_on_this_machine(store: Store, run_id: str) -> Owner | None:
-    """A process here that renders the run, or is about to: it takes the lease only after it has loaded."""
+    """The process here that renders the run, or is about to: it takes the lease only after loading."""
     return next((driver for found, driver in drivers_on_this_machine(store, run_id) if found == run_id), None)
 
 
 def drivers_on_this_machine(store: Store, beginning: str) -> Iterator[tuple[str, Owner]]:
-    """The runs whose id begins so and that a process here renders, with that process. The store is not asked."""
+    """(run id, process) for each run that a process here renders and whose id begins so. Does not ask the store."""
     for path in sorted(_folder(store).glob(f"{beginning}*.json")):
         status = read_status(path)
         if status is not None and status.ended is None and not gone(status.driver):
@@ -108,7 +137,7 @@ def drivers_on_this_machine(store: Store, beginning: str) -> Iterator[tuple[str,
 
 
 def last_error(store: Store, run_id: str) -> SerializedError | None:
-    """What ended the last process that rendered the run here, if that was an error that nobody has been told yet."""
+    """The error that ended the last process here that rendered the run, if one did and nobody has read it yet."""
     paths = sorted(_status_paths(store, run_id), key=lambda path: path.stat().st_mtime)
     status = read_status(paths[-1]) if paths else None
     return None if status is None or status.ended is None else status.ended.error
@@ -119,5 +148,5 @@ def _status_paths(store: Store, run_id: str) -> list[Path]:
 
 
 def _folder(store: Store) -> Path:
-    """One for each store: the same id may be in several."""
+    """A folder per store: several may hold the same run id."""
     return cache_folder() / "runs" / hashlib.sha256(store.uri.encode()).hexdigest()[:8]

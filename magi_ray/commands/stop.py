@@ -9,21 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import psutil
 
-from magi_ray.commands.console import print_json, say, say_next, stderr
-from magi_ray.commands.exit_codes import FAILURE
+from magi_ray.commands.console import FAILURE, print_json, say, say_next, stderr
 from magi_ray.commands.options import example, json_option, run_argument, store_option
-from magi_ray.commands.stored_run import open_named_run, run_command
-from magi_ray.commands.stores import store_to_read
+from magi_ray.commands.processes import alive, in_session, kill, tree_below
+from magi_ray.commands.stores import StoredRun, open_named_run, run_command, store_to_read
 from magi_ray.errors import MagiRayError, StoreUnavailable
+from magi_ray.render.driving import requests
 
 if TYPE_CHECKING:
-    import psutil
-
     from magi_ray.commands.driver_monitor import Driver, DriverMonitor
-    from magi_ray.storage.store import Store
 
-# Cancelling takes 15 s at most: so long may the driver take to end when it is asked, terminated, killed.
+# Cancelling takes 15 s at most: how long the driver may take to end once it is asked, terminated, killed.
 ASKED_S, TERMINATED_S, KILLED_S = 8.0, 2.5, 1.5
 # How long `cancel` tries to reach a bucket before it ends the driver without it.
 CANCEL_PATIENCE_S = 3.0
@@ -35,17 +33,16 @@ PAUSE_REFRESH_S = 1.0
 @store_option
 @click.option(
     "--timeout", "timeout_s", type=click.FloatRange(min=0), default=3600.0, show_default=True, metavar="S",
-    help="How many seconds to wait for that.",
+    help="How many seconds to wait for it to stop.",
 )  # fmt: skip
 @json_option
 def pause(name: str, store_uri: str, timeout_s: float, as_json: bool) -> None:
-    """Stop RUN as soon as its stages in work are committed. At most one forward is lost; `magi-ray resume` goes on."""
+    """Stop RUN as soon as its current stages are committed. At most one forward is lost; `magi-ray resume` goes on."""
     from magi_ray.commands.driver_monitor import DriverMonitor
-    from magi_ray.render.driving import requests
     from magi_ray.render.driving.reports import read_progress
     from magi_ray.report import follow
 
-    stored = open_named_run(store_to_read(store_uri), name, store_uri, verb="pause")
+    stored = open_named_run(name, store_uri, verb="pause")
     monitor = DriverMonitor(stored.store, stored.run_id)
     driver = monitor.look()
     if driver is None:
@@ -58,7 +55,7 @@ def pause(name: str, store_uri: str, timeout_s: float, as_json: bool) -> None:
         say_next(stored.command("resume"))
         return
     requests.request(stored.store, stored.run_id, "pause")
-    say(f"Asked {driver} to pause; it stops when the stages in work are committed. Ctrl-C only stops waiting for that.")
+    say(f"Asked {driver} to pause; it stops once its current stages are committed. Ctrl-C stops only the waiting.")
     deadline = time.monotonic() + timeout_s
     with follow(stderr()) as show:
         while (driver := monitor.look()) is not None and time.monotonic() < deadline:
@@ -68,7 +65,7 @@ def pause(name: str, store_uri: str, timeout_s: float, as_json: bool) -> None:
     if as_json:
         print_json({"run_id": stored.run_id, "paused": driver is None, "next_command": stored.command("resume")})
     if driver is not None:
-        say(f"After {timeout_s:.0f} s {driver} is still at work on its stages. It will pause when they are committed.")
+        say(f"After {timeout_s:.0f} s {driver} is still at work on its stages; it will pause once they are committed.")
         say_next(stored.command("watch"))
         sys.exit(FAILURE)
     ended = "All videos were done before it paused" if stored.all_published() else "Paused"
@@ -82,47 +79,43 @@ def pause(name: str, store_uri: str, timeout_s: float, as_json: bool) -> None:
 @json_option
 def cancel(name: str, store_uri: str, as_json: bool) -> None:
     """Stop RUN now. Within 15 s nothing of it is left running; what was committed is kept."""
-    store = store_to_read(store_uri, patience_s=CANCEL_PATIENCE_S)
     try:
-        _cancel(store, name, store_uri, as_json=as_json)
+        _cancel(open_named_run(name, store_uri, verb="cancel", patience_s=CANCEL_PATIENCE_S), as_json=as_json)
     except StoreUnavailable as exc:
-        _cancel_without_store(store, name, store_uri, exc, as_json=as_json)
+        _cancel_without_store(name, store_uri, exc, as_json=as_json)
 
 
-def _cancel(store: Store, name: str, store_uri: str, *, as_json: bool) -> None:
+def _cancel(stored: StoredRun, *, as_json: bool) -> None:
     from magi_ray.commands.driver_monitor import DriverMonitor
-    from magi_ray.render.driving import requests
 
-    stored = open_named_run(store, name, store_uri, verb="cancel")
-    monitor = DriverMonitor(store, stored.run_id)
+    monitor = DriverMonitor(stored.store, stored.run_id)
     driver = monitor.look()
     if driver is None and stored.all_published():
         if as_json:
             print_json({"run_id": stored.run_id, "cancelled": False})
         say(f"All videos of run {stored.run_id} are done: there is nothing to cancel.")
         return
-    requests.request(store, stored.run_id, "cancel")
+    requests.request(stored.store, stored.run_id, "cancel")
     how, ended = ("nobody was rendering it", True) if driver is None else _stop(driver, monitor)
     if as_json:
         print_json({"run_id": stored.run_id, "cancelled": ended, "how": how})
     if not ended:
         raise MagiRayError(
             f"Asked {driver} to cancel run {stored.run_id}, but {how}.",
-            remedy="It stops as soon as it reads the request; a process that died elsewhere is noticed by its silence.",
+            remedy="It stops once it reads the request; if it died on another machine, its silence will show that.",
             next_command=stored.command("watch"),
         )
     say(f"Cancelled: {how}. What was committed is kept.")
     say_next(stored.command("resume"))
 
 
-def _cancel_without_store(store: Store, name: str, store_uri: str, exc: StoreUnavailable, *, as_json: bool) -> None:
-    """The driver cannot be asked while the store is out of reach; but a process of this machine can be ended all the
-    same. Raises ``exc`` if there is none."""
+def _cancel_without_store(name: str, store_uri: str, exc: StoreUnavailable, *, as_json: bool) -> None:
+    """Without the store the driver cannot be asked, but it can be ended if it runs on this machine. Raises ``exc`` if
+    it does not."""
     from magi_ray.commands.driver_monitor import Driver
-    from magi_ray.commands.processes import tree_below
     from magi_ray.commands.status_file import drivers_on_this_machine
 
-    found = list(drivers_on_this_machine(store, Path(name).name))
+    found = list(drivers_on_this_machine(store_to_read(store_uri), Path(name).name))
     if len(found) != 1:
         raise exc
     [(run_id, owner)] = found
@@ -130,16 +123,14 @@ def _cancel_without_store(store: Store, name: str, store_uri: str, exc: StoreUna
     if as_json:
         print_json({"run_id": run_id, "cancelled": ended, "how": how})
     if not ended:
-        raise MagiRayError(f"The store is out of reach, and {how}.", remedy="End that process by hand.") from exc
-    say(f"The store is out of reach; {how}. What was committed is kept, but the run is not marked as cancelled.")
+        raise MagiRayError(f"The store cannot be reached, and {how}.", remedy="End that process by hand.") from exc
+    say(f"The store cannot be reached; {how}. What was committed is kept, but the run is not marked as cancelled.")
     say_next(run_command("resume", run_id, store_uri))
 
 
 def _stop(driver: Driver, monitor: DriverMonitor) -> tuple[str, bool]:
-    """Wait for ``driver`` to end; if it does not and is a process of this machine, end it and all below it. What was
-    done, and whether that was enough."""
-    from magi_ray.commands.processes import alive, in_session, kill, tree_below
-
+    """Wait for ``driver`` to end; if it does not and runs on this machine, end it and all below it. Returns what was
+    done, and whether everything has ended."""
     pid = driver.owner.pid
     tree = tree_below(pid) if driver.here else set()
     if _within(ASKED_S, lambda: monitor.look() is None):
@@ -157,11 +148,7 @@ def _stop(driver: Driver, monitor: DriverMonitor) -> tuple[str, bool]:
 
 
 def _end(driver: Driver, tree: set[psutil.Process]) -> tuple[str, bool]:
-    """End a driver of this machine and the processes below it, politely and then at once. As ``_stop``."""
-    import psutil
-
-    from magi_ray.commands.processes import alive, kill, tree_below
-
+    """End a driver of this machine and the processes below it: SIGTERM, then SIGKILL. Returns what ``_stop`` does."""
     pid = driver.owner.pid
     try:
         psutil.Process(pid).terminate()

@@ -8,24 +8,20 @@ from pathlib import Path
 
 import click
 
-from magi_ray.commands.background import render_in_background
 from magi_ray.commands.console import counted, say
-from magi_ray.commands.foreground import render_in_foreground
 from magi_ray.commands.options import (
     RenderOptions,
     example,
     json_option,
     no_wait_option,
     render_options,
-    run_argument,
+    run_options,
     settings_options,
     store_option,
-    weights_option,
 )
-from magi_ray.commands.outcome import report_exit
 from magi_ray.commands.plan import prepared, show_plan
-from magi_ray.commands.stored_run import StoredRun, open_named_run
-from magi_ray.commands.stores import store_to_read
+from magi_ray.commands.stores import StoredRun, open_named_run
+from magi_ray.render.driving import requests
 from magi_ray.settings import Settings
 
 
@@ -35,7 +31,7 @@ from magi_ray.settings import Settings
 @settings_options
 @render_options
 @no_wait_option
-@click.option("--dry-run", is_flag=True, help="Check everything and say what would be rendered; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Check everything and show what would be rendered; write nothing.")
 @json_option
 @click.pass_obj
 def submit(
@@ -56,6 +52,7 @@ def submit(
     if dry_run:
         show_plan(typed, store, run, as_json=as_json)
         return
+    from magi_ray.commands.background import render_in_background
     from magi_ray.render.runs.record import read_run, with_takes
 
     stored = StoredRun(store=store, store_uri=store_uri, run=run)
@@ -67,20 +64,17 @@ def submit(
         if not stored.all_published():
             say(f"Run {run.run_id} was submitted before; going on with it.")
         if read_run(store, run.run_id)[0].settings.weights != settings.weights:
-            # They have moved since.
+            # The weights have moved since.
             options = replace(options, weights=click.get_current_context().params["weights"])
     render_in_background(stored, options, as_json=as_json, no_wait=no_wait)
 
 
 def create_run(stored: StoredRun, files: Mapping[str, Path]) -> bool:
-    """Check the store and write the run into it; False if it was there already.
-
-    files: the media that the run needs, by sha256.
-    """
+    """Check the store and write the run into it; False if it was there already. files: its media, by sha256."""
     from magi_ray.render.runs.submission import create
     from magi_ray.storage.probe import check_store
 
-    # Only now that the run is sure to be written: this leaves a folder behind.
+    # Not before the run is sure to be written: this leaves a folder behind.
     check_store(stored.store)
     return create(stored.store, stored.run, files)
 
@@ -91,52 +85,36 @@ def warn_of_made_weights(settings: Settings) -> None:
 
 
 @click.command(epilog=example("magi-ray resume quickstart"))
-@run_argument
-@store_option
-@weights_option
-@render_options
+@run_options
 @no_wait_option
 @json_option
-def resume(
-    name: str, store_uri: str, weights: Path | None, options: RenderOptions, no_wait: bool, as_json: bool
-) -> None:
-    """Go on with RUN where it stopped, here or on another machine. Also if it was paused or cancelled. Rows that failed
-    are left alone: see `magi-ray retry`. RUN is the id of a run, or the beginning of one."""
-    stored = open_named_run(store_to_read(store_uri), name, store_uri, verb="resume", weights=weights)
-    render_in_background(stored, replace(options, weights=weights), as_json=as_json, no_wait=no_wait)
+def resume(name: str, store_uri: str, options: RenderOptions, no_wait: bool, as_json: bool) -> None:
+    """Go on with RUN where it stopped, here or on another machine. A paused or cancelled run goes on too; failed rows
+    are left alone, see `magi-ray retry`. RUN is the id of a run, or the beginning of one."""
+    from magi_ray.commands.background import render_in_background
+
+    stored = open_named_run(name, store_uri, verb="resume", weights=options.weights)
+    render_in_background(stored, options, as_json=as_json, no_wait=no_wait)
 
 
 @click.command(epilog=example("magi-ray drive quickstart --local"))
-@run_argument
-@store_option
-@weights_option
-@render_options
+@run_options
 @click.option("--retry-failed", is_flag=True, help="Try the rows that failed again.")
 @click.option("--retry", multiple=True, metavar="ID", help="Try this row again, or repair its video; may be repeated.")
 @click.option("--resume", "resumed", is_flag=True, help="Go on even if the run was paused or cancelled.")
 @json_option
-def drive(
-    name: str,
-    store_uri: str,
-    weights: Path | None,
-    options: RenderOptions,
-    retry_failed: bool,
-    retry: tuple[str, ...],
-    resumed: bool,
-    as_json: bool,
-) -> None:
-    """Render RUN in this very process until it ends. For job systems and containers; `submit` and `resume` run it in
-    the background. Ctrl-C and SIGTERM stop it. A run that was paused or cancelled stays so."""
+def drive(name: str, store_uri: str, options: RenderOptions, resumed: bool, as_json: bool) -> None:
+    """Render RUN in this process until it ends. For job systems and containers; `submit` and `resume` run it in the
+    background. Ctrl-C and SIGTERM stop it. A paused or cancelled run stays so."""
+    from magi_ray.commands.foreground import render_in_foreground
+    from magi_ray.commands.outcome import report_exit
     from magi_ray.commands.status_file import status_file
-    from magi_ray.render.driving import requests
 
-    # Nobody waits here: an outage may last.
-    store = store_to_read(store_uri, patience_s=None)
-    stored = open_named_run(store, name, store_uri, verb="drive", weights=weights)
-    options = replace(options, weights=weights, retry_failed=retry_failed, retry=retry)
+    # Nobody is waiting here: an outage may last.
+    stored = open_named_run(name, store_uri, verb="drive", weights=options.weights, patience_s=None)
     if resumed:
-        requests.clear(store, stored.run_id)
-    with status_file(store, stored.run_id) as status:
+        requests.clear(stored.store, stored.run_id)
+    with status_file(stored.store, stored.run_id) as status:
         ended = render_in_foreground(stored, options, on_dashboard=lambda url: status.write(dashboard=url))
         status.write(ended=ended)
     report_exit(stored, ended, as_json=as_json)

@@ -8,11 +8,9 @@ from typing import Any
 
 import click
 
-from magi_ray.commands.console import command_line, counted, print_json, print_table, say, say_next, stderr
-from magi_ray.commands.exit_codes import FAILURE
+from magi_ray.commands.console import FAILURE, command_line, counted, print_json, print_table, say, say_next, stderr
 from magi_ray.commands.options import example, json_option, store_option
-from magi_ray.commands.stored_run import find_run
-from magi_ray.commands.stores import store_flag, store_to_read
+from magi_ray.commands.stores import find_run, store_flag, store_to_read
 
 
 class _Duration(click.ParamType[float]):
@@ -38,8 +36,8 @@ class _Duration(click.ParamType[float]):
 @store_option
 @json_option
 def verify(names: tuple[str, ...], store_uri: str, as_json: bool) -> None:
-    """Read everything in the store again, or all that RUN needs. What is not as it was committed is named, with what
-    mends it. Changes nothing; exit code 1 if anything is damaged."""
+    """Read everything in the store again, or all that RUN needs. Names what is not as it was committed, and how to
+    repair it. Changes nothing; exit code 1 if anything is damaged."""
     from magi_ray.render.upkeep.verify import verify as read_again
     from magi_ray.report import damages_table, in_bytes, status_line
 
@@ -47,9 +45,7 @@ def verify(names: tuple[str, ...], store_uri: str, as_json: bool) -> None:
     run_ids = [find_run(store, name, store_uri, verb="verify") for name in names]
     with status_line(stderr()) as show:
         found = read_again(
-            store,
-            run_ids or None,
-            on_progress=lambda objects, size: show(f"{counted(objects, 'object')} read, {in_bytes(size)}"),
+            store, run_ids or None, on_progress=lambda n, size: show(f"{counted(n, 'object')} read, {in_bytes(size)}")
         )
     if as_json:
         print_json(asdict(found))
@@ -62,8 +58,7 @@ def verify(names: tuple[str, ...], store_uri: str, as_json: bool) -> None:
         say(f"All is as it was committed: {read}.")
         return
     say(f"Error: of {read}, {len(found.damages)} {'is' if len(found.damages) == 1 else 'are'} damaged.", style="red")
-    mended = {damage.remedy: damage.next_command for damage in reversed(found.damages) if damage.remedy}
-    for remedy in reversed(mended):
+    for remedy in dict.fromkeys(damage.remedy for damage in found.damages if damage.remedy):
         say(remedy)
     commands = dict.fromkeys(damage.next_command for damage in found.damages if damage.next_command)
     for command in commands or [f"magi-ray verify{store_flag(store_uri)}"]:
@@ -75,13 +70,13 @@ def verify(names: tuple[str, ...], store_uri: str, as_json: bool) -> None:
 @store_option
 @click.option(
     "--min-age", "min_age_s", type=_Duration(), default="7d", show_default=True, metavar="TIME",
-    help="Leave alone whatever is younger: 30m, 12h, 7d.",
+    help="Leave alone whatever is younger, as in 30m, 12h, 7d.",
 )  # fmt: skip
 @click.option(
     "--forget", "forgotten", multiple=True, metavar="RUN",
-    help="Count what only this run needs as unneeded; its videos and records stay. May be repeated.",
+    help="Count what only this run needs as garbage; its videos and records stay. May be repeated.",
 )  # fmt: skip
-@click.option("--yes", is_flag=True, help="Delete what was found; without it, it is only shown.")
+@click.option("--yes", is_flag=True, help="Delete it; without --yes it is only shown.")
 @json_option
 @click.pass_obj
 def gc(
@@ -107,13 +102,10 @@ def gc(
         print_table(garbage_table(items))
     what = f"{counted(len(items), 'object')}, {in_bytes(size)}"
     if not items:
-        say(f"Nothing in {store.uri} is unneeded and older than {_in_words(min_age_s)}.")
+        age = f"{min_age_s / 86400:g} d" if min_age_s >= 86400 else f"{min_age_s:g} s"
+        say(f"{store.uri} holds nothing older than {age} that no run needs.")
     elif yes:
         say(f"Deleted {counted(deleted[0], 'object')}, {in_bytes(deleted[1])}, of {what}.")
     else:
         say(f"No run needs {what}. Nothing was deleted.")
         say_next(command_line([*typed, "--yes"], without=["--json"]))
-
-
-def _in_words(seconds: float) -> str:
-    return f"{seconds / 86400:g} d" if seconds >= 86400 else f"{seconds:g} s"

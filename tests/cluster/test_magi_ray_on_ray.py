@@ -17,7 +17,7 @@ from runs import MakeRun, contents, prepared, stage_commits
 from typed import Command
 
 from magi_ray.cli import cli
-from magi_ray.commands.exit_codes import FAILED_ROWS, INTERRUPTED
+from magi_ray.commands.console import FAILED_ROWS, INTERRUPTED
 from magi_ray.commands.status_file import log_path
 from magi_ray.manifest import write_manifest
 from magi_ray.render.driving.local import render_locally
