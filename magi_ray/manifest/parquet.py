@@ -118,7 +118,9 @@ def tabulate(rows: Sequence[Mapping[str, Any]], *, skip: Collection[str]) -> tup
         wanted = COLUMNS.get(name)
         values = [row.get(name) for row in rows]
         if wanted is not None and pa.types.is_map(wanted):
-            values = [None if value is None else list(value.items() if isinstance(value, dict) else value) for value in values]
+            values = [
+                None if value is None else list(value.items() if isinstance(value, dict) else value) for value in values
+            ]
         if wanted is None and (bad := list(_not_unicode(name, rows))):
             problems += bad
             continue

@@ -832,8 +832,8 @@ def test_a_hundred_thousand_rows_are_checked_in_seconds() -> None:
     rows = [CAT | {"job_id": f"cat-{n}", "seed": n, "tags": {"n": str(n)}, "note": n} for n in range(100_000)]
     data = of(*rows).parquet()
 
-    begin = time.monotonic()
+    begin = time.process_time()  # of this process: the machine may be busy
     manifest = parse(data)
 
     assert len(manifest.rows) == 100_000
-    assert time.monotonic() - begin < 10
+    assert time.process_time() - begin < 10
