@@ -227,7 +227,7 @@ class SimulatedWorker:
                     case StageCommitted(stage=stage):
                         self.simulation.stage_reported(self.process.name, plan, stage)
                     case TaskDone() if self.networks.attempt is not None:
-                        self.networks.attempt.completed = True
+                        self.simulation.attempt_completed(self.networks.attempt)
                     case _:
                         world.note(self.process.name, "says", event)
                 self.say(event)

@@ -158,6 +158,11 @@ class Simulation:
         self.attempts.append(Attempt(process, plan))
         return self.attempts[-1]
 
+    def attempt_completed(self, attempt: Attempt) -> None:
+        """It came to the end of its row; unless another has taken that meanwhile, nothing interrupted it."""
+        holder, _ = self._holders[keys.row_lease(self.run.run_id, attempt.plan.job_id)]
+        attempt.completed = holder == attempt.process.pid
+
     def row_taken(self, attempt: Attempt) -> None:
         attempt.before = attempt.before or {key for key in attempt.plan.stage_keys if self._is_whole(key)}
 
