@@ -134,6 +134,6 @@ def _content(store: Store, run_id: str) -> dict[str, Any]:
 def _damaged(store: Store, run_id: str, what: str) -> ObjectDamaged:
     return ObjectDamaged(
         f"Run {run_id} in {store.uri} is damaged: {what}.",
-        remedy="Submit its manifest again, with the same settings: that mends it, and renders nothing twice.",
+        remedy="Submit its manifest again, with the same settings: that repairs it, and renders nothing twice.",
         next_command=f"magi-ray submit MANIFEST --store {store.uri}",
     )
