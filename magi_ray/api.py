@@ -52,7 +52,7 @@ def load(
 ) -> Model:
     """A model, named by a preset, a published config (.json), a job file (.toml), or the folder of a download.
 
-    weights: the folder of a preset's or job file's networks.  device: default: what the settings say, else this machine.
+    weights: the folder of a preset's or job file's networks.  device: None: as the settings say.
     settings: override those of ``name``; nested as ``magi_ray.settings.Settings`` is.
     Networks are loaded when they are first needed, and stay loaded. Raises SettingsError, WeightsError.
     """

@@ -7,6 +7,7 @@ import hashlib
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -72,18 +73,16 @@ def create(store: Store, run: Run, files: Mapping[str, Path]) -> bool:
         # was written since.
         if not (submitted and holds(store, keys.media(sha256), sha256)):
             store.put_file(keys.media(sha256), path)
-    damaged = False
     if submitted:
-        try:
+        with suppress(ObjectDamaged):
             read_run(store, run.run_id)
             return False
-        except ObjectDamaged:
-            damaged = True
+    # If it was submitted, its record or manifest is damaged: both are written again.
     store.put(keys.run_manifest(run.run_id), run.manifest.parquet())
     data = record_bytes(run.record.model_dump(mode="json"))
-    if damaged:
+    if submitted:
         store.put(keys.run_record(run.run_id), data)
-    created = not damaged and store.put_if_absent(keys.run_record(run.run_id), data)
+    created = not submitted and store.put_if_absent(keys.run_record(run.run_id), data)
     # Only now does garbage collection know that this run needs them.
     for sha256, path in files.items():
         if not store.exists(keys.media(sha256)):

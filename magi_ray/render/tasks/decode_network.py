@@ -19,14 +19,13 @@ from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.tasks.decode import Decoder
 from magi_ray.settings import Settings
 from magi_ray.storage.store import Store
-from magi_ray.system import System
 
 
-def load_decoder(settings: Settings, store: Store, *, ffmpeg: Path, encoder: str, system: System = System()) -> Decoder:
+def load_decoder(settings: Settings, store: Store, *, ffmpeg: Path, encoder: str) -> Decoder:
     """A Decoder with the VAE of ``settings``. ``encoder``: the identity of ``ffmpeg``. Raises WeightsError."""
     numeric = settings.numeric
     vae = load_vae(settings.weights.vae, device=numeric.device, attention=numeric.attention)
-    return Decoder(store, partial(_make_segment, store, vae, ffmpeg), encoder=encoder, system=system)
+    return Decoder(store, partial(_make_segment, store, vae, ffmpeg), encoder=encoder)
 
 
 def _make_segment(store: Store, vae: VAE, ffmpeg: Path, plan: RowPlan, chunk: int, out: Path) -> None:

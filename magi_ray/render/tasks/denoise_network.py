@@ -19,17 +19,16 @@ from magi_ray.sampling.sampler import Sampler, StageResult, drive
 from magi_ray.sampling.state import WindowState, chunk_shape
 from magi_ray.settings import Settings
 from magi_ray.storage.store import Store
-from magi_ray.system import System
 from magi_ray.timeline import SPATIAL_FACTOR
 
 
-def load_denoiser(settings: Settings, store: Store, *, system: System = System()) -> Denoiser:
+def load_denoiser(settings: Settings, store: Store) -> Denoiser:
     """A Denoiser with the DiT of ``settings``. Raises WeightsError."""
     weights, engine, numeric = settings.weights, settings.engine, settings.numeric
     folder = published_folder(weights.dit, fp8=engine.fp8_quant, distill=engine.distill)
     dit = load_dit(settings.model, folder, device=numeric.device, attention=numeric.attention, fp8=engine.fp8_quant)
     tokens = SpecialTokenTable.load(weights.special_tokens)
-    return Denoiser(store, partial(_begin_video, store, dit, tokens), system=system)
+    return Denoiser(store, partial(_begin_video, store, dit, tokens))
 
 
 def _begin_video(store: Store, dit: DiT, tokens: SpecialTokenTable, plan: RowPlan, first_stage: int) -> RunStage:

@@ -14,12 +14,11 @@ from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.tasks.embed import Embedder
 from magi_ray.settings import Settings
 from magi_ray.storage.store import Store
-from magi_ray.system import System
 
 
-def load_embedder(settings: Settings, store: Store, *, system: System = System()) -> Embedder:
+def load_embedder(settings: Settings, store: Store) -> Embedder:
     """An Embedder that loads T5 and the VAE when a row first needs them."""
-    return Embedder(store, _T5AndVAE(settings, store), system=system)
+    return Embedder(store, _T5AndVAE(settings, store))
 
 
 class _T5AndVAE:

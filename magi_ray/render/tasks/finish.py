@@ -29,9 +29,9 @@ Joiner = Callable[[RowPlan, Sequence[Path], Path], None]
 to begin with them, then the segments, one for each chunk. Raises MediaError, OutputError, WorkerLost, StoreError."""
 
 
-def load_finisher(store: Store, run_id: str, *, ffmpeg: Path, encoder: str, system: System = System()) -> Finisher:
+def load_finisher(store: Store, run_id: str, *, ffmpeg: Path, encoder: str) -> Finisher:
     """A Finisher that joins with ``ffmpeg``, whose identity is ``encoder``."""
-    return Finisher(store, run_id, encoder=encoder, joiner=partial(_make_video, store, ffmpeg), system=system)
+    return Finisher(store, run_id, encoder=encoder, joiner=partial(_make_video, store, ffmpeg))
 
 
 class Finisher:
@@ -59,9 +59,8 @@ class Finisher:
                 return
             self._store.put_file(keys.video(self._run_id, plan.job_id), video)
             size = video.stat().st_size
-        record = _record(plan, self._encoder) | {"sha256": sha256, "bytes": size}
-        seconds = self._system.clock() - begun
-        record["provenance"] = provenance(seconds=seconds, system=self._system)
+        made_by = provenance(seconds=self._system.clock() - begun, system=self._system)
+        record = _record(plan, self._encoder) | {"sha256": sha256, "bytes": size, "provenance": made_by}
         data, key = record_bytes(record), keys.video_record(self._run_id, plan.job_id)
         if not self._store.put_if_absent(key, data) and not self._already_published(plan):
             self._store.put(key, data)
@@ -107,23 +106,13 @@ def _clip_segments(store: Store, ffmpeg: Path, plan: RowPlan, folder: Path) -> I
 def _record(plan: RowPlan, encoder: str) -> dict[str, Any]:
     runtime, timeline = plan.settings.runtime, plan.timeline
     return {
-        "format": FORMAT,
-        "job_id": plan.job_id,
-        "row": plan.row,
-        "frames": timeline.num_frames,
-        "prefix_frames": timeline.included_frames,
-        "chunks": timeline.num_chunks,
-        "width": runtime.video_size_w,
-        "height": runtime.video_size_h,
-        "fps": runtime.fps,
-        "duration_s": timeline.num_frames / runtime.fps,
-        "seed": runtime.seed,
+        "format": FORMAT, "job_id": plan.job_id, "row": plan.row,
+        "frames": timeline.num_frames, "prefix_frames": timeline.included_frames, "chunks": timeline.num_chunks,
+        "width": runtime.video_size_w, "height": runtime.video_size_h,
+        "fps": runtime.fps, "duration_s": timeline.num_frames / runtime.fps, "seed": runtime.seed,
         "captions": list(plan.captions),
         "controls": {str(c): control.model_dump(exclude_none=True) for c, control in plan.controls.items()},
         "media": None if plan.media is None else {"kind": plan.media.kind, "sha256": plan.media.sha256},
-        "encoder": encoder,
-        "settings": plan.settings.model_dump(mode="json"),
-        "weights": asdict(plan.digests),
-        "takes": list(plan.takes),
-        "stage_keys": list(plan.stage_keys),
-    }
+        "encoder": encoder, "settings": plan.settings.model_dump(mode="json"), "weights": asdict(plan.digests),
+        "takes": list(plan.takes), "stage_keys": list(plan.stage_keys),
+    }  # fmt: skip

@@ -10,7 +10,6 @@ from magi_ray.events import TaskKind
 from magi_ray.media.encoder import encoder_identity, find_ffmpeg
 from magi_ray.settings import Settings
 from magi_ray.storage.store import Store
-from magi_ray.system import System
 
 if TYPE_CHECKING:
     from magi_ray.render.tasks.decode import Decoder
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def load_task(
-    kind: TaskKind, *, settings: Settings, store: Store, run_id: str, encoder: str, system: System = System()
+    kind: TaskKind, *, settings: Settings, store: Store, run_id: str, encoder: str
 ) -> Embedder | Denoiser | Decoder | Finisher:
     """The task of ``kind``, whose networks stay loaded from one ``carry_out`` to the next.
 
@@ -31,19 +30,19 @@ def load_task(
         case TaskKind.EMBED:
             from magi_ray.render.tasks.embed_network import load_embedder
 
-            return load_embedder(settings, store, system=system)
+            return load_embedder(settings, store)
         case TaskKind.DENOISE:
             from magi_ray.render.tasks.denoise_network import load_denoiser
 
-            return load_denoiser(settings, store, system=system)
+            return load_denoiser(settings, store)
         case TaskKind.DECODE:
             from magi_ray.render.tasks.decode_network import load_decoder
 
-            return load_decoder(settings, store, ffmpeg=_same_ffmpeg(encoder), encoder=encoder, system=system)
+            return load_decoder(settings, store, ffmpeg=_same_ffmpeg(encoder), encoder=encoder)
         case TaskKind.FINISH:
             from magi_ray.render.tasks.finish import load_finisher
 
-            return load_finisher(store, run_id, ffmpeg=_same_ffmpeg(encoder), encoder=encoder, system=system)
+            return load_finisher(store, run_id, ffmpeg=_same_ffmpeg(encoder), encoder=encoder)
 
 
 def _same_ffmpeg(encoder: str) -> Path:
