@@ -37,7 +37,7 @@ Frames = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True)
 class Video:
-    """frames: uint8 RGB [T, H, W, 3], with those of a clip to continue only if ``include_prefix``.  fps: 1…120."""
+    """frames: uint8 RGB [T, H, W, 3], with those of a clip to continue only if ``include_prefix``.  fps: per second."""
 
     frames: Frames
     fps: int

@@ -94,7 +94,7 @@ def _chunk_changes(before: RowPlan, after: RowPlan, stage: int) -> Iterator[str]
         takes = [sum(first <= chunk for first in plan.takes) for plan in (before, after)]
         if takes[0] != takes[1]:
             # What was rendered first is take 1.
-            yield f"take {takes[1] + 1} from chunk {chunk} on was asked"
+            yield f"take {takes[1] + 1} from chunk {chunk} on was asked for"
             break
     if lengths[0] != lengths[1]:
         knows = " (the last chunks of a video know how much is left)" if after.settings.special_tokens.duration else ""

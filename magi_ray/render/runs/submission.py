@@ -138,7 +138,7 @@ def _inspect(row: Row, path: Path) -> tuple[Media, str]:
             raise MediaError.about(path, reason, remedy="give a longer clip, or an image")
         if frames < wanted:
             found = f"{frames} frames: its clip has no more at {row.fps} fps"
-            note = f"Row {row.number} begins from {found}, and {wanted} were asked."
+            note = f"Row {row.number} begins from {found}; {wanted} were asked for."
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return Media(kind=_kind(row), sha256=sha256, latents=latents), note

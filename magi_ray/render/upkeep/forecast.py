@@ -163,8 +163,8 @@ class _Forecaster:
     def _why_segments(self, found: RowInventory, plan: RowPlan, row: Row) -> list[str]:
         """Why chunks must be decoded, though all latents are stored."""
         chunk = min(set(range(found.num_chunks)) - found.segments_done)
-        image = segment_pre_image(self._store, plan, chunk, self._encoder)
-        if self._store.exists(keys.commit("segment", digest(image))):
+        pre_image = segment_pre_image(self._store, plan, chunk, self._encoder)
+        if self._store.exists(keys.commit("segment", digest(pre_image))):
             return [f"the segment of chunk {chunk} is damaged in the store"]
         if not found.segments_done:
             for before in (*self._earlier.plans(plan.job_id), self._earlier.other_job(plan, row)):

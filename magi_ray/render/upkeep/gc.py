@@ -56,8 +56,8 @@ def garbage(
     forget: runs that count as needing nothing; their records and videos stay.
     watch_s: for how long the lease of a forgotten run is watched for a beat.  clock: seconds.
 
-    Raises ObjectDamaged if a run cannot be read; RunNotFound; InputError if a newer magi-ray wrote something that
-    matters, if a forgotten run is being rendered, or if listing takes longer than ``min_age_s``.
+    Raises ObjectDamaged if a run cannot be read; RunNotFound; InputError if a newer magi-ray wrote a run, take or
+    commit, if a forgotten run is being rendered, or if listing takes longer than ``min_age_s``.
     """
     began = clock()
     needed = _Needed(store, frozenset(forget), clock)
@@ -162,12 +162,12 @@ def _commits(store: Store, kind: CommitKind, needed: _Needed, min_age_s: float) 
         if not key:
             continue
         entries = sorted(found, key=lambda entry: (entry.key != keys.commit(kind, key), entry.key))
-        there = entries[0].key == keys.commit(kind, key)
-        commit = read_commit(store, kind, key) if there else None
+        has_commit = entries[0].key == keys.commit(kind, key)
+        commit = read_commit(store, kind, key) if has_commit else None
         if needed.commit(kind, key, commit):
-            if there and kind == "stage":
+            if has_commit and kind == "stage":
                 needed.add_chunk_of(commit)
-            if there and commit is None:
+            if has_commit and commit is None:
                 continue  # damaged: a resume makes it again
             named = {keys.commit(kind, key)}
             if commit is not None:
@@ -177,7 +177,7 @@ def _commits(store: Store, kind: CommitKind, needed: _Needed, min_age_s: float) 
                     yield _item(entry, "no commit names it: its writer died, or another was quicker")
         # A writer that was here lately may not be done.
         elif min(entry.age_s for entry in entries) >= min_age_s:
-            if not there:
+            if not has_commit:
                 reason = "its commit was never written"
             elif kind == "segment" and commit is None:
                 reason = "its commit is damaged, so nobody can use it"
