@@ -101,7 +101,7 @@ class _Verifier:
         for kind in keys.COMMITS:
             self._all_commits(kind)
         for key in self._store.list(keys.MEDIA):
-            self._check_twice(partial(self._media, key))
+            self._check_twice(key, self._media)
         for runs in all_runs(self._store):
             for run_id in runs:
                 self._run(run_id)
@@ -112,9 +112,9 @@ class _Verifier:
             run = open_run(self._store, run_id)
             for kind, key in dict.fromkeys((kind, key) for kind, key, _ in needs(self._store, run)):
                 if kind == "media":
-                    self._check_twice(partial(self._media, keys.media(key)))
+                    self._check_twice(keys.media(key), self._media)
                 else:
-                    self._check_twice(partial(self._commit, kind, key, set()))
+                    self._check_twice(keys.commit(kind, key), partial(self._commit, kind, key, set()))
 
     def _all_commits(self, kind: CommitKind) -> None:
         for key, found in groupby(self._store.list(keys.commits(kind)), keys.commit_of):
@@ -122,34 +122,36 @@ class _Verifier:
                 continue
             payloads = set(found) - {keys.commit(kind, key)}
             named: set[str] = set()
-            self._check_twice(partial(self._commit, kind, key, named))
+            self._check_twice(keys.commit(kind, key), partial(self._commit, kind, key, named))
             self.report.loose += len(payloads - named)
 
     def _run(self, run_id: str) -> None:
         """The record, manifest, takes and videos of a run."""
-        self._check_twice(partial(self._record, run_id))
+        self._check_twice(keys.run_record(run_id), partial(self._record, run_id))
         for key in self._store.list(keys.takes(run_id)):
-            self._check_twice(partial(self._take, key))
+            self._check_twice(key, self._take)
         for key in self._store.list(keys.videos(run_id)):
             if key.endswith(".json"):
-                self._check_twice(partial(self._video, key))
+                self._check_twice(key, self._video)
 
-    def _check_twice(self, check: Callable[[], Iterator[Damage]]) -> None:
+    def _check_twice(self, where: str, check: Callable[[str], Iterator[Damage]]) -> None:
         """Report only what a second check finds too: what is written or deleted meanwhile may look damaged once."""
         with suppress(ObjectMissing):
-            if list(check()):
-                self.report.damages += list(check())
+            if _damages(where, check):
+                self.report.damages += _damages(where, check)
 
-    def _commit(self, kind: CommitKind, key: str, named: set[str]) -> Iterator[Damage]:
-        """A commit and its payloads, whose keys are added to ``named``; nothing where there is no commit."""
-        where = keys.commit(kind, key)
+    # Each check yields damages. ObjectDamaged from it means its own record, ObjectMissing that there is nothing to check.
+
+    def _commit(self, kind: CommitKind, key: str, named: set[str], where: str) -> Iterator[Damage]:
+        """A commit and its payloads, whose keys are added to ``named``."""
         try:
             commit = read_commit(self._store, kind, key)
         except InputError as exc:
             self._note(f"{where} was not checked: {exc.message}")
             return
         if commit is None:
-            yield Damage(key=where, what=_seal_fault(self._get(where)) or f"is not the commit of {kind} {key}")
+            unseal(self._get(where))
+            yield Damage(key=where, what=f"is not the commit of {kind} {key}")
             return
         self._count(0)
         payloads = {keys.commit_folder(kind, key) + payload.name: payload for payload in commit.payloads.values()}
@@ -163,15 +165,12 @@ class _Verifier:
         if found.sha256 != expected:
             yield Damage(key=key, what=f"has sha256 {found.sha256}, but {expected} is its name")
 
-    def _record(self, run_id: str) -> Iterator[Damage]:
-        where, manifest = keys.run_record(run_id), keys.run_manifest(run_id)
+    def _record(self, run_id: str, where: str) -> Iterator[Damage]:
+        manifest = keys.run_manifest(run_id)
         try:
             record = read_record(self._get(where))
         except ObjectMissing:
             yield Damage(key=where, what="is missing")
-            return
-        except ObjectDamaged as exc:
-            yield Damage(key=where, what=_fault(exc))
             return
         try:
             found = measure(self._store, manifest)
@@ -185,17 +184,14 @@ class _Verifier:
         elif recorded != found.sha256:
             yield Damage(key=manifest, what=f"has sha256 {found.sha256}, but {recorded} was submitted")
 
-    def _take(self, key: str) -> Iterator[Damage]:
-        if fault := _seal_fault(self._get(key)):
-            yield Damage(key=key, what=fault)
+    def _take(self, where: str) -> Iterator[Damage]:
+        unseal(self._get(where))
+        yield from ()
 
     def _video(self, where: str) -> Iterator[Damage]:
         try:
             record = read_record(self._get(where))
             expected = Payload(name="", size=record["bytes"], sha256=record["sha256"])
-        except ObjectDamaged as exc:
-            yield Damage(key=where, what=_fault(exc))
-            return
         except (KeyError, ValueError):  # of a format without a seal
             yield Damage(key=where, what="has lost the digest of its video")
             return
@@ -229,17 +225,11 @@ class _Verifier:
             self.report.notes.append(note)
 
 
-def _seal_fault(data: bytes) -> str:
-    """What is wrong with a sealed record; '' if nothing is."""
+def _damages(where: str, check: Callable[[str], Iterator[Damage]]) -> list[Damage]:
     try:
-        unseal(data)
+        return list(check(where))
     except ObjectDamaged as exc:
-        return _fault(exc)
-    return ""
-
-
-def _fault(exc: ObjectDamaged) -> str:
-    return f"is damaged: {exc.message}"
+        return [Damage(key=where, what=f"is damaged: {exc.message}")]
 
 
 def _with_remedies(store: Store, damages: Collection[Damage]) -> Iterator[Damage]:
