@@ -140,7 +140,7 @@ class _Verifier:
             if _damages(where, check):
                 self.report.damages += _damages(where, check)
 
-    # Checks yield damages, and may raise ObjectDamaged (their own object) and ObjectMissing (there is nothing to check).
+    # Checks yield damages. They may raise ObjectDamaged (the object ``where``) and ObjectMissing (nothing to check).
 
     def _commit(self, kind: CommitKind, key: str, named: set[str], where: str) -> Iterator[Damage]:
         """A commit and its payloads, whose keys are added to ``named``."""
