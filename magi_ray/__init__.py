@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # When it is asked for: the command line imports this package too, and needs none of it.
+    # Imported on first use: the command line imports this package too, and needs none of it.
     if name == "load":
         from magi_ray.api import load
 

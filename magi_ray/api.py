@@ -37,8 +37,7 @@ Frames = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True)
 class Video:
-    """``frames``: uint8 RGB [T, H, W, 3]; those of a clip to start from only with ``include_prefix``.
-    ``fps``: frames per second."""
+    """frames: uint8 RGB [T, H, W, 3], with those of a clip to continue only if ``include_prefix``.  fps: per second."""
 
     frames: Frames
     fps: int
@@ -51,11 +50,11 @@ def load(
     device: Literal["cpu", "cuda"] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Model:
-    """A model by the name of a preset, a published config (.json), a job file (.toml), or the folder of a download.
+    """A model, named by a preset, a published config (.json), a job file (.toml), or the folder of a download.
 
-    weights: the folder of a preset's networks.  device: "cpu" or "cuda"; default: as the preset or the machine says.
-    settings: laid over what was named, nested as ``magi_ray.settings.Settings`` is.
-    Networks are loaded when they are first needed, and stay. Raises SettingsError, WeightsError.
+    weights: the folder of a preset's or job file's networks.  device: None: as the settings say.
+    settings: override those of ``name``; nested as ``magi_ray.settings.Settings`` is.
+    Networks are loaded when they are first needed, and stay loaded. Raises SettingsError, WeightsError.
     """
     folder = None if weights is None else Path(weights).expanduser()
     path = Path(name).expanduser()
@@ -76,7 +75,7 @@ def load(
 
 
 def _downloaded(folder: Path) -> Settings:
-    """The settings of the one published variant whose networks lie in ``folder``."""
+    """The settings of the one published variant in ``folder``."""
     found: list[Settings] = []
     for name in PUBLISHED:
         with suppress(WeightsError):  # not this one
@@ -91,7 +90,7 @@ def _downloaded(folder: Path) -> Settings:
 
 
 class Model:
-    """Called like a diffusers pipeline. Keeps its networks and the embeddings of captions it has seen."""
+    """Called like a diffusers pipeline. Keeps the DiT, the VAE and the embeddings of the captions it has seen."""
 
     def __init__(self, settings: Settings) -> None:
         from magi_ray.storage.memory import MemoryStore
@@ -122,26 +121,13 @@ class Model:
         seed: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Video:
-        """The whole video; parameters and errors as for ``stream``. Holds all frames in memory."""
+        """The whole video, with all frames in memory. Parameters and errors as for ``stream``."""
         chunks = self.stream(
-            prompt,
-            schedule=schedule,
-            image=image,
-            video=video,
-            prefix_from=prefix_from,
-            prefix_frames=prefix_frames,
-            include_prefix=include_prefix,
-            fit=fit,
-            num_frames=num_frames,
-            num_chunks=num_chunks,
-            seconds=seconds,
-            height=height,
-            width=width,
-            fps=fps,
-            num_inference_steps=num_inference_steps,
-            seed=seed,
+            prompt, schedule=schedule, image=image, video=video, prefix_from=prefix_from, prefix_frames=prefix_frames,
+            include_prefix=include_prefix, fit=fit, num_frames=num_frames, num_chunks=num_chunks, seconds=seconds,
+            height=height, width=width, fps=fps, num_inference_steps=num_inference_steps, seed=seed,
             generator=generator,
-        )
+        )  # fmt: skip
         return Video(frames=np.concatenate(list(chunks)), fps=fps or self.settings.runtime.fps)
 
     def stream(
@@ -165,49 +151,39 @@ class Model:
         seed: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Frames]:
-        """The video chunk by chunk, each uint8 RGB [≤ 24, H, W, 3] as soon as it is clean; constant memory.
+        """The video chunk by chunk, each uint8 RGB [T ≤ 24, H, W, 3] as soon as it is clean, in constant memory.
 
-        prompt: what is to be seen; or schedule: prompts over time, entries as in a manifest
+        prompt: what the video shows; or schedule: prompts over time, entries as in a manifest
         ({"start_chunk", "prompt"} with or without kv_range, text_scales, prev_chunk_scales).
         image: to begin from: a path, or uint8 RGB [H, W, 3], an array or anything that numpy reads as one.
         video: path of a clip to continue.  prefix_from: which end of it.  prefix_frames: how many frames of it, ≥ 4.
         include_prefix: whether they come first.  fit: how an image or clip of another aspect ratio is made to fit.
-        num_frames, num_chunks (of 24 frames) or seconds: at least so much new video, in whole chunks.
-        height, width: pixels, multiples of 16.  fps: 1…120.  num_inference_steps: a multiple of the window's size.
-        seed: 0…2^63−1; or generator, whose initial seed is taken.
-        What is None takes the settings' value.
+        num_frames, num_chunks (of 24 frames) or seconds: the least length of new video, rounded up to whole chunks.
+        height, width: pixels, multiples of 16.  fps: 1…120.  num_inference_steps: a multiple of window_size.
+        seed: 0…2^63−1; or generator, whose initial seed is used.
+        None stands for the settings' value.
 
         Raises at once, before the first chunk is asked for: ManifestError (a value that a row may not have, or an image
-        or clip that cannot be read), SettingsError, WeightsError, MediaError (other pixels than those above, or no
-        ffmpeg). While it renders: NumericError, DeviceOutOfMemory.
+        or clip that cannot be read), SettingsError, WeightsError, MediaError (image is not uint8 RGB, or no ffmpeg).
+        While it renders: NumericError, DeviceOutOfMemory.
         """
-        _one_of(num_frames=num_frames, num_chunks=num_chunks, seconds=seconds)
-        _one_of(seed=seed, generator=generator)
+        _at_most_one(num_frames=num_frames, num_chunks=num_chunks, seconds=seconds)
+        _at_most_one(seed=seed, generator=generator)
         if num_frames is not None:
             seconds = num_frames / (fps or self.settings.runtime.fps)
         if generator is not None:
             seed = generator.initial_seed() % 2**63
         row = {
-            "job_id": "video",
-            "prompt": prompt,
+            "job_id": "video", "prompt": prompt,
             "schedule": None if schedule is None else [dict(entry) for entry in schedule],
-            "video": None if video is None else str(video),
-            "prefix_from": prefix_from,
-            "prefix_frames": prefix_frames,
-            "include_prefix": include_prefix,
-            "fit": fit,
-            "num_chunks": num_chunks,
-            "seconds": seconds,
-            "height": height,
-            "width": width,
-            "fps": fps,
-            "num_steps": num_inference_steps,
-            "seed": seed,
-        }
+            "video": None if video is None else str(video), "prefix_from": prefix_from, "prefix_frames": prefix_frames,
+            "include_prefix": include_prefix, "fit": fit, "num_chunks": num_chunks, "seconds": seconds,
+            "height": height, "width": width, "fps": fps, "num_steps": num_inference_steps, "seed": seed,
+        }  # fmt: skip
         return self._render(self._plan(row, image))
 
     def _plan(self, row: dict[str, Any], image: str | Path | npt.ArrayLike | None) -> RowPlan:
-        """The plan of ``row``, which begins from ``image`` if that is given."""
+        """The plan of ``row``, which begins from ``image`` if there is one."""
         from magi_ray.media.preview import write_png
         from magi_ray.render.runs.submission import create, prepare
 
@@ -232,7 +208,7 @@ class Model:
                 yield clip[first : first + FRAMES_PER_CHUNK]
         chunks = self._chunks(plan)
         while True:
-            # Only while we compute: between two chunks the caller has the number of threads it had.
+            # Only while we compute: between two chunks the caller has its own number of threads.
             with torch_threads(self.settings.numeric.cpu_threads):
                 frames = next(chunks, None)
             if frames is None:
@@ -248,30 +224,30 @@ class Model:
         from magi_ray.render.tasks.embed_network import load_embedder
         from magi_ray.storage import keys
 
-        # T5 is let go again at once; what it said of a caption stays in the store.
+        # T5 is not kept; its embeddings stay in the store.
         list(load_embedder(self.settings, self._store).carry_out(plan))
         numeric = self.settings.numeric
         self._denoiser = self._denoiser or load_denoiser(self.settings, self._store)
         self._vae = self._vae or load_vae(self.settings.weights.vae, device=numeric.device, attention=numeric.attention)
-        for happened in self._denoiser.carry_out(plan, 0):
-            if not isinstance(happened, StageCommitted):
+        for event in self._denoiser.carry_out(plan, 0):
+            if not isinstance(event, StageCommitted):
                 continue
-            if happened.chunk is not None:
-                latent = load_clean_chunk(self._store, plan, happened.chunk)
-                yield decode_chunk(self._vae, latent, plan, happened.chunk)
-            # Nobody resumes a stream: what was shown may go.
-            for key in list(self._store.list(keys.commit_folder("stage", plan.stage_keys[happened.stage]))):
+            if event.chunk is not None:
+                latent = load_clean_chunk(self._store, plan, event.chunk)
+                yield decode_chunk(self._vae, latent, plan, event.chunk)
+            # Nobody resumes a stream: its stages are deleted as it goes on.
+            for key in list(self._store.list(keys.commit_folder("stage", plan.stage_keys[event.stage]))):
                 self._store.delete(key)
 
 
-def _one_of(**options: object) -> None:
+def _at_most_one(**options: object) -> None:
     given = [name for name, value in options.items() if value is not None]
     if len(given) > 1:
         raise SettingsError(f"{' stands beside '.join(given[:2])}.", remedy="Give one of them.")
 
 
 def _pixels(image: npt.ArrayLike) -> Frames:
-    """uint8 [H, W, 3], or MediaError with what was found."""
+    """uint8 [H, W, 3]. Raises MediaError with what was found instead."""
     pixels = np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise MediaError(

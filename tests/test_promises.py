@@ -44,7 +44,7 @@ from magi_ray.render.runs.record import Run
 from magi_ray.render.tasks.decode_network import load_decoder
 from magi_ray.render.tasks.denoise_network import load_denoiser
 from magi_ray.render.tasks.embed_network import load_embedder
-from magi_ray.render.tasks.finish import FfmpegJoiner, Finisher
+from magi_ray.render.tasks.finish import load_finisher
 from magi_ray.render.upkeep.gc import collect, garbage
 from magi_ray.render.upkeep.verify import verify
 from magi_ray.settings import Settings, override, preset
@@ -257,7 +257,8 @@ def test_5_a_late_worker_that_commits_repairs_and_finishes_changes_nothing_that_
 ) -> None:
     store = MemoryStore()
     run = make_run(store, ROWS)
-    plan, encoder = run.plans["video"], encoder_identity(find_ffmpeg())
+    plan, ffmpeg = run.plans["video"], find_ffmpeg()
+    encoder = encoder_identity(ffmpeg)
     list(load_embedder(run.settings, store).carry_out(plan))
     with row_lease(store, run.run_id, "video", epoch=0, name="late") as lease:
         late = load_denoiser(run.settings, store).carry_out(plan, 0)
@@ -274,11 +275,12 @@ def test_5_a_late_worker_that_commits_repairs_and_finishes_changes_nothing_that_
         list(load_denoiser(run.settings, LateView(store, "stages/", looks)).carry_out(plan, 0))
         list(load_embedder(run.settings, LateView(store, "texts/", looks)).carry_out(plan))
         list(load_embedder(run.settings, LateView(store, "prefixes/", looks)).carry_out(plan))
-        decoder = load_decoder(run.settings, LateView(store, "segments/", looks), encoder=encoder)
+        late_view = LateView(store, "segments/", looks)
+        decoder = load_decoder(run.settings, late_view, ffmpeg=ffmpeg, encoder=encoder)
         for chunk in range(plan.timeline.num_chunks):
             list(decoder.carry_out(plan, chunk))
         late_view = LateView(store, keys.videos(run.run_id), looks)
-        list(Finisher(late_view, run.run_id, encoder=encoder, joiner=FfmpegJoiner(store)).carry_out(plan))
+        list(load_finisher(late_view, run.run_id, ffmpeg=ffmpeg, encoder=encoder).carry_out(plan))
         assert {key: store.get(key) for prefix in media for key in store.list(prefix)} == kept
         with pytest.raises(Superseded):
             lease.beat()

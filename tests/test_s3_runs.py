@@ -259,11 +259,11 @@ def test_an_object_is_fetched_once_and_kept_no_longer_than_the_submission_takes(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     address = upload("a.png", b"bytes")
     files = MediaFiles()
-    path = files.here(address)
+    path = files.fetch(address)
     assert path.read_bytes() == b"bytes"
     assert path.is_relative_to(tmp_path)
     upload("a.png", b"others")
-    assert files.here(address) == path
+    assert files.fetch(address) == path
     assert path.read_bytes() == b"bytes"
     del files
     assert list(tmp_path.iterdir()) == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from magi_ray.render.artifacts.commits import chunk_commit, committed
 from magi_ray.render.driving.worker import TaskBody
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.tasks.decode import Decoder
-from magi_ray.render.tasks.denoise import Denoiser
+from magi_ray.render.tasks.denoise import Denoiser, Pack, RunStage
 from magi_ray.render.tasks.embed import Embedder
 from magi_ray.render.tasks.finish import Finisher
 from magi_ray.storage.records import read_payload
@@ -78,11 +78,13 @@ class Networks:
             case TaskKind.EMBED:
                 return Poisoned(kind, Embedder(self.store, self, system=system), self)
             case TaskKind.DENOISE:
-                return Denoiser(self.store, self, system=system)
+                return Denoiser(self.store, self.begin_video, system=system)
             case TaskKind.DECODE:
-                return Poisoned(kind, Decoder(self.store, self, encoder=ENCODER, system=system), self)
+                return Poisoned(kind, Decoder(self.store, self.make_segment, encoder=ENCODER, system=system), self)
             case TaskKind.FINISH:
-                return Poisoned(kind, Finisher(self.store, run_id, encoder=ENCODER, joiner=self, system=system), self)
+                return Poisoned(
+                    kind, Finisher(self.store, run_id, encoder=ENCODER, joiner=self.join, system=system), self
+                )
 
     def strike(self, kind: TaskKind, job_id: str, index: int) -> None:
         for poison in self.simulation.poisons:
@@ -103,10 +105,10 @@ class Networks:
 
     # Denoising
 
-    def begin(self, plan: RowPlan, first_stage: int) -> Stages:
+    def begin_video(self, plan: RowPlan, first_stage: int) -> RunStage:
         assert self.attempt is not None
         self.simulation.row_taken(self.attempt)
-        return Stages(self, plan, self.attempt, self._state_before(plan, first_stage))
+        return Stages(self, plan, self.attempt, self._state_before(plan, first_stage)).run
 
     def _state_before(self, plan: RowPlan, stage: int) -> bytes:
         if stage:
@@ -117,12 +119,12 @@ class Networks:
 
     # Decoding and joining
 
-    def segment(self, plan: RowPlan, chunk: int, out: Path) -> None:
+    def make_segment(self, plan: RowPlan, chunk: int, out: Path) -> None:
         latent = read_payload(self.store, chunk_commit(self.store, plan, chunk), "chunk")
         self.compute(0.5, 8)
         out.write_bytes(Contents.segment(latent))
 
-    def make(self, plan: RowPlan, segments: Sequence[Path], out: Path) -> None:
+    def join(self, plan: RowPlan, segments: Sequence[Path], out: Path) -> None:
         self.compute(0.5, 5)
         out.write_bytes(b"".join(path.read_bytes() for path in segments))
 
@@ -133,7 +135,7 @@ class Stages:
     def __init__(self, networks: Networks, plan: RowPlan, attempt: Attempt, state: bytes) -> None:
         self.networks, self.plan, self.attempt, self.state = networks, plan, attempt, state
 
-    def run(self, stage: int) -> Generator[None, None, Callable[[], Mapping[str, bytes]]]:
+    def run(self, stage: int) -> Generator[None, None, Pack]:
         plan, networks = self.plan, self.networks
         entering = plan.timeline.entering(stage)
         caption = b""

@@ -1,4 +1,4 @@
-"""What the store holds of a video: captions, prefix, stages and segments, under the keys of its plan. No tensors."""
+"""The commits of a video: captions, prefix, stages and segments, under the keys of its plan. No tensors."""
 
 from __future__ import annotations
 
@@ -30,14 +30,9 @@ def commit(
     payloads: bytes, or the path of a file, by role.  seconds: how long it took to compute.
     Returns the commit that counts: an earlier whole one, if there is one. Raises StoreError.
     """
+    key, write_id, made_by = digest(pre_image), new_write_id(), provenance(seconds=seconds, system=system)
     return write_commit(
-        store,
-        kind=kind,
-        key=digest(pre_image),
-        payloads=payloads,
-        pre_image=pre_image,
-        provenance=provenance(seconds=seconds, system=system),
-        write_id=new_write_id(),
+        store, kind=kind, key=key, payloads=payloads, pre_image=pre_image, provenance=made_by, write_id=write_id
     )
 
 
@@ -50,7 +45,7 @@ def committed(store: Store, kind: CommitKind, key: str) -> Commit:
 
 
 def embedded(store: Store, plan: RowPlan) -> bool:
-    """Whether the store holds the embedded captions and the encoded prefix that denoising ``plan`` needs."""
+    """Whether the store holds the embeddings and the prefix that denoising ``plan`` needs. Reads all of them."""
     texts = all(verified_commit(store, "text", key) for key in sorted(set(plan.caption_digests)))
     return texts and (plan.prefix_digest is None or verified_commit(store, "prefix", plan.prefix_digest) is not None)
 
@@ -61,16 +56,10 @@ def chunk_commit(store: Store, plan: RowPlan, chunk: int) -> Commit:
 
 
 def segment_pre_image(store: Store, plan: RowPlan, chunk: int, encoder: str) -> dict[str, Any]:
-    """The identity of ``chunk``'s segment, whose key is its digest. Raises ObjectMissing when the chunk is not there.
+    """What ``chunk``'s segment depends on; its digest is the segment's key. Raises ObjectMissing without the chunk.
 
     encoder: ``media.encoder.encoder_identity``.
     """
-    timeline = plan.timeline
-    return identity.segment_pre_image(
-        chunk_commit(store, plan, chunk).payloads["chunk"].sha256,
-        dropped_frames=timeline.dropped_frames if chunk == 0 else 0,
-        first_frame=timeline.first_frame(chunk),
-        settings=plan.settings,
-        digests=plan.digests,
-        encoder=encoder,
-    )
+    sha256 = chunk_commit(store, plan, chunk).payloads["chunk"].sha256
+    dropped, first_frame = plan.timeline.dropped_frames if chunk == 0 else 0, plan.timeline.first_frame(chunk)
+    return identity.segment_pre_image(sha256, dropped, plan.settings, plan.digests, encoder, first_frame)

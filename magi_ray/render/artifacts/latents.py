@@ -1,4 +1,4 @@
-"""Tensors as bytes and tensors in the store; torch's errors and threads."""
+"""Latents and embeddings as bytes and in the store; torch's errors and threads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pack(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def unpack(data: bytes) -> dict[str, Tensor]:
-    """The tensors of ``pack``, on the CPU. ``data`` must have been checked against its digest."""
+    """The tensors given to ``pack``, on the CPU. ``data``: already checked against its digest."""
     return dict(load(data))
 
 
@@ -50,9 +50,8 @@ def load_clean_chunk(store: Store, plan: RowPlan, chunk: int) -> Tensor:
 
 
 def require_finite(tensor: Tensor, *, what: str) -> None:
-    """Raises NumericError when a value is NaN or infinite. ``what``: the tensor's name in the message."""
-    bad = int((~torch.isfinite(tensor)).sum())
-    if bad:
+    """Raises NumericError if a value is NaN or infinite. ``what``: the tensor's name in the message."""
+    if bad := int((~torch.isfinite(tensor)).sum()):
         raise NumericError(
             f"{what}: {bad} of {tensor.numel()} values are NaN or infinite.",
             remedy="Check the weights and the precision (params_dtype).",
@@ -61,7 +60,7 @@ def require_finite(tensor: Tensor, *, what: str) -> None:
 
 @contextmanager
 def convert_out_of_memory(what: str) -> Iterator[None]:
-    """Raises DeviceOutOfMemory in place of torch's own error. ``what`` the block does: the message begins with it."""
+    """Raises DeviceOutOfMemory instead of torch's own error. ``what``: the message begins with it."""
     try:
         yield
     except torch.OutOfMemoryError as exc:
@@ -73,7 +72,7 @@ def convert_out_of_memory(what: str) -> Iterator[None]:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """``set_torch_threads`` for the length of a block."""
+    """``set_torch_threads`` within the block only."""
     before = torch.get_num_threads()
     set_torch_threads(count)
     try:
@@ -83,6 +82,6 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def set_torch_threads(count: int) -> None:
-    """With how many CPU threads torch computes in this process. Their number decides how sums are split, and so the
+    """Let torch compute with ``count`` CPU threads in this process. Their number decides how sums are split, and so the
     last bits of a result: it is part of the identity."""
     torch.set_num_threads(count)

@@ -1,4 +1,4 @@
-"""From the pixels of pictures to those of the VAE, and back (spec §6)."""
+"""From the pixels of images to those of the VAE, and back (spec §6)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def pixels_to_tensor(frames: Pixels) -> Tensor:
 
 
 def tensor_to_pixels(pixels: Tensor) -> Pixels:
-    """float [1, 3, T, H, W] in −1…1 → uint8 [T, H, W, 3]; what lies outside is clamped."""
+    """float [1, 3, T, H, W] in −1…1 → uint8 [T, H, W, 3]; values outside are clamped."""
     scaled = (pixels[0].float() * 127.5 + 127.5).clamp(0, 255).to(torch.uint8)
     frames: Pixels = scaled.permute(1, 2, 3, 0).contiguous().cpu().numpy()
     return frames

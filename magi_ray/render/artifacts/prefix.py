@@ -1,4 +1,4 @@
-"""The frames that a video begins from: of an image or a clip, read from the store's own copy. No tensors."""
+"""The frames of the image or clip that a video begins from, read from the store's copy. No tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from magi_ray.timeline import FRAMES_PER_LATENT
 def prefix_pixels(store: Store, plan: RowPlan) -> Pixels:
     """uint8 RGB [T, height, width, 3]: the image (T = 1), or the part of the clip that ``plan`` continues.
 
-    A clip gives whole latent frames, 4 frames each; frames over that are left out, far from the join.
+    A clip is cut to whole latent frames of 4 frames each; what is left over is dropped, far from the join.
     Raises MediaError (the copy is damaged or cannot be read), StoreError.
     """
     media, runtime, prefix = plan.media, plan.settings.runtime, plan.settings.prefix
@@ -36,14 +36,9 @@ def prefix_pixels(store: Store, plan: RowPlan) -> Pixels:
         width, height = runtime.video_size_w, runtime.video_size_h
         if media.kind == "image":
             return read_image(path, width=width, height=height, fit=prefix.fit)[None]
+        end, limit = prefix.clip_end, prefix.max_frames
         frames = read_video(
-            path,
-            width=width,
-            height=height,
-            fps=runtime.fps,
-            max_frames=prefix.max_frames,
-            part=prefix.clip_end,
-            fit=prefix.fit,
+            path, width=width, height=height, fps=runtime.fps, max_frames=limit, part=end, fit=prefix.fit
         )
     whole = media.latents * FRAMES_PER_LATENT
-    return frames[:whole] if prefix.clip_end == "start" else frames[-whole:]
+    return frames[:whole] if end == "start" else frames[-whole:]

@@ -1,4 +1,4 @@
-"""Where and when something was computed. Recorded beside results, never part of an identity."""
+"""Where, when and with which versions a result was computed. Stored beside it, never part of its identity."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from magi_ray.system import System
 
 
 def provenance(*, seconds: float, system: System) -> dict[str, Any]:
-    """Versions, machine and duration of a computation that ends now. ``seconds``: how long it took."""
+    """Of a computation that ends now and took ``seconds``."""
     return {
         "magi_ray": _version("magi-ray"),
         "torch": _version("torch"),

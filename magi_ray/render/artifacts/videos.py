@@ -1,4 +1,4 @@
-"""Published videos: what is stored of them, beside the mp4, and whether it is what a plan asks for."""
+"""Published videos: the records beside their mp4 files, and whether they are what a plan asks for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORMAT = 2  # of the record
 
 
 def read_video_record(store: Store, run_id: str, job_id: str) -> dict[str, Any] | None:
-    """The record of a published video: what made it. None when there is none, or it is damaged.
+    """The record of a published video: everything that made it. None if there is none, or it is damaged.
 
     Raises InputError when a newer magi-ray wrote it; StoreError.
     """
@@ -31,14 +31,14 @@ def read_video_record(store: Store, run_id: str, job_id: str) -> dict[str, Any] 
 def published(
     store: Store, run_id: str, plan: RowPlan, *, sizes: Mapping[str, int] | None = None, reread: bool = False
 ) -> dict[str, Any] | None:
-    """The record of ``plan``'s video if the video is published, was made of the plan's stages, and has its full size.
+    """The record of ``plan``'s video; None unless it is published, made of the plan's stages and of its full size.
 
     sizes: ``video_sizes``, if the caller has them.  reread: also read the whole video and compare its digest.
     Raises as ``read_video_record``.
     """
     video = keys.video(run_id, plan.job_id)
     if sizes is not None and video not in sizes:
-        return None  # spares the store a call for every row that is still to be rendered
+        return None  # no call to the store for a row that is still to be rendered
     record = read_video_record(store, run_id, plan.job_id)
     if record is None or record["stage_keys"] != list(plan.stage_keys):
         return None

@@ -1,7 +1,6 @@
-"""In what the plans of two videos differ, in words. No store, no tensors.
+"""Why two plans do not give the same stages or segments, in sentences. No store, no tensors.
 
-The pre-images are compared that identities are hashes of, so nothing is named that changes no pixel, and nothing that
-changes one goes unnamed.
+Compares pre-images, from which keys are made: so it names everything that changes a pixel, and nothing else.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from magi_ray.render.plans import identity
 from magi_ray.render.plans.row_plan import Media, RowPlan
 from magi_ray.settings import AS_THE_RUN, ChunkControl
 
-SHOWN = 48  # characters of a prompt; of longer ones, those around the first that differs
+SHOWN = 48  # characters of a prompt; of longer ones, those around the first difference
 
-# What people call a field of a pre-image; all others go by their own names.
+# Fields of pre-images that people know by another name.
 _NAMES = {
     "format": "format of identities",
     "weights": "weights of the DiT",
@@ -34,34 +33,31 @@ _NAMES = {
 
 
 def stages_shared(a: RowPlan, b: RowPlan) -> int:
-    """How many stages from the first on are the same."""
-    pairs = enumerate(zip(a.stage_keys, b.stage_keys, strict=False))
-    shorter = min(len(a.stage_keys), len(b.stage_keys))
-    return next((stage for stage, (one, other) in pairs if one != other), shorter)
+    """How many stages, from the first on, are the same."""
+    return _shared(a.stage_keys, b.stage_keys)
 
 
 def stage_changes(before: RowPlan, after: RowPlan, stage: int) -> list[str]:
-    """Why ``stage``, the first that differs, and those behind it are others than ``before``: a sentence each."""
-    told: list[str] = []
+    """Why ``stage``, the first that is not as in ``before``, and the later ones differ: a sentence for each reason."""
+    changes: list[str] = []
     if stage < min(len(before.stage_keys), len(after.stage_keys)):
-        skip = {"kind", "stage", "previous", "entering", "prefix"}  # its place in the chain, and what follows below
-        told += _told(before.pre_image(stage), after.pre_image(stage), skip=skip)
+        # Without its place in the chain, and what is compared below.
+        skip = {"kind", "stage", "previous", "entering", "prefix"}
+        changes += _value_changes(before.pre_image(stage), after.pre_image(stage), skip=skip)
     if before.prefix_digest != after.prefix_digest:
-        told += _prefix_changes(before, after)
-    told += _told(_text_image(before), _text_image(after), skip={"kind", "caption"})
-    told += _chunk_changes(before, after, stage)
-    return list(dict.fromkeys(told))
+        changes += _prefix_changes(before, after)
+    changes += _value_changes(_text_pre_image(before), _text_pre_image(after), skip={"kind", "caption"})
+    changes += _chunk_changes(before, after, stage)
+    return list(dict.fromkeys(changes))
 
 
 def segment_changes(before: RowPlan, after: RowPlan, encoders: tuple[str, str]) -> list[str]:
-    """Why segments of the same chunks are encoded anew. ``encoders``: the identity of ffmpeg then and now."""
-    images = [
-        identity.segment_pre_image(
-            "", 0, plan.settings, plan.digests, encoder, first_frame=plan.timeline.included_frames
-        )
+    """Why segments of the same chunks differ. ``encoders``: ``media.encoder.encoder_identity``, before and after."""
+    pre_images = [
+        identity.segment_pre_image("", 0, plan.settings, plan.digests, encoder, plan.timeline.included_frames)
         for plan, encoder in zip((before, after), encoders, strict=True)
     ]
-    return _told(*images, skip={"kind", "chunk", "dropped_frames"})
+    return _value_changes(*pre_images, skip={"kind", "chunk", "dropped_frames"})
 
 
 def _prefix_changes(before: RowPlan, after: RowPlan) -> list[str]:
@@ -69,67 +65,67 @@ def _prefix_changes(before: RowPlan, after: RowPlan) -> list[str]:
     if old is None or new is None or old.kind != new.kind:
         return [f"began with {_beginning(old)}, now with {_beginning(new)}"]
     if old.sha256 != new.sha256:
-        return [f"{old.kind}: sha256 {_value(old.sha256)} → {_value(new.sha256)}"]
-    images = [identity.prefix_pre_image(old.kind, old.sha256, plan.settings, plan.digests) for plan in (before, after)]
-    return _told(*images, skip={"kind", "media", "left_over"})
+        return [f"{old.kind}: sha256 {_text(old.sha256)} → {_text(new.sha256)}"]
+    pre_images = [identity.prefix_pre_image(old.kind, old.sha256, p.settings, p.digests) for p in (before, after)]
+    return _value_changes(*pre_images, skip={"kind", "media", "left_over"})
 
 
 def _beginning(media: Media | None) -> str:
-    return "text alone" if media is None else f"the {media.kind} of sha256 {_value(media.sha256)}"
+    return "text alone" if media is None else f"the {media.kind} of sha256 {_text(media.sha256)}"
 
 
-def _text_image(plan: RowPlan) -> dict[str, Any]:
+def _text_pre_image(plan: RowPlan) -> dict[str, Any]:
     """What embeddings depend on beside their captions, under the names of the settings."""
-    image = {"dtype": "float32"} | identity.text_pre_image("", plan.settings, plan.digests)
-    numeric = image.pop("numeric")
-    return image | {"t5_device": numeric["device"], "numeric": {"cpu_threads": numeric["cpu_threads"]}}
+    pre_image = {"dtype": "float32"} | identity.text_pre_image("", plan.settings, plan.digests)
+    numeric = pre_image.pop("numeric")
+    return pre_image | {"t5_device": numeric["device"], "numeric": {"cpu_threads": numeric["cpu_threads"]}}
 
 
 def _chunk_changes(before: RowPlan, after: RowPlan, stage: int) -> Iterator[str]:
-    """What the chunks that enter from ``stage`` on bring, and how many there are."""
+    """Differences of the chunks that enter from ``stage`` on, and of their number."""
     lengths = before.timeline.num_chunks, after.timeline.num_chunks
     chunks = range(stage, min(lengths))
     for where, old, new in _spans(chunks, before.captions, after.captions):
         yield f"prompt of {where}: {_quoted(old, new)}"
     for name in ChunkControl.model_fields:
-        for where, old, new in _spans(chunks, _own(before, name), _own(after, name)):
+        for where, old, new in _spans(chunks, _controls(before, name), _controls(after, name)):
             yield f"{name} of {where}: {old} → {new}"
     for chunk in chunks:
         takes = [sum(first <= chunk for first in plan.takes) for plan in (before, after)]
         if takes[0] != takes[1]:
             # What was rendered first is take 1.
-            yield f"take {takes[1] + 1} from chunk {chunk} on was asked"
+            yield f"take {takes[1] + 1} from chunk {chunk} on was asked for"
             break
     if lengths[0] != lengths[1]:
         knows = " (the last chunks of a video know how much is left)" if after.settings.special_tokens.duration else ""
         yield f"{'longer' if lengths[0] < lengths[1] else 'shorter'}: {lengths[0]} → {lengths[1]} chunks{knows}"
 
 
-def _own(plan: RowPlan, name: str) -> list[str]:
-    """What each chunk does otherwise than its run, for one field of ChunkControl."""
+def _controls(plan: RowPlan, name: str) -> list[str]:
+    """One field of ChunkControl, for each chunk."""
     values = [getattr(plan.controls.get(chunk, AS_THE_RUN), name) for chunk in range(plan.timeline.num_chunks)]
     return ["as the run" if value is None else str(list(value)) for value in values]
 
 
 def _spans(chunks: range, before: Sequence[str], after: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """Neighbouring chunks that differ alike: which they are, the value before, the value after."""
+    """Neighbouring chunks with the same change: which they are, the value before, the value after."""
     for (old, new), group in groupby(chunks, key=lambda chunk: (before[chunk], after[chunk])):
         first, *others = group
         if old != new:
             yield f"chunks {first} to {others[-1]}" if others else f"chunk {first}", old, new
 
 
-def _told(before: Mapping[str, Any], after: Mapping[str, Any], *, skip: set[str]) -> list[str]:
+def _value_changes(before: Mapping[str, Any], after: Mapping[str, Any], *, skip: set[str]) -> list[str]:
     """A sentence for each value that differs."""
+    old_values, new_values = ({k: image[k] for k in image if k not in skip} for image in (before, after))
     return [
-        f"{_NAMES.get(name, name.removeprefix('sampling.'))} {_value(old, name)} → {_value(new, name)}"
-        for name, old, new in _differing({k: before[k] for k in before if k not in skip},
-                                         {k: after[k] for k in after if k not in skip})
-    ]  # fmt: skip
+        f"{_NAMES.get(name, name.removeprefix('sampling.'))} {_text(old, name)} → {_text(new, name)}"
+        for name, old, new in _differing(old_values, new_values)
+    ]
 
 
 def _differing(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted name, value before and value after of all that differs."""
+    """Dotted name, value before and value after of each difference."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in dict.fromkeys([*before, *after]):
             yield from _differing(before.get(key), after.get(key), f"{name}.{key}" if name else key)
@@ -137,7 +133,7 @@ def _differing(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, A
         yield name, before, after
 
 
-def _value(value: Any, name: str = "") -> str:
+def _text(value: Any, name: str = "") -> str:
     if name == "size":
         height, width = value
         return f"{width}×{height}"
@@ -147,14 +143,15 @@ def _value(value: Any, name: str = "") -> str:
 
 
 def _quoted(old: str, new: str) -> str:
-    """Two prompts in quotation marks; long ones shortened alike, so that the first difference can be seen."""
+    """Two prompts in quotation marks; long ones cut at the same place, so that the first difference can be seen."""
     start = 0
     if max(len(old), len(new)) > SHOWN:
-        pairs = enumerate(zip(old, new, strict=False))
-        differs = next((at for at, (a, b) in pairs if a != b), min(len(old), len(new)))
-        start = max(0, differs - SHOWN // 3)
+        start = max(0, _shared(old, new) - SHOWN // 3)
         start = old.rfind(" ", 0, start) + 1
-    pieces = [
-        f"{'…' * (start > 0)}{text[start : start + SHOWN]}{'…' * (len(text) > start + SHOWN)}" for text in (old, new)
-    ]
+    pieces = [f"{'…' * (start > 0)}{t[start : start + SHOWN]}{'…' * (len(t) > start + SHOWN)}" for t in (old, new)]
     return f'"{pieces[0]}" → "{pieces[1]}"'
+
+
+def _shared(a: Sequence[str], b: Sequence[str]) -> int:
+    """How many items, from the first on, are the same."""
+    return next((at for at, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))

@@ -1,8 +1,8 @@
-"""Identity: what a result depends on, written down and hashed. No tensors.
+"""Identity: what a result depends on (its pre-image), and the hash of that (its key). No tensors.
 
-A video is a chain: the key of stage s holds the key of stage s − 1, so two renders share exactly the stages up to
-the first thing that differs. The pre-image is stored beside the hash, so that a difference can be named.
-Priority, tags, output path, host, retries and our own version are not in it: they change no pixel.
+A video is a chain: the key of stage s depends on the key of stage s − 1, so two renders share exactly the stages before
+the first difference. The pre-image is stored beside the hash, so that a difference can be named.
+Priority, tags, output path, host, retries and our own version are not part of it: they change no pixel.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from magi_ray.timeline import Timeline
 FORMAT = 1
 NOISE_VERSION = "magi-ray/noise/v1"  # as in sampling.noise, which imports torch
 
-# What of the published config reaches the latents. The rest (paths, ports, fps, number of frames) does not,
-# or is in the key under a name of its own (seed, size, stage).
+# The fields of the published config that change latents. The others (paths, ports, fps, number of frames) do not, or
+# are in the pre-image under names of their own (seed, size, stage).
 _RUNTIME_FIELDS = (
     "cfg_number", "cfg_t_range", "prev_chunk_scales", "text_scales", "noise2clean_kvrange", "clean_chunk_kvrange",
     "clean_t", "num_steps", "window_size",
@@ -39,7 +39,7 @@ class Digests:
 
 def text_pre_image(caption: str, settings: Settings, digests: Digests) -> dict[str, Any]:
     """What the embedding of a cleaned ``caption`` depends on."""
-    # Only what is not published is named, so that embeddings from before this setting keep their keys.
+    # Named only where it is not the default, so that embeddings from before this setting keep their keys.
     dtype = {} if settings.text.dtype == "float32" else {"dtype": settings.text.dtype}
     return dtype | {
         "format": FORMAT,
@@ -54,7 +54,7 @@ def text_pre_image(caption: str, settings: Settings, digests: Digests) -> dict[s
 def prefix_pre_image(kind: str, media_sha256: str, settings: Settings, digests: Digests) -> dict[str, Any]:
     """What the latent of an image or video prefix depends on. ``settings`` carries the row's size and fps."""
     runtime = settings.runtime
-    # Which frames of a clip that does not divide into latent frames are left over: those far from the join.
+    # Frames of the clip that fill no whole latent frame are left over, far from the join.
     left_over = {"left_over": "at the start"} if kind == "video" and settings.prefix.clip_end == "end" else {}
     return left_over | {
         "format": FORMAT,
@@ -74,9 +74,9 @@ def prefix_pre_image(kind: str, media_sha256: str, settings: Settings, digests: 
 class VideoInputs:
     """What the stages of one video depend on.
 
-    settings: with the row's own size, fps, seed, steps and prefix.  caption_digests: one per denoised chunk.
-    controls: of the denoised chunks that differ from ``settings``, in no other.
-    takes: the chunk from which each of them renders the video anew.  prefix_digest: None for text alone.
+    settings: with the row's own size, fps, seed, steps and prefix.
+    caption_digests: the key of each denoised chunk's embedding.  controls: of the chunks that differ from ``settings``.
+    takes: the chunk that each take begins from.  prefix_digest: the key of the prefix, None for text alone.
     """
 
     settings: Settings
@@ -134,7 +134,7 @@ def segment_pre_image(
     """What the encoded segment of one chunk depends on.
 
     chunk_sha256: digest of the stored clean latent.  dropped_frames: leading frames that belong to a video prefix.
-    encoder: identity of the ffmpeg binary.  first_frame: the segment's place in the video, which its timestamps hold.
+    encoder: ``media.encoder.encoder_identity``.  first_frame: the segment's place in the video, for its timestamps.
     """
     return {
         "format": FORMAT,
@@ -152,12 +152,13 @@ def segment_pre_image(
 
 
 def run_digest(manifest_digest: str, media: Mapping[str, str], settings: Settings, digests: Digests) -> str:
-    """What makes two submissions the same run: rows, contents of their media, settings and weights."""
-    # Paths of weights and numbers of workers may differ between machines; contents may not.
+    """Two submissions with the same digest are the same run: rows, contents of their media (sha256 by job_id), settings
+    and weights."""
+    # Where weights lie and how many workers there are may differ between machines.
     values = settings.model_dump(mode="json", exclude=set(RunSettings.model_fields))
     for paths in ("load", "t5_pretrained", "vae_pretrained"):
         del values["runtime"][paths]
-    # Which rows fail is part of a run. Only what is not the default, so that runs from before it keep their ids.
+    # Decides which rows fail. Named only where it is not the default, so that runs from before it keep their ids.
     if settings.black_frames != "fail":
         values["black_frames"] = settings.black_frames
     inputs = {"manifest": manifest_digest, "media": dict(media), "settings": values, "digests": asdict(digests)}

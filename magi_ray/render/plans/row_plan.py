@@ -1,4 +1,4 @@
-"""The plan of a video: everything its rendering needs to know, found without loading a network."""
+"""The plan of a video: all that rendering it needs to know, found without loading a network."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Media:
 
 @dataclass(frozen=True, kw_only=True)
 class RowPlan(VideoInputs):
-    """One video to be rendered. Small, picklable, and determined by the row, the settings and the weights alone.
+    """One video to be rendered. Small, picklable, and determined by the row with its takes, settings and weights alone.
 
     captions: cleaned, one per denoised chunk.  stage_keys: identity of every stage, in order.
     """
@@ -57,15 +57,13 @@ class RowPlan(VideoInputs):
 def plan_row(
     row: Row, settings: Settings, digests: Digests, media: Media | None, takes: tuple[int, ...] = ()
 ) -> RowPlan:
-    """The plan of ``row``, whose values replace those of ``settings``. Raises SettingsError if they do not fit it."""
-    own = {
-        "video_size_w": row.width,
-        "video_size_h": row.height,
-        "fps": row.fps,
-        "seed": row.seed,
-        "num_steps": row.num_steps,
-    }
-    changes = {"runtime": own, "prefix": row.prefix.model_dump()}
+    """The plan of ``row``, whose values replace those of ``settings``. Raises SettingsError if they do not fit.
+
+    takes: the chunk that each take begins from, in the order they were asked for.
+    """
+    size = {"video_size_w": row.width, "video_size_h": row.height}
+    runtime = size | {"fps": row.fps, "seed": row.seed, "num_steps": row.num_steps}
+    changes = {"runtime": runtime, "prefix": row.prefix.model_dump()}
     settings = override(settings, changes, source=f"row {row.number}")
     prefix_latents = media.latents if media else 0
     timeline = Timeline(
@@ -78,7 +76,7 @@ def plan_row(
     per_chunk = _entries_per_chunk(row, timeline.num_chunks)
     cleaned = {entry.prompt: clean_caption(entry.prompt) for entry in row.captions}
     captions = tuple(cleaned[entry.prompt] for entry in per_chunk)
-    embedded = {c: digest(identity.text_pre_image(c, settings, digests)) for c in set(captions)}
+    text_keys = {c: digest(identity.text_pre_image(c, settings, digests)) for c in set(captions)}
     prefix_digest = None
     if media is not None:
         prefix_digest = digest(identity.prefix_pre_image(media.kind, media.sha256, settings, digests))
@@ -90,7 +88,7 @@ def plan_row(
         digests=digests,
         timeline=timeline,
         captions=captions,
-        caption_digests=tuple(embedded[caption] for caption in captions),
+        caption_digests=tuple(text_keys[caption] for caption in captions),
         controls=_controls(per_chunk, settings.runtime),
         takes=takes,
         media=media,
@@ -107,31 +105,29 @@ def plan_rows(
     media: Mapping[str, Media],
     takes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, RowPlan]:
-    """A plan for every row, by job_id, in the manifest's order. media, takes: by job_id, of the rows that have any."""
+    """A plan for every row, by job_id, in the manifest's order. media, takes: by job_id, of the rows that have any.
+
+    Raises SettingsError.
+    """
     return {
         row.job_id: plan_row(row, settings, digests, media.get(row.job_id), takes.get(row.job_id, ())) for row in rows
     }
 
 
 def _entries_per_chunk(row: Row, num_chunks: int) -> list[Caption]:
-    """Which entry of the row's schedule holds for each chunk."""
+    """The entry of the row's schedule that applies to each chunk."""
     starts = [entry.start_chunk for entry in row.captions]
     return [row.captions[bisect_right(starts, chunk) - 1] for chunk in range(num_chunks)]
 
 
 def _controls(per_chunk: Sequence[Caption], runtime: RuntimeConfig) -> dict[int, ChunkControl]:
-    """What differs from ``runtime``: saying what the run does anyway makes no other video."""
-    run = {
-        "kv_range": runtime.noise2clean_kvrange,
-        "text_scales": runtime.text_scales,
-        "prev_chunk_scales": runtime.prev_chunk_scales,
-    }
-    # By start_chunk, so that the chunks of an entry share one value.
-    own = {
-        entry.start_chunk: entry.control.model_copy(
-            update={name: None for name, value in run.items() if getattr(entry.control, name) == value}
-        )
-        for entry in set(per_chunk)
-    }
-    controls = {chunk: own[entry.start_chunk] for chunk, entry in enumerate(per_chunk)}
+    """The controls that differ from ``runtime``: repeating what the run does anyway gives the same video."""
+    run = {name: getattr(runtime, name) for name in ("text_scales", "prev_chunk_scales")}
+    run["kv_range"] = runtime.noise2clean_kvrange
+    differing = {}
+    for entry in set(per_chunk):
+        same = {name: None for name, value in run.items() if getattr(entry.control, name) == value}
+        # By start_chunk, so that the chunks of an entry share one object.
+        differing[entry.start_chunk] = entry.control.model_copy(update=same)
+    controls = {chunk: differing[entry.start_chunk] for chunk, entry in enumerate(per_chunk)}
     return {chunk: control for chunk, control in controls.items() if control != AS_THE_RUN}

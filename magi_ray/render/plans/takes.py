@@ -1,7 +1,7 @@
-"""Takes: rows that a run is to render once more from a chunk on, asked for with ``retry --from-chunk``.
+"""Takes: rows to render anew from a chunk on, asked for with ``retry --from-chunk``.
 
-A take gives the stages from the one its chunk enters on another identity, so they are computed anew beside the old
-ones; nothing that was committed is replaced.
+A take gives another identity to the stage that its chunk enters and to all later ones. So they are computed anew, and
+stored beside the old ones; nothing that was committed is replaced.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ FORMAT = 1
 
 
 def read_takes(store: Store, run_id: str) -> dict[str, tuple[int, ...]]:
-    """The chunk that each take begins from, in the order they were asked for, by job_id.
+    """By job_id, the chunk that each take begins from, in the order they were asked for.
 
-    Raises ObjectDamaged, and InputError when a newer magi-ray asked for one.
+    Raises ObjectDamaged; InputError when a newer magi-ray wrote one.
     """
     takes: dict[str, tuple[int, ...]] = {}
     for number in _numbers(store, run_id):
@@ -34,10 +34,10 @@ def read_takes(store: Store, run_id: str) -> dict[str, tuple[int, ...]]:
 
 
 def add_take(store: Store, run_id: str, job_id: str, from_chunk: int, *, num_chunks: int) -> int:
-    """Ask for row ``job_id`` once more from ``from_chunk`` on; the number of the take, from 1. Of racing callers each
-    gets its own.
+    """Ask to render row ``job_id`` anew from ``from_chunk`` on. Returns the number of the take, from 1, which no other
+    caller gets.
 
-    num_chunks: of the row's plan.  Raises InputError unless 0 ≤ from_chunk < num_chunks.
+    num_chunks: of the row's plan.  Raises InputError unless 0 ≤ from_chunk < num_chunks; StoreError.
     """
     if not 0 <= from_chunk < num_chunks:
         raise InputError(

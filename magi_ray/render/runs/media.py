@@ -1,4 +1,4 @@
-"""The media that rows begin from, as files of this machine while their run is prepared."""
+"""The images and clips that rows begin from, as files on this machine while their run is prepared."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from magi_ray.storage.store import Store
 
 
 class MediaFiles(dict[str, Path]):
-    """Files by the sha256 of what they hold. Those that ``here`` fetched are gone when this object is."""
+    """Files by the sha256 of their contents. Those that ``fetch`` downloaded are deleted with this object."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,16 +21,16 @@ class MediaFiles(dict[str, Path]):
         self._fetched: dict[str, Path | MediaError] = {}
         self._buckets: dict[str, Store] = {}
 
-    def here(self, location: str) -> Path:
-        """The file at ``location``: a path, or s3://bucket/key, which is fetched once, from any bucket.
+    def fetch(self, location: str) -> Path:
+        """The file at ``location``: a path, or s3://bucket/key, which is downloaded once, from any bucket.
 
-        Raises MediaError when there is no such object or it may not be read; StoreUnavailable, OSError.
+        Raises MediaError if the object does not exist or may not be read; StoreUnavailable, OSError.
         """
         if not location.lower().startswith("s3://"):
             return Path(location)
         if location not in self._fetched:
             try:
-                self._fetched[location] = self._fetch(location)
+                self._fetched[location] = self._download(location)
             except StoreUnavailable:
                 raise
             except ObjectMissing:
@@ -44,12 +44,12 @@ class MediaFiles(dict[str, Path]):
             raise found
         return found
 
-    def _fetch(self, location: str) -> Path:
+    def _download(self, location: str) -> Path:
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="magi-ray-media-"))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         bucket, key = open_object(location)
         path = self._folder / str(len(self._fetched))
-        # One client for each bucket: making one takes longer than fetching an image.
+        # One client for each bucket: making one takes longer than downloading an image.
         self._buckets.setdefault(bucket.uri, bucket).get_to_file(key, path)
         return path

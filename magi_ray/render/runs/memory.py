@@ -1,20 +1,20 @@
 """How much memory a run needs, from its settings alone, so that what cannot fit is refused before weights are loaded.
 
-An upper estimate, in bytes of one rank, which has everything in this version:
+An upper estimate, in bytes, for one rank, which holds everything in this version:
 
 - networks: each parameter at its dtype; T5 by its config;
 - cache: keys and values of the clean chunks that are still seen (``cache_depth``), all layers;
-- forward: the widest one, with a full window (a distilled model sends one chunk twice): what a layer holds at once for
-  each token, in float32: its input, two norms and sums, queries, keys, values and outputs of both attentions, the MLP
-  inside; the layers run one after the other, so one layer counts;
-- decode: the tiles of one slab and the pixels they become, before and after blending.
+- forward: the widest one, with a full window (a distilled model sends one chunk twice): what one layer holds at once
+  for each token, in float32: input, two norms and sums, queries, keys, values and outputs of both attentions, the
+  inside of the MLP. Layers run one after the other, so one of them counts;
+- decode: the tiles of one slab and their pixels, before and after blending.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -35,8 +35,8 @@ _FLOAT32 = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Need:
-    """Bytes. text: 0 where T5 computes somewhere else."""
+class MemoryNeed:
+    """Bytes on the device. text: 0 if T5 computes on another one."""
 
     dit: int
     vae: int
@@ -47,16 +47,15 @@ class Need:
 
     @property
     def total(self) -> int:
-        return self.dit + self.vae + self.text + self.cache + self.forward + self.decode
+        return sum(astuple(self))
 
     def __str__(self) -> str:
-        parts = {"DiT": self.dit, "VAE": self.vae, "T5": self.text, "cache": self.cache, "forward": self.forward,
-                 "decoding": self.decode}  # fmt: skip
-        return ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+        names = "DiT", "VAE", "T5", "cache", "forward", "decoding"
+        return ", ".join(f"{name} {size / GIB:.1f}" for name, size in zip(names, astuple(self), strict=True))
 
 
-def estimate(plan: RowPlan) -> Need:
-    """What rendering ``plan`` needs. Reads the VAE's config and the size of T5's files. Raises WeightsError."""
+def estimate(plan: RowPlan) -> MemoryNeed:
+    """What rendering ``plan`` needs. Reads the configs of the VAE and of T5. Raises WeightsError."""
     settings = plan.settings
     model, runtime, engine = settings.model, settings.runtime, settings.engine
     with torch.device("meta"):
@@ -81,7 +80,7 @@ def estimate(plan: RowPlan) -> Need:
     tile_tokens = tiles.frames // vae_config.patch_length * (tiles.height // 8) * (tiles.width // 8)
     tile_tokens = min(tile_tokens, tokens * model.patch_size**2 * tiles.frames // FRAMES_PER_CHUNK)
     width = vae_config.embed_dim * (8 + 2 * vae_config.mlp_ratio)
-    return Need(
+    return MemoryNeed(
         dit=_bytes(dit),
         vae=_bytes(vae),
         text=_text_bytes(settings) if runtime.t5_device.split(":")[0] == settings.numeric.device else 0,
@@ -93,32 +92,27 @@ def estimate(plan: RowPlan) -> Need:
 
 def require(plans: Iterable[RowPlan], available: int) -> None:
     """Raises SettingsError, with both numbers, for the first of ``plans`` that needs more than ``available`` bytes."""
-    seen = set()
+    estimated = set()
     for plan in plans:
         runtime = plan.settings.runtime
-        in_flight = min(runtime.window_size, plan.timeline.num_chunks)
-        size = runtime.video_size_h, runtime.video_size_w
-        shape = (*size, in_flight, plan.timeline.offset, repr(sorted(plan.controls.items())))
-        if shape not in seen:
-            seen.add(shape)
-            _require(plan, available)
-
-
-def _require(plan: RowPlan, available: int) -> None:
-    need = estimate(plan)
-    if need.total <= available:
-        return
-    runtime = plan.settings.runtime
-    raise SettingsError(
-        f"Row {plan.row} (job {plan.job_id}), {runtime.video_size_w}×{runtime.video_size_h} with window_size "
-        f"{runtime.window_size}, needs some {need.total / GIB:.1f} GiB ({need}), "
-        f"but {plan.settings.numeric.device} has {available / GIB:.1f} GiB.",
-        remedy="Use a smaller size, window_size 1, an fp8 or a smaller checkpoint, or a larger device.",
-    )
+        width, height, window_size = runtime.video_size_w, runtime.video_size_h, runtime.window_size
+        in_flight = min(window_size, plan.timeline.num_chunks)
+        shape = (height, width, in_flight, plan.timeline.offset, repr(sorted(plan.controls.items())))
+        if shape in estimated:
+            continue
+        estimated.add(shape)
+        need = estimate(plan)
+        if need.total > available:
+            raise SettingsError(
+                f"Row {plan.row} (job {plan.job_id}), {width}×{height} with window_size {window_size}, needs some "
+                f"{need.total / GIB:.1f} GiB ({need}), but {plan.settings.numeric.device} has "
+                f"{available / GIB:.1f} GiB.",
+                remedy="Use a smaller size, window_size 1, an fp8 or a smaller checkpoint, or a larger device.",
+            )
 
 
 def available(settings: Settings) -> int:
-    """Bytes that the device has in all, or that the cgroup allows."""
+    """Bytes of the device in all; on the CPU, of the machine or as the cgroup allows."""
     if settings.numeric.device == "cuda":
         return int(torch.cuda.get_device_properties(0).total_memory)
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
@@ -135,7 +129,7 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _text_bytes(settings: Settings) -> int:
-    """The encoder, by its config: embeddings, and per layer four projections and a gated MLP of three."""
+    """T5's encoder: embeddings, and for each layer four projections and a gated MLP of three."""
     c = text_encoder_sizes(settings.weights.t5)
     layer = 4 * c["d_model"] * c["num_heads"] * c["d_kv"] + 3 * c["d_model"] * c["d_ff"]
     itemsize = getattr(torch, settings.text.dtype).itemsize

@@ -1,4 +1,4 @@
-"""What is checked before anything is written: networks against the config, machine against the settings.
+"""Checks before anything is written: the networks against the config, this machine against the settings.
 
 Reads headers and small files only; no weights are loaded.
 """
@@ -19,7 +19,7 @@ from magi_ray.settings import Settings
 
 
 def check(settings: Settings) -> None:
-    """Raises SettingsError, WeightsError or MediaError with the first thing that would stop every row in mid-run."""
+    """Raises SettingsError, WeightsError or MediaError for the first thing that would stop every row in mid-run."""
     _check_machine(settings)
     find_ffmpeg()
     weights, engine, numeric = settings.weights, settings.engine, settings.numeric

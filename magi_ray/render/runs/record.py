@@ -1,5 +1,4 @@
-"""A run: one submitted manifest, as the store remembers it. What ``submission`` wrote is read back here, on this
-machine or another."""
+"""A run as the store keeps it: reads back, on any machine, what ``submission`` wrote."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from magi_ray.manifest import Defaults, Manifest, parse_manifest
 from magi_ray.render.plans.identity import Digests
 from magi_ray.render.plans.row_plan import Media, RowPlan, plan_rows
 from magi_ray.render.plans.takes import read_takes
-from magi_ray.render.runs.weights import weights_here
+from magi_ray.render.runs.weights import local_weights
 from magi_ray.settings import Frozen, Settings
 from magi_ray.storage import keys
 from magi_ray.storage.records import read_record, require_readable
@@ -26,8 +25,8 @@ FORMAT = 2
 
 
 class RunRecord(Frozen):
-    """``run.json``: what was submitted. ``name``: of the manifest; ``media``: what each row begins from.
-    manifest_sha256: of the store's copy; format 1 did not have it."""
+    """``run.json``. name: of the manifest.  manifest_sha256: of the store's copy; format 1 did not have it.
+    media: what rows begin from, by job_id."""
 
     format: int = FORMAT
     run_id: str
@@ -43,7 +42,7 @@ class RunRecord(Frozen):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run with the plan of each of its videos, by job_id in the manifest's order."""
+    """A run and its plans, by job_id in the manifest's order."""
 
     record: RunRecord
     manifest: Manifest
@@ -51,7 +50,7 @@ class Run:
 
     @classmethod
     def planned(cls, record: RunRecord, manifest: Manifest, takes: Mapping[str, tuple[int, ...]]) -> Run:
-        """takes: the chunk that each take begins from, by job_id."""
+        """takes: the chunk that each take begins from, by job_id. Raises SettingsError."""
         plans = plan_rows(manifest.rows, record.settings, record.digests, record.media, takes)
         return cls(record=record, manifest=manifest, plans=plans)
 
@@ -67,25 +66,23 @@ class Run:
 def open_run(store: Store, run_id: str, *, weights: Path | None = None) -> Run:
     """The run ``run_id`` as it was submitted, with the takes asked for since.
 
-    weights: the folder that its networks lie in on this machine, if not where they lay at submission. Made weights are
-    taken from this machine's cache where they are not there.
-    Raises RunNotFound, ObjectDamaged, WeightsError, InputError when a newer magi-ray wrote it.
+    weights: as for ``local_weights``.
+    Raises RunNotFound, ObjectDamaged, WeightsError, StoreError; InputError when a newer magi-ray wrote it.
     """
-    submitted, manifest = read_run(store, run_id)
-    settings = submitted.settings.model_copy(update={"weights": weights_here(submitted.settings, weights)})
-    here = submitted.model_copy(update={"settings": settings})
-    return Run.planned(here, manifest, read_takes(store, run_id))
+    record, manifest = read_run(store, run_id)
+    settings = record.settings.model_copy(update={"weights": local_weights(record.settings, weights)})
+    return Run.planned(record.model_copy(update={"settings": settings}), manifest, read_takes(store, run_id))
 
 
 def with_takes(store: Store, run: Run) -> Run:
-    """A prepared ``run`` with the takes that ``store`` holds if it was submitted before. Raises InputError when a newer
-    magi-ray asked for one."""
+    """A prepared ``run`` with the takes that ``store`` holds of it, if it was submitted before. Raises as
+    ``read_takes``."""
     takes = read_takes(store, run.run_id)
     return Run.planned(run.record, run.manifest, takes) if takes else run
 
 
 def read_run(store: Store, run_id: str) -> tuple[RunRecord, Manifest]:
-    """``open_run`` without planning its videos. Raises as it does."""
+    """``open_run`` without planning its videos or looking for weights. Raises as it does."""
     try:
         content = _content(store, run_id)
     except (ObjectMissing, ValueError) as exc:
@@ -97,21 +94,20 @@ def read_run(store: Store, run_id: str) -> tuple[RunRecord, Manifest]:
         ) from exc
     require_readable(f"Run {run_id}", content["format"], FORMAT)
     try:
-        found = RunRecord.model_validate(content)
+        record = RunRecord.model_validate(content)
         data = store.get(keys.run_manifest(run_id))
         sha256 = hashlib.sha256(data).hexdigest()
-        if found.manifest_sha256 not in (None, sha256):
-            raise _damaged(store, run_id, f"its manifest has sha256 {sha256}, not {found.manifest_sha256}")
-        manifest = parse_manifest(
-            data, Defaults.of(found.settings), base=Path("/"), name=found.name, media_must_exist=False
-        )
+        if record.manifest_sha256 not in (None, sha256):
+            raise _damaged(store, run_id, f"its manifest has sha256 {sha256}, not {record.manifest_sha256}")
+        defaults = Defaults.of(record.settings)
+        manifest = parse_manifest(data, defaults, base=Path("/"), name=record.name, media_must_exist=False)
     except ObjectMissing as exc:
         raise _damaged(store, run_id, "its manifest is gone") from exc
     except (ManifestError, ValidationError) as exc:
-        if content["format"] > 1:  # sealed: it is what was written
+        if content["format"] > 1:  # sealed, so these are the bytes that were written
             raise
         raise _damaged(store, run_id, "its record or manifest cannot be read") from exc
-    return found, manifest
+    return record, manifest
 
 
 def all_runs(store: Store) -> tuple[list[str], list[str]]:
@@ -127,7 +123,7 @@ def all_runs(store: Store) -> tuple[list[str], list[str]]:
 
 
 def _content(store: Store, run_id: str) -> dict[str, Any]:
-    """What ``run.json`` says. Raises ObjectMissing, ObjectDamaged, ValueError for an id that no run can have."""
+    """``run.json``. Raises ObjectMissing, ObjectDamaged; ValueError for an id that no run can have."""
     data = store.get(keys.run_record(run_id))
     try:
         return read_record(data)
@@ -138,6 +134,6 @@ def _content(store: Store, run_id: str) -> dict[str, Any]:
 def _damaged(store: Store, run_id: str, what: str) -> ObjectDamaged:
     return ObjectDamaged(
         f"Run {run_id} in {store.uri} is damaged: {what}.",
-        remedy="Submit its manifest again, with the same settings: that mends it, and renders nothing twice.",
+        remedy="Submit its manifest again, with the same settings: that repairs it, and renders nothing twice.",
         next_command=f"magi-ray submit MANIFEST --store {store.uri}",
     )

@@ -1,5 +1,5 @@
-"""Submitting: ``prepare`` finds everything that can be wrong before anything is written; ``create`` writes the run's
-own copy of the manifest, settings and media."""
+"""Submission: ``prepare`` checks everything that can be checked before anything is written; ``create`` writes the run
+with its own copy of the manifest, settings and media."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -30,17 +31,17 @@ from magi_ray.timeline import FRAMES_PER_LATENT
 
 
 def prepare(manifest: Manifest, *, name: str, settings: Settings) -> tuple[Run, MediaFiles]:
-    """The run that ``manifest``, checked against these ``settings``, asks for, and the media files it needs.
+    """The run of ``manifest``, which was checked against these ``settings``, and the media files it needs.
 
-    name: of the manifest.  Nothing is written but made weights, and media that lie in S3, for as long as the second of
-    the two lives.
+    name: of the manifest.  Writes nothing but made weights, and copies of media in S3 for as long as the MediaFiles
+    exist.
     Raises ManifestError with every row whose media cannot be used; SettingsError, WeightsError, MediaError as
-    ``preflight.check``; StoreUnavailable when media cannot be fetched now.
+    ``preflight.check`` and ``memory.require``; StoreUnavailable when media cannot be downloaded now.
     """
     media, files, notes = _inspect_media(manifest, name)
     manifest = replace(manifest, notes=(*manifest.notes, *notes))
     make_weights(settings)
-    # Before the digests, which read every byte: a shard cut short is told in a second.
+    # Before the digests, which read every byte: a shard cut short is found in a second.
     preflight.check(settings)
     digests = weight_digests(settings)
     digest = run_digest(manifest.digest, {job: medium.sha256 for job, medium in media.items()}, settings, digests)
@@ -62,29 +63,27 @@ def prepare(manifest: Manifest, *, name: str, settings: Settings) -> tuple[Run, 
 
 
 def create(store: Store, run: Run, files: Mapping[str, Path]) -> bool:
-    """Write ``run`` into ``store``: media and manifest first, ``run.json`` last. False if it was there already.
+    """Write ``run`` into ``store``: media and manifest first, ``run.json`` last. False if it existed already.
 
-    What is there and intact stays; what is damaged or gone is written anew.
+    What is stored and intact stays; what is damaged or missing is written again. Raises StoreError, InputError.
     """
     submitted = store.exists(keys.run_record(run.run_id))
     for sha256, path in files.items():
-        # Those of a new run in any case: a collection under way may have listed them as garbage, and leaves alone
-        # what was written since.
+        # Those of a new run in any case: a garbage collection under way may have listed them already, and spares what
+        # was written since.
         if not (submitted and holds(store, keys.media(sha256), sha256)):
             store.put_file(keys.media(sha256), path)
-    damaged = False
     if submitted:
-        try:
+        with suppress(ObjectDamaged):
             read_run(store, run.run_id)
             return False
-        except ObjectDamaged:
-            damaged = True
+    # If it was submitted, its record or manifest is damaged: both are written again.
     store.put(keys.run_manifest(run.run_id), run.manifest.parquet())
     data = record_bytes(run.record.model_dump(mode="json"))
-    if damaged:
+    if submitted:
         store.put(keys.run_record(run.run_id), data)
-    created = not damaged and store.put_if_absent(keys.run_record(run.run_id), data)
-    # Garbage collection knows only now that this run needs them.
+    created = not submitted and store.put_if_absent(keys.run_record(run.run_id), data)
+    # Only now does garbage collection know that this run needs them.
     for sha256, path in files.items():
         if not store.exists(keys.media(sha256)):
             store.put_file(keys.media(sha256), path)
@@ -92,7 +91,7 @@ def create(store: Store, run: Run, files: Mapping[str, Path]) -> bool:
 
 
 def _inspect_media(manifest: Manifest, name: str) -> tuple[dict[str, Media], MediaFiles, list[str]]:
-    """What each row begins from, opened once so that an unreadable file is found now, by job_id; the files by sha256;
+    """What rows begin from, by job_id, each opened once so that an unreadable file is found now; the files by sha256;
     and notes. Raises ManifestError, StoreUnavailable."""
     media: dict[str, Media] = {}
     files = MediaFiles()
@@ -102,17 +101,17 @@ def _inspect_media(manifest: Manifest, name: str) -> tuple[dict[str, Media], Med
         if row.prefix_location is None:
             continue
         try:
-            path = files.here(row.prefix_location)
+            path = files.fetch(row.prefix_location)
             found, note = _inspect(row, path)
         except MediaError as exc:
-            # Which file is said already; one that was fetched has a name that means nothing.
+            # The reason alone: the value names the file, and a download's own name means nothing.
             problems.append(_problem(row, _kind(row), row.image or row.video, exc.reason, exc.remedy))
             continue
         except OSError as exc:
             rule = f"cannot be read ({exc.strerror})"
             problems.append(_problem(row, _kind(row), row.image or row.video, rule, "give a readable file"))
             continue
-        # Seconds after a clip become chunks only now that the clip's length is known.
+        # How many chunks follow a clip is known only with the clip's length.
         last, chunks = row.captions[-1].start_chunk, row.chunks(found.latents)
         if last >= chunks:
             rule = f"is beyond the video's last chunk, {chunks - 1}"
@@ -126,7 +125,7 @@ def _inspect_media(manifest: Manifest, name: str) -> tuple[dict[str, Media], Med
 
 
 def _inspect(row: Row, path: Path) -> tuple[Media, str]:
-    """What the row begins from, and what should be said of it. Raises MediaError, OSError."""
+    """What the row begins from, and a note on it or "". Raises MediaError, OSError."""
     latents, note = 1, ""
     if row.image is not None:
         read_image(path, width=row.width, height=row.height, fit=row.prefix.fit)
@@ -138,10 +137,8 @@ def _inspect(row: Row, path: Path) -> tuple[Media, str]:
             reason = f"has {frames} frames at {row.fps} fps, but a prefix needs at least {FRAMES_PER_LATENT}"
             raise MediaError.about(path, reason, remedy="give a longer clip, or an image")
         if frames < wanted:
-            note = (
-                f"Row {row.number} begins from {frames} frames: its clip has no more at {row.fps} fps, "
-                f"and {wanted} were asked."
-            )
+            found = f"{frames} frames: its clip has no more at {row.fps} fps"
+            note = f"Row {row.number} begins from {found}; {wanted} were asked for."
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return Media(kind=_kind(row), sha256=sha256, latents=latents), note

@@ -1,4 +1,4 @@
-"""The weights that a run is rendered with: making those of a preset, their digests, where they lie on this machine."""
+"""The weights of a run: made ones, their digests, and where they lie on this machine."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def make_weights(settings: Settings) -> None:
-    """Make the weights that a preset makes itself, unless they are there. Raises WeightsError."""
+    """Make the weights of a preset that has made ones, unless they exist. Raises WeightsError."""
     if settings.weights.made_in is not None:
-        # Imported here: other settings need no torch to be planned.
+        # Imported here: planning with other weights needs no torch.
         from magi_ray.models.tiny import ensure_tiny
 
         ensure_tiny(settings.weights.made_in, settings)
@@ -49,12 +49,16 @@ def require_same_weights(run: Run) -> None:
             raise WeightsError(
                 f"The files of {network} have digest {found[network][:12]}…, but run {run.run_id} was submitted with "
                 f"{submitted[:12]}….",
-                remedy="Bring back the files of then, or submit the manifest again to render it with these.",
+                remedy="Bring back those files, or submit the manifest again to render it with these.",
             )
 
 
-def weights_here(settings: Settings, folder: Path | None) -> WeightPaths:
-    """Where the networks of ``settings`` lie on this machine. Raises WeightsError for a ``folder`` that lacks one."""
+def local_weights(settings: Settings, folder: Path | None) -> WeightPaths:
+    """Where the networks of ``settings`` lie on this machine.
+
+    folder: of a download; None: as at submission, or, for made weights that are not there, in this machine's cache.
+    Raises WeightsError if ``folder`` lacks a network.
+    """
     weights, engine = settings.weights, settings.engine
     if folder is not None:
         size = "24B" if settings.model.gated_linear_unit else "4.5B"

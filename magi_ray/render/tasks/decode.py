@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 from magi_ray.events import StageCommitted, StepDone
 from magi_ray.render.artifacts.commits import commit, segment_pre_image
@@ -14,23 +13,16 @@ from magi_ray.storage.records import digest, verified_commit
 from magi_ray.storage.store import Store
 from magi_ray.system import System
 
-
-class DecodeNetwork(Protocol):
-    """What a Decoder computes with."""
-
-    def segment(self, plan: RowPlan, chunk: int, out: Path) -> None:
-        """Decode the stored latent of ``chunk`` and encode its frames to the file ``out``.
-
-        Raises StoreError, NumericError, OutputError, WorkerLost.
-        """
-        ...
+MakeSegment = Callable[[RowPlan, int, Path], None]
+"""(plan, chunk, out): decodes the stored latent of ``chunk`` and encodes its frames to the file ``out``.
+Raises StoreError, NumericError, OutputError, WorkerLost."""
 
 
 class Decoder:
     """The decode task. ``encoder``: ``media.encoder.encoder_identity`` of the run's ffmpeg."""
 
-    def __init__(self, store: Store, network: DecodeNetwork, *, encoder: str, system: System = System()) -> None:
-        self._store, self._network, self._encoder, self._system = store, network, encoder, system
+    def __init__(self, store: Store, make_segment: MakeSegment, *, encoder: str, system: System = System()) -> None:
+        self._store, self._make_segment, self._encoder, self._system = store, make_segment, encoder, system
 
     def carry_out(self, plan: RowPlan, index: int) -> Iterator[StepDone | StageCommitted]:
         """Make and commit the segment of chunk ``index``, unless the store holds it. Yields nothing.
@@ -42,7 +34,7 @@ class Decoder:
             begun = self._system.clock()
             with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
                 path = Path(folder) / "segment.mp4"
-                self._network.segment(plan, index, path)
+                self._make_segment(plan, index, path)
                 seconds = self._system.clock() - begun
                 commit(self._store, "segment", pre_image, {"segment": path}, seconds=seconds, system=self._system)
         yield from ()

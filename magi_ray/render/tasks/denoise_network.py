@@ -1,101 +1,76 @@
-"""The network that denoising computes with: the DiT under the sampler, on one device."""
+"""The DiT under the sampler, on one device, for the denoise task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from functools import partial
 
 from torch import Tensor
 
-from magi_ray.forward import Forward
 from magi_ray.models.dit.model import DiT, load_dit
 from magi_ray.models.files import published_folder
 from magi_ray.models.text.special_tokens import SpecialTokenTable, null_caption, prepend_special_tokens
 from magi_ray.render.artifacts.latents import convert_out_of_memory, load_clean_chunk, load_tensor, load_window, pack
 from magi_ray.render.plans.row_plan import RowPlan
-from magi_ray.render.tasks.denoise import Denoiser, Pack
+from magi_ray.render.tasks.denoise import Denoiser, Pack, RunStage
 from magi_ray.sampling.noise import chunk_noise
 from magi_ray.sampling.ranges import clean_chunks_needed
 from magi_ray.sampling.sampler import Sampler, StageResult, drive
 from magi_ray.sampling.state import WindowState, chunk_shape
 from magi_ray.settings import Settings
 from magi_ray.storage.store import Store
-from magi_ray.system import System
 from magi_ray.timeline import SPATIAL_FACTOR
 
 
-def load_denoiser(settings: Settings, store: Store, *, system: System = System()) -> Denoiser:
+def load_denoiser(settings: Settings, store: Store) -> Denoiser:
     """A Denoiser with the DiT of ``settings``. Raises WeightsError."""
     weights, engine, numeric = settings.weights, settings.engine, settings.numeric
     folder = published_folder(weights.dit, fp8=engine.fp8_quant, distill=engine.distill)
     dit = load_dit(settings.model, folder, device=numeric.device, attention=numeric.attention, fp8=engine.fp8_quant)
-    network = DiTNetwork(dit, SpecialTokenTable.load(weights.special_tokens), store)
-    return Denoiser(store, network, system=system)
+    tokens = SpecialTokenTable.load(weights.special_tokens)
+    return Denoiser(store, partial(_begin_video, store, dit, tokens))
 
 
-class DiTNetwork:
-    """A ``DenoiseNetwork``. The cache is made anew for each video."""
+def _begin_video(store: Store, dit: DiT, tokens: SpecialTokenTable, plan: RowPlan, first_stage: int) -> RunStage:
+    sampler = _sampler(store, dit, tokens, plan)
+    latents = load_window(store, plan, first_stage - 1) if first_stage else {}
+    needed = clean_chunks_needed(plan.timeline, sampler.ranges, first_stage)
+    clean = {chunk: load_clean_chunk(store, plan, chunk) for chunk in needed}
+    runtime = plan.settings.runtime
+    height, width = runtime.video_size_h // SPATIAL_FACTOR, runtime.video_size_w // SPATIAL_FACTOR
+    with convert_out_of_memory(f"Stage {first_stage} of job {plan.job_id}"):
+        compute = partial(dit, cache=dit.new_cache(depth=sampler.cache_depth, height=height, width=width))
+        for forward in sampler.start(WindowState(stage=first_stage, latents=latents), clean):
+            compute(forward)
 
-    def __init__(self, dit: DiT, tokens: SpecialTokenTable, store: Store) -> None:
-        self._dit, self._tokens, self._store = dit, tokens, store
-
-    def begin(self, plan: RowPlan, first_stage: int) -> SampledStages:
-        """As ``DenoiseNetwork.begin``."""
-        sampler = self._sampler(plan)
-        latents = load_window(self._store, plan, first_stage - 1) if first_stage else {}
-        needed = clean_chunks_needed(plan.timeline, sampler.ranges, first_stage)
-        clean = {chunk: load_clean_chunk(self._store, plan, chunk) for chunk in needed}
-        runtime = plan.settings.runtime
-        with convert_out_of_memory(f"Stage {first_stage} of job {plan.job_id}"):
-            cache = self._dit.new_cache(
-                depth=sampler.cache_depth,
-                height=runtime.video_size_h // SPATIAL_FACTOR,
-                width=runtime.video_size_w // SPATIAL_FACTOR,
-            )
-            compute = partial(self._dit, cache=cache)
-            for forward in sampler.start(WindowState(stage=first_stage, latents=latents), clean):
-                compute(forward)
-        return SampledStages(plan, sampler, compute)
-
-    def _sampler(self, plan: RowPlan) -> Sampler:
-        runtime = plan.settings.runtime
-        shape = chunk_shape(height=runtime.video_size_h, width=runtime.video_size_w)
-        prefix = None
-        if plan.prefix_digest is not None:
-            prefix = load_tensor(self._store, "prefix", plan.prefix_digest)
-        return Sampler(
-            timeline=plan.timeline,
-            runtime=runtime,
-            engine=plan.settings.engine,
-            captions=_Captions(self._store, plan, self._tokens),
-            null_caption=null_caption(
-                self._dit.y_embedder.null_caption_embedding,
-                self._tokens,
-                negative_prompt=plan.settings.negative_prompt,
-            ),
-            noise=lambda chunk: chunk_noise(seed=runtime.seed, chunk=chunk, shape=shape),
-            prefix=prefix,
-            controls=plan.controls,
-            device=self._dit.device,
-        )
-
-
-class SampledStages:
-    """A ``VideoStages``. compute: gives the velocity of a Forward, and keeps the cache."""
-
-    def __init__(self, plan: RowPlan, sampler: Sampler, compute: Callable[[Forward[Tensor]], Tensor]) -> None:
-        self._plan, self._sampler, self._compute = plan, sampler, compute
-
-    def run(self, stage: int) -> Generator[None, None, Pack]:
-        """As ``VideoStages.run``."""
-        steps = drive(self._sampler.run_stage(stage), self._compute)
+    def run_stage(stage: int) -> Generator[None, None, Pack]:
+        steps = drive(sampler.run_stage(stage), compute)
         while True:
             try:
-                with convert_out_of_memory(f"Stage {stage} of job {self._plan.job_id}"):
+                with convert_out_of_memory(f"Stage {stage} of job {plan.job_id}"):
                     next(steps)
             except StopIteration as end:
                 return partial(_pack, end.value)
             yield
+
+    return run_stage
+
+
+def _sampler(store: Store, dit: DiT, tokens: SpecialTokenTable, plan: RowPlan) -> Sampler:
+    settings, runtime = plan.settings, plan.settings.runtime
+    shape = chunk_shape(height=runtime.video_size_h, width=runtime.video_size_w)
+    null = dit.y_embedder.null_caption_embedding
+    return Sampler(
+        timeline=plan.timeline,
+        runtime=runtime,
+        engine=settings.engine,
+        captions=_Captions(store, plan, tokens),
+        null_caption=null_caption(null, tokens, negative_prompt=settings.negative_prompt),
+        noise=lambda chunk: chunk_noise(seed=runtime.seed, chunk=chunk, shape=shape),
+        prefix=None if plan.prefix_digest is None else load_tensor(store, "prefix", plan.prefix_digest),
+        controls=plan.controls,
+        device=dit.device,
+    )
 
 
 def _pack(result: StageResult) -> Mapping[str, bytes]:
@@ -106,7 +81,7 @@ def _pack(result: StageResult) -> Mapping[str, bytes]:
 
 
 class _Captions:
-    """Chunk → its caption with special tokens. Keeps a window's worth: memory must not grow with the schedule."""
+    """Chunk → its caption with special tokens. Keeps those of one window: memory must not grow with the schedule."""
 
     def __init__(self, store: Store, plan: RowPlan, tokens: SpecialTokenTable) -> None:
         self._store, self._plan, self._tokens = store, plan, tokens

@@ -27,10 +27,7 @@ class EmbedNetworks(Protocol):
         ...
 
     def encode_prefix(self, plan: RowPlan) -> bytes:
-        """The payload of the "prefix" commit of the image or clip.
-
-        Raises MediaError, WeightsError, NumericError, StoreError.
-        """
+        """The payload of the "prefix" commit. Raises MediaError, WeightsError, NumericError, StoreError."""
         ...
 
 
@@ -41,23 +38,24 @@ class Embedder:
         self._store, self._networks, self._system = store, networks, system
 
     def carry_out(self, plan: RowPlan, index: int = 0) -> Iterator[StepDone | StageCommitted]:
-        """Compute and commit what the store lacks of ``plan``'s captions and prefix. Yields nothing.
+        """Compute and commit those of ``plan``'s captions and prefix that the store lacks. Yields nothing.
 
         Raises MediaError, WeightsError, NumericError, StoreError.
         """
         for key, caption in sorted(set(zip(plan.caption_digests, plan.captions, strict=True))):
             pre_image = identity.text_pre_image(caption, plan.settings, plan.digests)
-            self._provide("text", key, pre_image, partial(self._networks.embed_caption, plan, caption))
+            self._compute_missing("text", key, pre_image, partial(self._networks.embed_caption, plan, caption))
         media, prefix_key = plan.media, plan.prefix_digest
         if media is not None and prefix_key is not None:
             pre_image = identity.prefix_pre_image(media.kind, media.sha256, plan.settings, plan.digests)
-            self._provide("prefix", prefix_key, pre_image, partial(self._networks.encode_prefix, plan))
+            self._compute_missing("prefix", prefix_key, pre_image, partial(self._networks.encode_prefix, plan))
         yield from ()
 
-    def _provide(self, kind: CommitKind, key: str, pre_image: Mapping[str, Any], compute: Callable[[], bytes]) -> None:
-        if verified_commit(self._store, kind, key) is not None:
-            return
-        begun = self._system.clock()
-        payload = compute()
-        seconds = self._system.clock() - begun
-        commit(self._store, kind, pre_image, {kind: payload}, seconds=seconds, system=self._system)
+    def _compute_missing(
+        self, kind: CommitKind, key: str, pre_image: Mapping[str, Any], compute: Callable[[], bytes]
+    ) -> None:
+        if verified_commit(self._store, kind, key) is None:
+            begun = self._system.clock()
+            payload = compute()
+            seconds = self._system.clock() - begun
+            commit(self._store, kind, pre_image, {kind: payload}, seconds=seconds, system=self._system)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from magi_ray.events import StageCommitted, StepDone
-from magi_ray.media.encoder import encode_segment, find_ffmpeg
+from magi_ray.media.encoder import encode_segment
 from magi_ray.media.joiner import join, verify
 from magi_ray.render.artifacts.commits import committed, segment_pre_image
 from magi_ray.render.artifacts.prefix import prefix_pixels
@@ -23,14 +24,14 @@ from magi_ray.storage.store import Store
 from magi_ray.system import System
 from magi_ray.timeline import FRAMES_PER_CHUNK
 
+Joiner = Callable[[RowPlan, Sequence[Path], Path], None]
+"""(plan, segments, out): writes the plan's video to ``out`` and verifies it. It holds the frames of the clip, if it is
+to begin with them, then the segments, one for each chunk. Raises MediaError, OutputError, WorkerLost, StoreError."""
 
-class Joiner(Protocol):
-    """What a Finisher makes mp4 files with."""
 
-    def make(self, plan: RowPlan, segments: Sequence[Path], out: Path) -> None:
-        """Write ``plan``'s video to ``out`` and verify it: the frames of its clip, if it is to begin with them, then
-        ``segments``, one for each chunk. Raises MediaError, OutputError, WorkerLost, StoreError."""
-        ...
+def load_finisher(store: Store, run_id: str, *, ffmpeg: Path, encoder: str) -> Finisher:
+    """A Finisher that joins with ``ffmpeg``, whose identity is ``encoder``."""
+    return Finisher(store, run_id, encoder=encoder, joiner=partial(_make_video, store, ffmpeg))
 
 
 class Finisher:
@@ -42,31 +43,30 @@ class Finisher:
     def carry_out(self, plan: RowPlan, index: int = 0) -> Iterator[StepDone | StageCommitted]:
         """Join, verify and publish: first the mp4, then its record, which makes it count. Yields nothing.
 
-        Changes nothing where the video is published already, or one of a newer take. Memory does not grow with the
-        video: segments go through files. Raises StoreError, MediaError, OutputError, WorkerLost.
+        Does nothing if the video, or one of a newer take, is published already. Segments go through files, so memory
+        does not grow with the video. Raises StoreError, MediaError, OutputError, WorkerLost.
         """
         begun = self._system.clock()
-        if self._is_late(plan):
+        if self._already_published(plan):
             return
         with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
             video = Path(folder) / "video.mp4"
-            self._joiner.make(plan, self._segments(plan, Path(folder)), video)
+            self._joiner(plan, self._segments(plan, Path(folder)), video)
             with video.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            # Joining took its time: looked at again, so that a late one all but never reaches the mp4.
-            if self._is_late(plan):
+            # Joining takes long. Checked again, so that a late worker all but never replaces a newer mp4.
+            if self._already_published(plan):
                 return
             self._store.put_file(keys.video(self._run_id, plan.job_id), video)
             size = video.stat().st_size
-        record = _what_made_it(plan, self._encoder) | {"sha256": sha256, "bytes": size}
-        seconds = self._system.clock() - begun
-        record["provenance"] = provenance(seconds=seconds, system=self._system)
+        made_by = provenance(seconds=self._system.clock() - begun, system=self._system)
+        record = _record(plan, self._encoder) | {"sha256": sha256, "bytes": size, "provenance": made_by}
         data, key = record_bytes(record), keys.video_record(self._run_id, plan.job_id)
-        if not self._store.put_if_absent(key, data) and not self._is_late(plan):
+        if not self._store.put_if_absent(key, data) and not self._already_published(plan):
             self._store.put(key, data)
         yield from ()
 
-    def _is_late(self, plan: RowPlan) -> bool:
+    def _already_published(self, plan: RowPlan) -> bool:
         """Whether this plan's video, or one of a newer take of it, is published."""
         record = read_video_record(self._store, self._run_id, plan.job_id)
         if record is None or not holds(self._store, keys.video(self._run_id, plan.job_id), record["sha256"]):
@@ -83,64 +83,36 @@ class Finisher:
         return paths
 
 
-class FfmpegJoiner:
-    """The Joiner of real runs. ``store`` holds the clips."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def make(self, plan: RowPlan, segments: Sequence[Path], out: Path) -> None:
-        """As ``Joiner``."""
-        runtime, ffmpeg = plan.settings.runtime, find_ffmpeg()
-        with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
-            join([*self._clip(plan, ffmpeg, Path(folder)), *segments], out=out, ffmpeg=ffmpeg)
-        verify(
-            out,
-            frames=plan.timeline.num_frames,
-            width=runtime.video_size_w,
-            height=runtime.video_size_h,
-            fps=runtime.fps,
-        )
-
-    def _clip(self, plan: RowPlan, ffmpeg: Path, folder: Path) -> Iterator[Path]:
-        """The frames of the clip that the video is to begin with, as segments of a chunk's length. They are not kept in
-        the store: encoding them again costs no more than reading them."""
-        if not plan.timeline.included_frames:
-            return
-        frames = prefix_pixels(self._store, plan)
-        for first in range(0, len(frames), FRAMES_PER_CHUNK):
-            path = folder / f"prefix-{first:08d}.mp4"
-            encode_segment(
-                frames[first : first + FRAMES_PER_CHUNK],
-                ffmpeg=ffmpeg,
-                fps=plan.settings.runtime.fps,
-                frame_offset=first,
-                settings=plan.settings.encoder,
-                out=path,
-            )
-            yield path
+def _make_video(store: Store, ffmpeg: Path, plan: RowPlan, segments: Sequence[Path], out: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
+        join([*_clip_segments(store, ffmpeg, plan, Path(folder)), *segments], out=out, ffmpeg=ffmpeg)
+    runtime = plan.settings.runtime
+    width, height = runtime.video_size_w, runtime.video_size_h
+    verify(out, frames=plan.timeline.num_frames, width=width, height=height, fps=runtime.fps)
 
 
-def _what_made_it(plan: RowPlan, encoder: str) -> dict[str, Any]:
+def _clip_segments(store: Store, ffmpeg: Path, plan: RowPlan, folder: Path) -> Iterator[Path]:
+    """The frames of the clip that the video is to begin with, as segments of a chunk's length. The store does not keep
+    them: encoding them again costs no more than reading them."""
+    if not plan.timeline.included_frames:
+        return
+    frames, fps, settings = prefix_pixels(store, plan), plan.settings.runtime.fps, plan.settings.encoder
+    for first in range(0, len(frames), FRAMES_PER_CHUNK):
+        path, part = folder / f"prefix-{first:08d}.mp4", frames[first : first + FRAMES_PER_CHUNK]
+        encode_segment(part, ffmpeg=ffmpeg, fps=fps, frame_offset=first, settings=settings, out=path)
+        yield path
+
+
+def _record(plan: RowPlan, encoder: str) -> dict[str, Any]:
     runtime, timeline = plan.settings.runtime, plan.timeline
     return {
-        "format": FORMAT,
-        "job_id": plan.job_id,
-        "row": plan.row,
-        "frames": timeline.num_frames,
-        "prefix_frames": timeline.included_frames,
-        "chunks": timeline.num_chunks,
-        "width": runtime.video_size_w,
-        "height": runtime.video_size_h,
-        "fps": runtime.fps,
-        "duration_s": timeline.num_frames / runtime.fps,
-        "seed": runtime.seed,
+        "format": FORMAT, "job_id": plan.job_id, "row": plan.row,
+        "frames": timeline.num_frames, "prefix_frames": timeline.included_frames, "chunks": timeline.num_chunks,
+        "width": runtime.video_size_w, "height": runtime.video_size_h,
+        "fps": runtime.fps, "duration_s": timeline.num_frames / runtime.fps, "seed": runtime.seed,
         "captions": list(plan.captions),
         "controls": {str(c): control.model_dump(exclude_none=True) for c, control in plan.controls.items()},
         "media": None if plan.media is None else {"kind": plan.media.kind, "sha256": plan.media.sha256},
-        "encoder": encoder,
-        "settings": plan.settings.model_dump(mode="json"),
-        "weights": asdict(plan.digests),
-        "takes": list(plan.takes),
-        "stage_keys": list(plan.stage_keys),
-    }
+        "encoder": encoder, "settings": plan.settings.model_dump(mode="json"), "weights": asdict(plan.digests),
+        "takes": list(plan.takes), "stage_keys": list(plan.stage_keys),
+    }  # fmt: skip

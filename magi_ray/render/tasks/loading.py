@@ -1,14 +1,15 @@
-"""A task of each kind with the networks that it needs. Torch is imported only when a kind that computes with it is
-loaded."""
+"""Loads a task of each kind with the networks it needs. Torch is imported only for kinds that compute with it."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from magi_ray.errors import MediaError
 from magi_ray.events import TaskKind
+from magi_ray.media.encoder import encoder_identity, find_ffmpeg
 from magi_ray.settings import Settings
 from magi_ray.storage.store import Store
-from magi_ray.system import System
 
 if TYPE_CHECKING:
     from magi_ray.render.tasks.decode import Decoder
@@ -18,27 +19,39 @@ if TYPE_CHECKING:
 
 
 def load_task(
-    kind: TaskKind, *, settings: Settings, store: Store, run_id: str, encoder: str, system: System = System()
+    kind: TaskKind, *, settings: Settings, store: Store, run_id: str, encoder: str
 ) -> Embedder | Denoiser | Decoder | Finisher:
     """The task of ``kind``, whose networks stay loaded from one ``carry_out`` to the next.
 
     encoder: ``media.encoder.encoder_identity`` of the run's ffmpeg.
-    Raises WeightsError; MediaError when this machine decodes and has no ffmpeg, or another one.
+    Raises WeightsError; MediaError if it decodes or finishes and this machine has no ffmpeg, or another one.
     """
     match kind:
         case TaskKind.EMBED:
             from magi_ray.render.tasks.embed_network import load_embedder
 
-            return load_embedder(settings, store, system=system)
+            return load_embedder(settings, store)
         case TaskKind.DENOISE:
             from magi_ray.render.tasks.denoise_network import load_denoiser
 
-            return load_denoiser(settings, store, system=system)
+            return load_denoiser(settings, store)
         case TaskKind.DECODE:
             from magi_ray.render.tasks.decode_network import load_decoder
 
-            return load_decoder(settings, store, encoder=encoder, system=system)
+            return load_decoder(settings, store, ffmpeg=_same_ffmpeg(encoder), encoder=encoder)
         case TaskKind.FINISH:
-            from magi_ray.render.tasks.finish import FfmpegJoiner, Finisher
+            from magi_ray.render.tasks.finish import load_finisher
 
-            return Finisher(store, run_id, encoder=encoder, joiner=FfmpegJoiner(store), system=system)
+            return load_finisher(store, run_id, ffmpeg=_same_ffmpeg(encoder), encoder=encoder)
+
+
+def _same_ffmpeg(encoder: str) -> Path:
+    """This machine's ffmpeg. Raises MediaError unless its identity is ``encoder``."""
+    ffmpeg = find_ffmpeg()
+    found = encoder_identity(ffmpeg)
+    if found != encoder:
+        raise MediaError(
+            f"ffmpeg here is {found!r}, but this run encodes with {encoder!r}.",
+            remedy="Install the same ffmpeg on every machine: another one gives other bytes.",
+        )
+    return ffmpeg

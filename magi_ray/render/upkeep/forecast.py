@@ -1,7 +1,7 @@
 """Forecast: what submitting a run will do with each of its rows, and why. Writes nothing and computes no tensors.
 
-Why something is missing shows when the row is compared with what was rendered before: with the plan, of an earlier run
-in the store, that shares most stages with it.
+To say why stages are missing, a row is compared with the plan of an earlier run in the store that shares most stages
+with it.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Forecast:
     """One row. Stages in ``what`` and ``reasons`` are numbered from 1, as in `status`; chunks from 0, as in a manifest.
 
     what: "reuse" (nothing is denoised or decoded), "decode and join", "resume at stage n", "render", or "leave failed":
-    what failed in this very run waits for `retry`.
-    reasons: a sentence each.  stages_left: to compute; what rows have in common counts for the first of them.
-    forwards_left: the denoising steps of these stages; passes over clean chunks are counted nowhere.
-    frames: of the finished video.
+    a row that failed in this run waits for `retry`.
+    reasons: a sentence each.  frames: of the finished video.
+    stages_left: to compute; a stage that several rows share counts for the first of them.
+    forwards_left: the denoising steps of these stages, without passes over clean chunks.
     """
 
     job_id: str
@@ -55,11 +55,14 @@ class Forecast:
 
 
 def forecast(store: Store, run: Run, encoder: str) -> tuple[Forecast, ...]:
-    """Every row of a prepared ``run`` with its takes, in the manifest's order. ``encoder``: the identity of ffmpeg."""
+    """Every row of a prepared ``run`` with its takes, in the manifest's order.
+
+    encoder: ``media.encoder.encoder_identity``.  Raises StoreError; InputError when a newer magi-ray wrote a video.
+    """
     forecaster = _Forecaster(store, run, encoder)
     inventories = take_inventory_of_run(store, run, encoder)
     rows = {row.job_id: row for row in run.manifest.rows}
-    # In the order of rendering: a stage that several rows have in common is computed for the first of them.
+    # In the order of rendering: a stage that several rows share is computed for the first of them.
     forecasts = {
         inventory.job_id: forecaster.row(inventory, rows[inventory.job_id])
         for inventory in sorted(inventories, key=lambda inventory: -inventory.priority)
@@ -68,11 +71,11 @@ def forecast(store: Store, run: Run, encoder: str) -> tuple[Forecast, ...]:
 
 
 def _missing_stages(store: Store, plan: RowPlan, done: int) -> list[int]:
-    """The stages from ``done`` on that are not there whole: denoising computes these and skips the others."""
+    """The stages from ``done`` on that the store does not hold whole: denoising computes these and skips the others."""
     missing: list[int] = []
     for stage in range(done, len(plan.stage_keys)):
         if not (_has_commit(store, plan, stage) or _has_commit(store, plan, stage + 1)):
-            # Here the chain ends; to ask for every later stage would take a call each.
+            # The chain ends here; looking for every later stage would cost a call each.
             return [*missing, *range(stage, len(plan.stage_keys))]
         if verified_commit(store, "stage", plan.stage_keys[stage]) is None:
             missing.append(stage)
@@ -85,7 +88,7 @@ def _has_commit(store: Store, plan: RowPlan, stage: int) -> bool:
 
 
 class _Forecaster:
-    """Asked for the rows of a run in the order in which they are rendered."""
+    """Forecasts the rows of a run, to be asked in the order of rendering."""
 
     def __init__(self, store: Store, run: Run, encoder: str) -> None:
         self._store, self._run, self._encoder = store, run, encoder
@@ -94,7 +97,7 @@ class _Forecaster:
         self._computed_for: dict[str, str] = {}  # stage key: job_id
 
     def row(self, found: RowInventory, row: Row) -> Forecast:
-        """What becomes of ``row``, of which the store holds ``found``."""
+        """The forecast of ``row``, of which the store holds ``found``."""
         plan = self._run.plans[row.job_id]
         left: list[int] = []
         if found.published:
@@ -122,7 +125,7 @@ class _Forecaster:
         )
 
     def _left_to_compute(self, plan: RowPlan, missing: Sequence[int]) -> tuple[list[int], list[str]]:
-        """Those of the ``missing`` stages that no earlier row computes, and a sentence about the others."""
+        """Those of the ``missing`` stages that no earlier row computes, and a sentence for each row that does."""
         by_others = {stage: self._computed_for.get(plan.stage_keys[stage]) for stage in missing}
         left = [stage for stage, job_id in by_others.items() if job_id is None]
         self._computed_for |= {plan.stage_keys[stage]: plan.job_id for stage in left}
@@ -130,12 +133,12 @@ class _Forecaster:
         return left, [f"{count} of its stages are computed for {job_id}" for job_id, count in counts.items()]
 
     def _why_stages(self, found: RowInventory, plan: RowPlan, row: Row, missing: Sequence[int]) -> list[str]:
-        """Why the ``missing`` stages of ``plan`` are to be computed."""
+        """Why the ``missing`` stages of ``plan`` must be computed."""
         done = found.stages_done
         reasons: list[str] = []
         before = self._earlier.same_job(plan, row) or (self._earlier.other_job(plan, row) if done else None)
         shared = 0 if before is None else stages_shared(before.plan, plan)
-        # Whether anything was computed that no earlier video explains.
+        # Whether rendering of this very video had begun.
         begun = self._earlier.holds(plan) if before is None else _has_commit(self._store, plan, shared)
         if done not in missing:
             reasons.append("a caption or the prefix is damaged in the store")
@@ -158,10 +161,10 @@ class _Forecaster:
         return reasons
 
     def _why_segments(self, found: RowInventory, plan: RowPlan, row: Row) -> list[str]:
-        """Why chunks are to be decoded, though all latents are there."""
+        """Why chunks must be decoded, though all latents are stored."""
         chunk = min(set(range(found.num_chunks)) - found.segments_done)
-        image = segment_pre_image(self._store, plan, chunk, self._encoder)
-        if self._store.exists(keys.commit("segment", digest(image))):
+        pre_image = segment_pre_image(self._store, plan, chunk, self._encoder)
+        if self._store.exists(keys.commit("segment", digest(pre_image))):
             return [f"the segment of chunk {chunk} is damaged in the store"]
         if not found.segments_done:
             for before in (*self._earlier.plans(plan.job_id), self._earlier.other_job(plan, row)):
@@ -186,14 +189,14 @@ class _EarlierPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class _EarlierRun:
-    """An earlier run, its rows not planned. rows, takes: by job_id."""
+    """An earlier run, not yet planned. rows, takes: by job_id."""
 
     record: RunRecord
     rows: Mapping[str, Row]
     takes: Mapping[str, tuple[int, ...]]
 
     def plans(self, job_id: str) -> Iterator[_EarlierPlan]:
-        """Plans of one row: with all its takes, all but the last, and so on; none when the row is not there."""
+        """Plans of one row: with all its takes, all but the last, and so on; none if the run has no such row."""
         if job_id not in self.rows:
             return
         record, takes = self.record, self.takes.get(job_id, ())
@@ -203,7 +206,7 @@ class _EarlierRun:
 
 
 class _EarlierRuns:
-    """The newest runs of a store, read when they are first asked for. Those that cannot be read are left out."""
+    """The newest runs of a store, read when first needed, without those that cannot be read."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -213,9 +216,9 @@ class _EarlierRuns:
         return (earlier for run in self._runs for earlier in run.plans(job_id))
 
     def same_job(self, plan: RowPlan, row: Row) -> _EarlierPlan | None:
-        """The plan for another video of that job_id that shares most stages with ``plan``; of several, the newest."""
+        """The plan of another video of that job_id that shares most stages with ``plan``; of several, the newest."""
         runs = [run for run in self._runs if row.job_id in run.rows]
-        # Planning takes milliseconds: runs that cannot share a stage are left out, but for one.
+        # Planning takes milliseconds: of the runs that cannot share a stage, only one is looked at.
         alike = [_first_stage(run.rows[row.job_id]) == _first_stage(row) for run in runs]
         unlike = [run for run, same in zip(runs, alike, strict=True) if not same]
         for some in (compress(runs, alike), unlike[:1]):
@@ -225,11 +228,9 @@ class _EarlierRuns:
         return None
 
     def other_job(self, plan: RowPlan, row: Row) -> _EarlierPlan | None:
-        """As ``same_job``, among rows of other job_ids whose first stage is the same."""
-        same = (
-            (run, job_id) for run, job_id in self._by_first_stage.get(_first_stage(row), ()) if job_id != row.job_id
-        )
-        found = (next(run.plans(job_id)) for run, job_id in islice(same, MAX_RUNS))
+        """As ``same_job``, among rows of other job_ids with the same first stage."""
+        alike = (pair for pair in self._by_first_stage.get(_first_stage(row), ()) if pair[1] != row.job_id)
+        found = (next(run.plans(job_id)) for run, job_id in islice(alike, MAX_RUNS))
         return _sharing_most(plan, (earlier for earlier in found if earlier.plan.stage_keys[0] == plan.stage_keys[0]))
 
     def holds(self, plan: RowPlan) -> bool:
@@ -263,5 +264,5 @@ def _sharing_most(plan: RowPlan, candidates: Iterable[_EarlierPlan]) -> _Earlier
 
 
 def _first_stage(row: Row) -> Hashable:
-    """What is known of a row's first stage without planning it: rows in which this differs share no stage."""
+    """What is known of a row's first stage before it is planned: rows that differ in it share no stage."""
     return row.seed, row.width, row.height, row.num_steps, row.captions[0].prompt

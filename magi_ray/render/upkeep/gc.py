@@ -1,14 +1,14 @@
-"""Garbage: what no run in the store needs. ``garbage`` finds it and says why, ``collect`` deletes it.
+"""Garbage collection. ``garbage`` finds what no run in the store needs and says why, ``collect`` deletes it.
 
-A run needs the stages, captions, prefixes and media of its plan, and the segments of its chunks. Everything under
-``runs/`` stays, whatever it is.
+A run needs the stages, captions, prefixes and media of its plans, and the segments of its chunks. Everything under
+``runs/`` stays.
 
-``commit.json`` is deleted before the payloads beside it. So readers find a whole commit or none at every moment, even
-if collection is killed between the two: payloads without a commit are nothing, and the next collection takes them. The
-other order would leave commits that look damaged. A writer that wakes late cannot do harm, since it writes the same
-bytes under the same key: its commit finds its payloads, or writes them again (``records.write_commit``). ``garbage``
-looks for new runs as it goes, but not after every object: what one of them has just come to need may be deleted, and
-is then rendered again; nothing is ever wrong.
+``commit.json`` is deleted before its payloads. So readers find a whole commit or none at every moment, even if
+collection is killed between the two: payloads without a commit do not count, and the next collection deletes them. The
+other order would leave commits that look damaged. A late writer does no harm, since it writes the same bytes under the
+same key: it finds its payloads once it has committed, or writes them again (``records.write_commit``). ``garbage``
+looks for new runs as it goes, but not after every object: what one of them has just come to need may be deleted, and is
+then rendered again; nothing is ever wrong.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def garbage(
     watch_s: float = TTL_S,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Item]:
-    """What no run needs and nobody has written for ``min_age_s``, in one order, a commit before its payloads.
+    """What no run needs and nobody has written for ``min_age_s``, each commit before its payloads.
 
     min_age_s: longer than any writer takes from its first payload to its commit.
-    forget: runs whose chains count as needed by nobody; their records and videos stay.
-    watch_s: how long to watch the lease of a forgotten run for a beat.  clock: seconds.
+    forget: runs that count as needing nothing; their records and videos stay.
+    watch_s: for how long the lease of a forgotten run is watched for a beat.  clock: seconds.
 
-    Raises ObjectDamaged, InputError: what a run needs cannot be known; RunNotFound; InputError when a forgotten run is
-    being rendered, or when it takes longer than ``min_age_s``.
+    Raises ObjectDamaged if a run cannot be read; RunNotFound; InputError if a newer magi-ray wrote a run, take or
+    commit, if a forgotten run is being rendered, or if listing takes longer than ``min_age_s``.
     """
     began = clock()
     needed = _Needed(store, frozenset(forget), clock)
@@ -72,7 +72,7 @@ def garbage(
 
 
 def collect(store: Store, items: Iterable[Item]) -> tuple[int, int]:
-    """Delete ``items``, but for those that were written anew since they were listed; (objects, bytes) deleted."""
+    """Delete ``items``, but not those written again since they were listed. Returns (objects, bytes) deleted."""
     objects = size = 0
     for item in items:
         if item.leftover:
@@ -87,21 +87,21 @@ def collect(store: Store, items: Iterable[Item]) -> tuple[int, int]:
 
 
 class _Needed:
-    """What the runs of the store need. Asks the store again every REFRESH_S."""
+    """What the runs of the store need. Looks for new runs and takes every REFRESH_S."""
 
     def __init__(self, store: Store, forget: Collection[str], clock: Callable[[], float]) -> None:
         self._store, self._forget, self._clock = store, forget, clock
-        self._planned: dict[str, int] = {}  # run: number of its takes
+        self._planned: dict[str, int] = {}  # run_id: number of its takes
         self._keys: dict[str, set[str]] = {kind: set() for kind in ("stage", "text", "prefix", "media")}
         self._chunks: set[str] = set()
         self._unreadable_stage = False
         self._refresh()
 
     def commit(self, kind: CommitKind, key: str, found: Commit | None) -> bool:
-        """Whether the commit ``found`` under ``key`` (None: unreadable) is needed."""
+        """Whether the commit under ``key`` is needed. ``found``: it, None if it is missing or unreadable."""
         self._refresh_if_due()
         if kind == "segment":
-            # A stage that cannot be read does not tell which segment is its own.
+            # An unreadable stage does not say which segment belongs to it.
             return found is not None and (self._unreadable_stage or found.pre_image["chunk"] in self._chunks)
         return key in self._keys[kind]
 
@@ -111,7 +111,7 @@ class _Needed:
         return sha256 in self._keys["media"]
 
     def add_chunk_of(self, stage: Commit | None) -> None:
-        """The chunk of a needed stage, whose segment is needed too; None: the stage is there, but unreadable."""
+        """The segment of a needed stage's chunk is needed too. ``stage``: None if it is there, but unreadable."""
         if stage is None:
             self._unreadable_stage = True
         elif "chunk" in stage.payloads:
@@ -145,7 +145,7 @@ class _Needed:
         except (ObjectDamaged, RunNotFound) as exc:
             raise ObjectDamaged(
                 f"Run {run_id} cannot be read, so what it needs is not known, and nothing is deleted: {exc.message}",
-                remedy=f"Submit its manifest again, which mends it; or give it up with --forget {run_id}.",
+                remedy=f"Submit its manifest again, which repairs it; or give it up with --forget {run_id}.",
                 next_command=f"magi-ray submit MANIFEST --store {self._store.uri}",
             ) from exc
         for plan in plans:
@@ -162,22 +162,22 @@ def _commits(store: Store, kind: CommitKind, needed: _Needed, min_age_s: float) 
         if not key:
             continue
         entries = sorted(found, key=lambda entry: (entry.key != keys.commit(kind, key), entry.key))
-        there = entries[0].key == keys.commit(kind, key)
-        commit = read_commit(store, kind, key) if there else None
+        has_commit = entries[0].key == keys.commit(kind, key)
+        commit = read_commit(store, kind, key) if has_commit else None
         if needed.commit(kind, key, commit):
-            if there and kind == "stage":
+            if has_commit and kind == "stage":
                 needed.add_chunk_of(commit)
-            if there and commit is None:
-                continue  # damaged: it is made again, or mended by whoever knows more
+            if has_commit and commit is None:
+                continue  # damaged: a resume makes it again
             named = {keys.commit(kind, key)}
             if commit is not None:
                 named |= {keys.commit_folder(kind, key) + payload.name for payload in commit.payloads.values()}
             for entry in entries:
                 if entry.key not in named:
                     yield _item(entry, "no commit names it: its writer died, or another was quicker")
-        # Somebody who has written here lately may not be done.
+        # A writer that was here lately may not be done.
         elif min(entry.age_s for entry in entries) >= min_age_s:
-            if not there:
+            if not has_commit:
                 reason = "its commit was never written"
             elif kind == "segment" and commit is None:
                 reason = "its commit is damaged, so nobody can use it"
@@ -198,7 +198,7 @@ def _others(store: Store, needed: _Needed) -> Iterator[Item]:
 
 
 def _require_in_time(taken_s: float, min_age_s: float) -> None:
-    # What came after the stages were read may be needed by one of them, and must still be too young here.
+    # Whatever was written after the stages were read may belong to one of them, so it must still be too young to go.
     if 0 < min_age_s <= taken_s:
         raise InputError(
             f"Collecting has taken {taken_s:.0f} s, but what is {min_age_s:.0f} s old may be deleted.",

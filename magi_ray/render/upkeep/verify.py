@@ -1,5 +1,5 @@
-"""Verify: every committed object read again and compared with its digest. Changes nothing; one object at a time is in
-memory or on the disk."""
+"""Verify: reads every committed object again and compares it with its digest. Changes nothing; holds one object at a
+time, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ from magi_ray.storage.store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class Damage:
-    """One object that is not what was committed. what: is wrong with it, with both numbers.  needed_by: the rows that
-    need it, as (run, job_id); job_id is '' where the whole run does.  remedy, next_command: how to mend it."""
+    """One object that is not as it was committed. what: is wrong with it, with both numbers.
+
+    needed_by: the rows that need it, as (run_id, job_id); job_id is '' if the whole run does.
+    remedy, next_command: how to repair it.
+    """
 
     key: str
     what: str
@@ -35,7 +38,7 @@ class Damage:
 
 @dataclass(kw_only=True)
 class Report:
-    """objects, bytes: read and compared.  loose: payloads that no commit names, which is no error.
+    """objects, bytes: read.  loose: payloads that no commit names, which is no error.
     notes: what could not be checked, and why."""
 
     objects: int = 0
@@ -48,17 +51,16 @@ class Report:
 def verify(
     store: Store, run_ids: Collection[str] | None = None, *, on_progress: Callable[[int, int], None] | None = None
 ) -> Report:
-    """Read everything that ``run_ids`` need of the store, or (None) everything there is, and say what is damaged.
+    """Read all that ``run_ids`` need of the store, or (None) the whole store, and report what is damaged.
 
     on_progress: called with the objects and bytes read so far.
-    Raises RunNotFound, StoreError when the store itself fails.
+    Raises RunNotFound; StoreError if the store itself fails.
     """
     verifier = _Verifier(store, on_progress)
     if run_ids is None:
         verifier.everything()
-    else:
-        for run_id in run_ids:
-            verifier.run_and_its_needs(run_id)
+    for run_id in run_ids or ():
+        verifier.run_and_its_needs(run_id)
     report = verifier.report
     if report.damages:
         report.damages = list(_with_remedies(store, report.damages))
@@ -68,7 +70,7 @@ def verify(
 def needs(store: Store, run: Run) -> Iterator[tuple[CommitKind | Literal["media"], str, str]]:
     """(kind, key, job_id) of everything that the rows of ``run`` have or will have in the store.
 
-    Of segments, those whose chunk is there: as this machine's ffmpeg encodes them, or the one that made the video.
+    Segments: of stored chunks, as encoded by this machine's ffmpeg and by the one that made the video.
     """
     try:
         here = encoder_identity(find_ffmpeg())
@@ -99,7 +101,7 @@ class _Verifier:
         for kind in keys.COMMITS:
             self._all_commits(kind)
         for key in self._store.list(keys.MEDIA):
-            self._check_twice(partial(self._media, key))
+            self._check_twice(key, self._media)
         for runs in all_runs(self._store):
             for run_id in runs:
                 self._run(run_id)
@@ -110,9 +112,9 @@ class _Verifier:
             run = open_run(self._store, run_id)
             for kind, key in dict.fromkeys((kind, key) for kind, key, _ in needs(self._store, run)):
                 if kind == "media":
-                    self._check_twice(partial(self._media, keys.media(key)))
+                    self._check_twice(keys.media(key), self._media)
                 else:
-                    self._check_twice(partial(self._commit, kind, key, set()))
+                    self._check_twice(keys.commit(kind, key), partial(self._commit, kind, key, set()))
 
     def _all_commits(self, kind: CommitKind) -> None:
         for key, found in groupby(self._store.list(keys.commits(kind)), keys.commit_of):
@@ -120,35 +122,36 @@ class _Verifier:
                 continue
             payloads = set(found) - {keys.commit(kind, key)}
             named: set[str] = set()
-            self._check_twice(partial(self._commit, kind, key, named))
+            self._check_twice(keys.commit(kind, key), partial(self._commit, kind, key, named))
             self.report.loose += len(payloads - named)
 
     def _run(self, run_id: str) -> None:
         """The record, manifest, takes and videos of a run."""
-        self._check_twice(partial(self._record, run_id))
+        self._check_twice(keys.run_record(run_id), partial(self._record, run_id))
         for key in self._store.list(keys.takes(run_id)):
-            self._check_twice(partial(self._take, key))
+            self._check_twice(key, self._take)
         for key in self._store.list(keys.videos(run_id)):
             if key.endswith(".json"):
-                self._check_twice(partial(self._video, key))
+                self._check_twice(key, self._video)
 
-    def _check_twice(self, check: Callable[[], Iterator[Damage]]) -> None:
-        """Report only what a second check finds too: meanwhile it may have been mended, replaced or collected."""
+    def _check_twice(self, where: str, check: Callable[[str], Iterator[Damage]]) -> None:
+        """Report only what a second check finds too: what is written or deleted meanwhile may look damaged once."""
         with suppress(ObjectMissing):
-            if list(check()):
-                self.report.damages += list(check())
+            if _damages(where, check):
+                self.report.damages += _damages(where, check)
 
-    def _commit(self, kind: CommitKind, key: str, named: set[str]) -> Iterator[Damage]:
-        """A commit and its payloads, whose keys are added to ``named``; nothing where there is no commit."""
-        where = keys.commit(kind, key)
+    # Checks yield damages. They may raise ObjectDamaged (the object ``where``) and ObjectMissing (nothing to check).
+
+    def _commit(self, kind: CommitKind, key: str, named: set[str], where: str) -> Iterator[Damage]:
+        """A commit and its payloads, whose keys are added to ``named``."""
         try:
             commit = read_commit(self._store, kind, key)
         except InputError as exc:
             self._note(f"{where} was not checked: {exc.message}")
             return
         if commit is None:
-            data = self._get(where)
-            yield Damage(key=where, what=_seal_fault(data) or f"is not the commit of {kind} {key}")
+            unseal(self._get(where))
+            yield Damage(key=where, what=f"is not the commit of {kind} {key}")
             return
         self._count(0)
         payloads = {keys.commit_folder(kind, key) + payload.name: payload for payload in commit.payloads.values()}
@@ -162,15 +165,12 @@ class _Verifier:
         if found.sha256 != expected:
             yield Damage(key=key, what=f"has sha256 {found.sha256}, but {expected} is its name")
 
-    def _record(self, run_id: str) -> Iterator[Damage]:
-        where, manifest = keys.run_record(run_id), keys.run_manifest(run_id)
+    def _record(self, run_id: str, where: str) -> Iterator[Damage]:
+        manifest = keys.run_manifest(run_id)
         try:
             record = read_record(self._get(where))
         except ObjectMissing:
             yield Damage(key=where, what="is missing")
-            return
-        except ObjectDamaged as exc:
-            yield Damage(key=where, what=_fault(exc))
             return
         try:
             found = measure(self._store, manifest)
@@ -184,17 +184,14 @@ class _Verifier:
         elif recorded != found.sha256:
             yield Damage(key=manifest, what=f"has sha256 {found.sha256}, but {recorded} was submitted")
 
-    def _take(self, key: str) -> Iterator[Damage]:
-        if fault := _seal_fault(self._get(key)):
-            yield Damage(key=key, what=fault)
+    def _take(self, where: str) -> Iterator[Damage]:
+        unseal(self._get(where))
+        yield from ()
 
     def _video(self, where: str) -> Iterator[Damage]:
         try:
             record = read_record(self._get(where))
             expected = Payload(name="", size=record["bytes"], sha256=record["sha256"])
-        except ObjectDamaged as exc:
-            yield Damage(key=where, what=_fault(exc))
-            return
         except (KeyError, ValueError):  # of a format without a seal
             yield Damage(key=where, what="has lost the digest of its video")
             return
@@ -228,21 +225,15 @@ class _Verifier:
             self.report.notes.append(note)
 
 
-def _seal_fault(data: bytes) -> str:
-    """What is wrong with a sealed record; '' when nothing is."""
+def _damages(where: str, check: Callable[[str], Iterator[Damage]]) -> list[Damage]:
     try:
-        unseal(data)
+        return list(check(where))
     except ObjectDamaged as exc:
-        return _fault(exc)
-    return ""
-
-
-def _fault(exc: ObjectDamaged) -> str:
-    return f"is damaged: {exc.message}"
+        return [Damage(key=where, what=f"is damaged: {exc.message}")]
 
 
 def _with_remedies(store: Store, damages: Collection[Damage]) -> Iterator[Damage]:
-    """``damages`` with who needs each, and how to mend it. Called at the end, since it plans every run of the store."""
+    """``damages`` with who needs each and how to repair it. Called once, since it plans every run of the store."""
     needed_by = _rows_that_need(store, {_folder(damage.key) for damage in damages})
     for damage in damages:
         if damage.key.startswith(keys.RUNS):
@@ -250,7 +241,7 @@ def _with_remedies(store: Store, damages: Collection[Damage]) -> Iterator[Damage
             rows = [(run_id, rest[1].rpartition(".")[0] if rest[0] == "videos" else "")]
         else:
             rows = needed_by.get(_folder(damage.key), [])
-        remedy, next_command = _mending(store, damage.key, rows)
+        remedy, next_command = _repair(store, damage.key, rows)
         yield replace(damage, needed_by=tuple(rows), remedy=remedy, next_command=next_command)
 
 
@@ -266,25 +257,21 @@ def _rows_that_need(store: Store, folders: Collection[str]) -> dict[str, list[tu
     return {folder: list(rows) for folder, rows in found.items()}
 
 
-def _mending(store: Store, key: str, needed_by: Sequence[tuple[str, str]]) -> tuple[str, str]:
-    """How to mend the object, and the command that does it."""
+def _repair(store: Store, key: str, needed_by: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """How to repair the object, and the command that does it."""
     at = f" --store {store.uri}"
     if not needed_by:
-        return (
-            "No run needs it; whoever comes to need it makes it again. Garbage collection removes it.",
-            f"magi-ray gc{at}",
-        )
+        remedy = "No run needs it; a run that comes to need it makes it again. Garbage collection removes it."
+        return remedy, f"magi-ray gc{at}"
     run_id, job_id = needed_by[0]
     if key.startswith(keys.takes(run_id)):
         return f"Delete {key} and ask for that take again.", ""
     if key.startswith(keys.MEDIA) or not job_id:
-        return (
-            f"Submit the manifest of run {run_id} again, with the same settings and files.",
-            f"magi-ray submit MANIFEST{at}",
-        )
+        remedy = f"Submit the manifest of run {run_id} again, with the same settings and files."
+        return remedy, f"magi-ray submit MANIFEST{at}"
     return "Retrying the row makes it again, to the same bytes.", f"magi-ray retry {run_id} --job {job_id}{at}"
 
 
 def _folder(key: str) -> str:
-    """Of a payload or commit, the folder that its key names; else the key."""
+    """The folder of a commit or payload; of anything else its key."""
     return key if key.startswith((keys.MEDIA, keys.RUNS)) else key.rpartition("/")[0] + "/"

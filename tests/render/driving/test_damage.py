@@ -21,7 +21,7 @@ from magi_ray.render.driving.session import DriveOptions
 from magi_ray.render.plans.takes import add_take
 from magi_ray.render.runs.record import Run, open_run
 from magi_ray.render.runs.submission import create, prepare
-from magi_ray.render.tasks.finish import FfmpegJoiner, Finisher
+from magi_ray.render.tasks.finish import load_finisher
 from magi_ray.settings import Settings
 from magi_ray.storage import keys
 from magi_ray.storage.memory import MemoryStore
@@ -168,13 +168,14 @@ def test_a_late_finisher_changes_nothing_whether_of_this_take_or_of_an_older_one
     store = MemoryStore()
     run = make_run(store, [ROW])
     render_locally(store, run)
-    encoder = encoder_identity(find_ffmpeg())
+    ffmpeg = find_ffmpeg()
+    encoder = encoder_identity(ffmpeg)
     add_take(store, run.run_id, "a", 1, num_chunks=3)
     take = open_run(store, run.run_id)
     for late in ([run], [run, take]):
         before = {key: store.get(key) for key in store.list(keys.videos(run.run_id))}
         for each in late:
-            finisher = Finisher(store, run.run_id, encoder=encoder, joiner=FfmpegJoiner(store))
+            finisher = load_finisher(store, run.run_id, ffmpeg=ffmpeg, encoder=encoder)
             assert list(finisher.carry_out(each.plans["a"])) == []
         assert {key: store.get(key) for key in store.list(keys.videos(run.run_id))} == before
         # A newer take is published in the place of the older one.

@@ -152,7 +152,7 @@ def test_frames_that_make_no_latent_frame_are_left_out_far_from_the_join(make_ru
 def test_a_clip_shorter_than_asked_gives_what_it_has_and_says_so(make_run: MakeRun) -> None:
     run = make_run(MemoryStore(), [CLIP | {"prompt": "on", "num_chunks": 1, "prefix_frames": 5000}])
     [note] = run.manifest.notes
-    assert re.fullmatch(r"Row 1 begins from \d+ frames: its clip has no more at 24 fps, and 5000 were asked\.", note)
+    assert re.fullmatch(r"Row 1 begins from \d+ frames: its clip has no more at 24 fps; 5000 were asked for\.", note)
     assert make_run(MemoryStore(), [CLIP | {"prompt": "on", "num_chunks": 1}]).manifest.notes == ()
 
 

@@ -14,7 +14,8 @@ import pytest
 from runs import MakeRun
 
 from magi_ray import __version__
-from magi_ray.errors import NumericError, ObjectMissing
+from magi_ray.errors import MediaError, NumericError, ObjectMissing
+from magi_ray.events import TaskKind
 from magi_ray.render.artifacts.commits import commit, segment_pre_image
 from magi_ray.render.artifacts.videos import published
 from magi_ray.render.plans.row_plan import RowPlan
@@ -23,6 +24,7 @@ from magi_ray.render.runs.record import Run, open_run
 from magi_ray.render.tasks.decode import Decoder
 from magi_ray.render.tasks.embed import Embedder
 from magi_ray.render.tasks.finish import Finisher
+from magi_ray.render.tasks.loading import load_task
 from magi_ray.storage import keys
 from magi_ray.storage.memory import MemoryStore
 from magi_ray.storage.records import digest, read_commit, read_payload
@@ -87,10 +89,10 @@ class Networks:
     def encode_prefix(self, plan: RowPlan) -> bytes:
         return self._work("prefix")
 
-    def segment(self, plan: RowPlan, chunk: int, out: Path) -> None:
+    def make_segment(self, plan: RowPlan, chunk: int, out: Path) -> None:
         out.write_bytes(self._work(f"chunk {chunk}"))
 
-    def make(self, plan: RowPlan, segments: Sequence[Path], out: Path) -> None:
+    def join(self, plan: RowPlan, segments: Sequence[Path], out: Path) -> None:
         out.write_bytes(self._work(" + ".join(path.read_text() for path in segments)))
 
 
@@ -160,7 +162,7 @@ def test_a_chunk_is_decoded_once_and_its_file_does_not_stay(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     store = Puts()
     plan = make_run(store, [ROW]).plans["a"]
-    decoder = Decoder(store, networks, encoder=ENCODER, system=system)
+    decoder = Decoder(store, networks.make_segment, encoder=ENCODER, system=system)
     with pytest.raises(ObjectMissing):
         carried_out(decoder.carry_out(plan, 1))
     assert networks.asked == []
@@ -191,7 +193,7 @@ def test_a_network_that_fails_leaves_nothing_behind(make_run: MakeRun, system: I
     store.written.clear()
     for events in (
         Embedder(store, networks, system=system).carry_out(plan),
-        Decoder(store, networks, encoder=ENCODER, system=system).carry_out(plan, 0),
+        Decoder(store, networks.make_segment, encoder=ENCODER, system=system).carry_out(plan, 0),
     ):
         with pytest.raises(NumericError):
             next(events)
@@ -199,7 +201,7 @@ def test_a_network_that_fails_leaves_nothing_behind(make_run: MakeRun, system: I
     stored_segments(store, plan)
     store.written.clear()
     with pytest.raises(NumericError):
-        next(Finisher(store, run.run_id, encoder=ENCODER, joiner=networks, system=system).carry_out(plan))
+        next(Finisher(store, run.run_id, encoder=ENCODER, joiner=networks.join, system=system).carry_out(plan))
     assert store.written == []
 
 
@@ -211,7 +213,7 @@ def test_a_video_is_published_before_the_record_that_makes_it_count(
     plan = run.plans["a"]
     stored_segments(store, plan)
     store.written.clear()
-    carried_out(Finisher(store, run.run_id, encoder=ENCODER, joiner=networks, system=system).carry_out(plan))
+    carried_out(Finisher(store, run.run_id, encoder=ENCODER, joiner=networks.join, system=system).carry_out(plan))
     assert networks.asked == ["chunk 0 + chunk 1"]
     assert store.get(keys.video(run.run_id, "a")) == b"chunk 0 + chunk 1"
     assert store.written == [keys.video(run.run_id, "a"), keys.video_record(run.run_id, "a")]
@@ -230,7 +232,7 @@ def test_a_missing_segment_is_told_before_anything_is_joined(
     store = MemoryStore()
     run = make_run(store, [ROW])
     stored_chunks(store, run.plans["a"])
-    finisher = Finisher(store, run.run_id, encoder=ENCODER, joiner=networks, system=system)
+    finisher = Finisher(store, run.run_id, encoder=ENCODER, joiner=networks.join, system=system)
     with pytest.raises(ObjectMissing, match="no segment"):
         carried_out(finisher.carry_out(run.plans["a"]))
     assert (networks.asked, videos(store, run)) == ([], {})
@@ -247,7 +249,7 @@ def test_a_late_finisher_joins_nothing_and_one_that_becomes_late_publishes_nothi
     stored_segments(store, older)
     stored_segments(store, newer)
     other = Networks(system)
-    prompt = Finisher(store, run.run_id, encoder=ENCODER, joiner=other, system=system)
+    prompt = Finisher(store, run.run_id, encoder=ENCODER, joiner=other.join, system=system)
     for mine, theirs in ((older, older), (newer, newer), (older, newer)):
         for key in store.list(keys.videos(run.run_id)):
             store.delete(key)
@@ -258,7 +260,7 @@ def test_a_late_finisher_joins_nothing_and_one_that_becomes_late_publishes_nothi
             store.written.clear()
 
         networks.meanwhile = overtake
-        late = Finisher(store, run.run_id, encoder=ENCODER, joiner=networks, system=system)
+        late = Finisher(store, run.run_id, encoder=ENCODER, joiner=networks.join, system=system)
         carried_out(late.carry_out(mine))
         carried_out(late.carry_out(mine))
         assert len(networks.asked) == 1
@@ -273,3 +275,11 @@ def test_the_bodies_are_imported_without_torch() -> None:
         "print(json.dumps(sorted({'torch', 'transformers', 'ray'} & sys.modules.keys())))"
     )
     assert json.loads(subprocess.check_output([sys.executable, "-c", code])) == []
+
+
+@pytest.mark.parametrize("kind", [TaskKind.DECODE, TaskKind.FINISH])
+def test_another_ffmpeg_than_the_runs_is_refused(kind: TaskKind, make_run: MakeRun) -> None:
+    store = MemoryStore()
+    run = make_run(store, [ROW])
+    with pytest.raises(MediaError, match=f"ffmpeg here is 'ffmpeg .*', but this run encodes with '{ENCODER}'"):
+        load_task(kind, settings=run.settings, store=store, run_id=run.run_id, encoder=ENCODER)

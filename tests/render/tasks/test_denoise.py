@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from runs import MakeRun
 from magi_ray.errors import StoreError
 from magi_ray.events import StageCommitted, StepDone
 from magi_ray.render.plans.row_plan import RowPlan
-from magi_ray.render.tasks.denoise import COMMIT_DEADLINE_S, Denoiser
+from magi_ray.render.tasks.denoise import COMMIT_DEADLINE_S, Denoiser, Pack, RunStage
 from magi_ray.storage.memory import MemoryStore
 from magi_ray.storage.records import read_commit
 from magi_ray.system import System
@@ -50,12 +50,12 @@ class Network:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
 
-    def begin(self, plan: RowPlan, first_stage: int) -> Network:
+    def begin_video(self, plan: RowPlan, first_stage: int) -> RunStage:
         self._machine.log.append(f"begin {first_stage}")
         self._steps = plan.forwards_per_stage
-        return self
+        return self.run_stage
 
-    def run(self, stage: int) -> Generator[None, None, Callable[[], Mapping[str, bytes]]]:
+    def run_stage(self, stage: int) -> Generator[None, None, Pack]:
         for step in range(self._steps):
             self._machine.now += 1 + step
             self._machine.log.append(f"forward {stage}.{step}")
@@ -73,7 +73,7 @@ def carry_out(store: MemoryStore, plan: RowPlan, first_stage: int, **machine: An
     """Everything that happens, in order: what the network and the machine did, and what was reported."""
     log: list[Any] = []
     system = Machine(log, **machine)
-    for happened in Denoiser(store, Network(system), system=system).carry_out(plan, first_stage):
+    for happened in Denoiser(store, Network(system).begin_video, system=system).carry_out(plan, first_stage):
         log.append((type(happened).__name__, happened.stage, happened.seconds))
     return log
 
@@ -96,7 +96,7 @@ def test_a_stage_is_written_beside_the_first_forward_of_the_next_and_reported_be
 
 def test_a_step_says_which_of_how_many_it_is_and_a_stage_which_chunk_it_completed(plan: RowPlan) -> None:
     system = Machine([])
-    happenings = list(Denoiser(MemoryStore(), Network(system), system=system).carry_out(plan, 4))
+    happenings = list(Denoiser(MemoryStore(), Network(system).begin_video, system=system).carry_out(plan, 4))
     assert happenings == [
         StepDone(job_id="sea", stage=4, step=1, steps=2, seconds=1.0),
         StepDone(job_id="sea", stage=4, step=2, steps=2, seconds=2.0),

@@ -181,11 +181,11 @@ def test_a_take_is_named_until_it_has_begun(make_run: MakeRun, watch: Watch) -> 
     render_locally(store, run)
     add_take(store, run.run_id, "a", 2, num_chunks=4)
     again = open_run(store, run.run_id)
-    assert summary(told(store, again)["a"]) == ("resume at stage 3", 5, ("take 2 from chunk 2 on was asked",))
+    assert summary(told(store, again)["a"]) == ("resume at stage 3", 5, ("take 2 from chunk 2 on was asked for",))
     comes_true(store, again, watch)
     add_take(store, run.run_id, "a", 3, num_chunks=4)
     found = comes_true(store, open_run(store, run.run_id), watch)
-    assert summary(found["a"]) == ("resume at stage 4", 4, ("take 3 from chunk 3 on was asked",))
+    assert summary(found["a"]) == ("resume at stage 4", 4, ("take 3 from chunk 3 on was asked for",))
 
 
 @pytest.mark.parametrize("damage", ["alter", "empty", "delete"])
