@@ -41,7 +41,7 @@ DELAY_S = 0.05
 class Driver:
     """A process that drives the run once. ``retry``: rows that failed before are tried again.
 
-    ``result``: how it ended, None while it works or when it died or gave up.
+    ``result``: how it ended, None while it works or when it died or gave up.  ``epoch``: of its leading, 0 before.
     """
 
     def __init__(self, of: Simulation, name: str, *, take_over: bool, retry: bool, started_calm: bool) -> None:
@@ -49,6 +49,7 @@ class Driver:
         self.process = Process(of.world, name, of.world.random.choice(of.nodes))
         self.max_failed_rows = None if started_calm else of.world.random.choice([None, None, None, 0, 1])
         self.result: RunResult | None = None
+        self.epoch = 0
         self.workers: SimulatedWorkers | None = None
         self.thread = self.process.start(self._drive)
         self.process.on_death.append(self._died)
@@ -89,6 +90,7 @@ class Driver:
             simulation.ended.append(self)
 
     def _make_workers(self, session: Session) -> SimulatedWorkers:
+        self.epoch = session.epoch
         scheduler = session.scheduler
         handle = scheduler.handle
 

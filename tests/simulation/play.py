@@ -103,7 +103,7 @@ class Simulation:
         self.server = Server(world, self._written)
         self.poisons = [*self._draw_poisons()]
         self.drivers: list[Driver] = []
-        self.ended: list[Driver] = []  # those that came to the end of the run, in that order
+        self.ended: list[Driver] = []  # those that came to the end of the run
         self.attempts: list[Attempt] = []
         self.counts = {
             **ONE_OF_EACH,
@@ -390,7 +390,8 @@ class Simulation:
             check()
 
     def every_row_ends_in_done_or_failed_with_its_reason(self) -> None:
-        failed_rows = self._failed(self.ended[-1])
+        # One that slept at its end says what was so when it led.
+        failed_rows = self._failed(max(self.ended, key=lambda driver: driver.epoch))
         hopeless = {poison.at.job_id: poison.failure for poison in self.poisons if poison.times > 10**6}
         struck = {job for job in hopeless if next(p for p in self.poisons if p.at.job_id == job).times < 10**9}
         for job_id in self.run.plans:

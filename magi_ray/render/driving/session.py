@@ -115,7 +115,8 @@ class Session:
         return Inspected(row=take_inventory(self.store, self.run.run_id, self.run.plans[job_id], self.encoder))
 
     def close(self) -> RunResult:
-        """The run has come to rest: write its tables."""
+        """The run has come to rest: write its tables. Raises Superseded: then they are another driver's to write."""
+        self._leadership.check(now=True)
         return self._reports.close(self.scheduler.state)
 
 
