@@ -458,7 +458,7 @@ def drive(how: str, store_uri: str, run_id: str) -> None:
     from magi_ray.cluster.resources import local_ray, prepare_ray_environment
     from magi_ray.cluster.workers import render_on_ray
     from magi_ray.events import TaskKind
-    from magi_ray.render.driving.session import Timings
+    from magi_ray.render.driving.timings import Timings
 
     store = open_store(store_uri)
     run = open_run(store, run_id)

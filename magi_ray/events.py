@@ -1,5 +1,5 @@
-"""Events of a run, as values: reported by workers and by whoever looks at nodes, store and requests; read by the
-scheduler and by observers."""
+"""Events of a run, as values: sent by workers, or found by the driver when it looks at nodes, store and requests; read
+by the scheduler and by observers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from magi_ray.errors import FailureClass, MagiRayError
 
 
 class TaskKind(StrEnum):
-    """The kinds of tasks, and of the workers that carry them out."""
+    """The kinds of tasks, and of the workers that carry them out.
+
+    A new kind needs: a task body (render/tasks/) and its actor (cluster/actors.py); its place in the order of work
+    (render/driving/scheduler.py), what is left of it (inventory.py) and how it shows (progress.py); if it commits
+    something, its kind of commit (storage/keys.py), its identity (render/plans/) and its upkeep (render/upkeep/).
+    """
 
     EMBED = "embed"
     DENOISE = "denoise"
@@ -31,8 +36,8 @@ class Task:
 class RowInventory:
     """What the store holds of a row.
 
-    embedded: captions and prefix are there.  stages_done: the stages, counted from the first, that denoising can go on
-    behind.  segments_done: chunks whose segment is there.  failed: it failed before and is not to be tried again.
+    embedded: captions and prefix are there.  stages_done: the number of leading stages after which denoising can
+    go on.  segments_done: chunks whose segment is there.  failed: it failed before and is not to be tried again.
     """
 
     job_id: str
@@ -51,7 +56,7 @@ class RowInventory:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerPlaced:
-    """A started worker has its place and is loading. ``node``: the machine's id; ``log``: its log file, as host:file,
+    """A started worker has been placed and is loading. ``node``: the machine's id; ``log``: its log file, as host:file,
     '' if unknown."""
 
     worker: str
@@ -61,7 +66,7 @@ class WorkerPlaced:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerReady:
-    """A worker has loaded, in ``seconds``."""
+    """A worker accepts tasks. It loaded in ``seconds``; 0: it loads with its first task."""
 
     worker: str
     seconds: float = 0.0
@@ -69,9 +74,9 @@ class WorkerReady:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerGone:
-    """A worker died or never started; whatever it was doing failed with ``failure``.
+    """A worker died, was silent for too long, or could not start; its task failed with ``failure``.
 
-    no_room: no node had room for it.  error: why no worker can start here, if known.
+    no_room: no node had room for it.  error: magi-ray's own error from loading, which ends the run.
     """
 
     worker: str
@@ -84,7 +89,7 @@ class WorkerGone:
 
 @dataclass(frozen=True, kw_only=True)
 class StepDone:
-    """``step`` (from 1) of the ``steps`` forwards of ``stage`` is done, after ``seconds``."""
+    """``step`` (from 1) of the ``steps`` denoising steps of ``stage`` is done, after ``seconds``."""
 
     job_id: str
     stage: int
@@ -95,9 +100,9 @@ class StepDone:
 
 @dataclass(frozen=True, kw_only=True)
 class StageCommitted:
-    """``stage`` of ``job_id`` is in the store; ``chunk`` is the one it completed, if any.
+    """``stage`` of ``job_id`` is in the store; ``chunk``: the one that is clean now, if any.
 
-    seconds: what computing it took; 0 when it was there already.
+    seconds: what computing it took; 0 if it was in the store already, or its worker was lost.
     """
 
     job_id: str
@@ -123,7 +128,7 @@ class TaskDone(_AttemptEnded):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskStopped(_AttemptEnded):
-    """The worker stopped as asked, before the task was done."""
+    """The worker stopped early, as asked. What it committed stays."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,12 +140,12 @@ class TaskFailed(_AttemptEnded):
     log: str = ""
 
 
-# From the cluster, the store and people.
+# From the cluster, the store and users.
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodesSeen:
-    """The nodes with the resources that a worker of ``kind`` needs."""
+    """The nodes large enough for a worker of ``kind``, busy or not."""
 
     kind: TaskKind
     nodes: frozenset[str]
@@ -155,12 +160,12 @@ class Inspected:
 
 @dataclass(frozen=True, kw_only=True)
 class PauseAsked:
-    """Stop once what is being computed is committed."""
+    """Stop denoising after the next commit of each stage, let other tasks end, and begin nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CancelAsked:
-    """Stop at once."""
+    """Stop now, whatever is being computed."""
 
 
 WorkerEvent = WorkerPlaced | WorkerReady | WorkerGone | StepDone | StageCommitted | TaskDone | TaskStopped | TaskFailed

@@ -1,7 +1,8 @@
-"""One call of the network, as a value. The sampler makes it; the sampler's driver decides where it is computed.
+"""One call of the network, as a value. The sampler makes it; whoever drives the sampler's generator computes it,
+in a render ``render/tasks/denoise_network.py``.
 
-It belongs to the ground because sampling and models may not import each other, and is generic in its tensors because
-the ground has no torch.
+It lies beside errors and events because sampling and models may not import each other, and is generic in its tensors
+because nothing there imports torch.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import ceil
 
 FRAMES_PER_LATENT = 4
+# Of MAGI-1, not an option: no stage's identity names it, so another number needs another `identity.FORMAT`.
 LATENTS_PER_CHUNK = 6
 FRAMES_PER_CHUNK = FRAMES_PER_LATENT * LATENTS_PER_CHUNK
 SPATIAL_FACTOR = 8

@@ -27,7 +27,8 @@ from magi_ray.events import (
 from magi_ray.render.driving.loop import check_machine, render
 from magi_ray.render.driving.reports import Observer, RunResult
 from magi_ray.render.driving.scheduler import ONE_OF_EACH
-from magi_ray.render.driving.session import DriveOptions, Session, Timings
+from magi_ray.render.driving.session import DriveOptions, Session
+from magi_ray.render.driving.timings import Timings
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.runs.record import Run
 from magi_ray.settings import Settings

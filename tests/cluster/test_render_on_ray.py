@@ -25,7 +25,8 @@ from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.progress import RunProgress
 from magi_ray.render.driving.reports import RunResult
 from magi_ray.render.driving.scheduler import MAX_FAILED_STARTS, Command
-from magi_ray.render.driving.session import DriveOptions, Timings
+from magi_ray.render.driving.session import DriveOptions
+from magi_ray.render.driving.timings import Timings
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.settings import Settings, override, preset
 from magi_ray.storage import keys

@@ -23,7 +23,8 @@ from magi_ray.events import (
 from magi_ray.render.driving.loop import render
 from magi_ray.render.driving.reports import RunResult, read_failures
 from magi_ray.render.driving.scheduler import Command, RunState
-from magi_ray.render.driving.session import DriveOptions, Session, Timings
+from magi_ray.render.driving.session import DriveOptions, Session
+from magi_ray.render.driving.timings import Timings
 from magi_ray.render.driving.worker import Worker
 from magi_ray.render.plans.row_plan import RowPlan
 

@@ -21,13 +21,13 @@ AT_ONCE = 16
 
 
 def stages_done(store: Store, plan: RowPlan) -> int:
-    """How many stages from the first on are committed, and whole as far as denoising reads them to go on behind them:
-    the last one's window, and the clean chunks it looks back to. A damaged one counts as absent, and with it
+    """The number of leading stages after which denoising can go on: all committed, and intact as far as it must read
+    them (the last one's window, and the clean chunks it looks back to). A damaged one counts as absent, and with it
     everything after."""
     done = 0
     while done < len(plan.stage_keys) and read_commit(store, "stage", plan.stage_keys[done]) is not None:
         done += 1
-    return _resumable(plan, done, _reader(store, plan))
+    return _resumable(plan, done, _intact(store, plan))
 
 
 def take_inventory_of_run(
@@ -41,7 +41,8 @@ def take_inventory_of_run(
 ) -> list[RowInventory]:
     """``take_inventory`` of every row, in the manifest's order.
 
-    reread: job_ids of rows to be read whole.  meanwhile: called after each row; what it raises ends this.
+    reread: job_ids of rows of which every object is verified.  meanwhile: called after each row; what it raises ends
+    this.
     """
     sizes = video_sizes(store, run.run_id)
 
@@ -49,7 +50,7 @@ def take_inventory_of_run(
         return take_inventory(store, run.run_id, plan, encoder, sizes=sizes, reread=plan.job_id in reread)
 
     rows = []
-    # A bucket answers many as fast as one; a folder does not.
+    # A bucket, the only store that is wrapped so, answers many as fast as one; a folder does not.
     at_once = AT_ONCE if isinstance(store, RetryingStore) else 1
     for row in system.map(look, run.plans.values(), at_once=at_once):
         rows.append(row)
@@ -68,8 +69,8 @@ def take_inventory(
 ) -> RowInventory:
     """The row as the scheduler needs it: what is damaged counts as absent, so that it is made again.
 
-    Of a published row its record and the size of its mp4 are looked at; of another one everything is read whole that
-    is still needed. ``reread``: read every object of the row whole, whether it is published or not.
+    Of a published row only its record and the size of its mp4 are checked; of another one everything that is still
+    needed is read and verified. ``reread``: verify every object of the row, whether it is published or not.
     encoder: whose segments count; None: no segments are looked up, and none is said to be there.
     sizes: ``videos.video_sizes``, if the caller has them.
     """
@@ -77,25 +78,25 @@ def take_inventory(
     found = published(store, run_id, plan, sizes=sizes, reread=reread)
     if found is not None and not reread:
         return replace(row, stages_done=timeline.num_stages, published=True)
-    whole = _reader(store, plan)
+    intact = _intact(store, plan)
     done = stages_done(store, plan)
     if reread:
-        done = next((stage for stage in range(done) if not whole(stage)), done)
+        done = next((stage for stage in range(done) if not intact(stage)), done)
     segments = set()
     for chunk in range(_clean(plan, done)):
         if encoder is None:
             break
         if verified_commit(store, "segment", digest(segment_pre_image(store, plan, chunk, encoder))) is not None:
             segments.add(chunk)
-        elif not whole(timeline.finishing_stage(chunk)):
-            # Its latent is needed once more and is damaged: go on from there.
+        elif not intact(timeline.finishing_stage(chunk)):
+            # Its latent is needed again and is damaged: go on from the stage that finishes it.
             done = timeline.finishing_stage(chunk)
             break
     ready = (done == timeline.num_stages and not reread) or embedded(store, plan)
     if not ready:
-        # Captions are made for stages to come: of a row that is to be whole again, the last one comes again.
+        # Captions are only made for stages to come, so the last stage is done again.
         done = min(done, timeline.num_stages - 1)
-    done = _resumable(plan, done, whole)
+    done = _resumable(plan, done, intact)
     segments &= set(range(_clean(plan, done)))
     return replace(
         row,
@@ -107,15 +108,15 @@ def take_inventory(
 
 
 def untouched(plan: RowPlan) -> RowInventory:
-    """The row as if the store held nothing of it."""
+    """The row with nothing of it in the store."""
     timeline = plan.timeline
     return RowInventory(
         job_id=plan.job_id, priority=plan.priority, num_stages=timeline.num_stages, num_chunks=timeline.num_chunks
     )
 
 
-def _reader(store: Store, plan: RowPlan) -> Callable[[int], bool]:
-    """Whether a stage is committed and whole; each is read once."""
+def _intact(store: Store, plan: RowPlan) -> Callable[[int], bool]:
+    """Tells whether a stage is committed and intact; each is read once."""
     return cache(lambda stage: verified_commit(store, "stage", plan.stage_keys[stage]) is not None)
 
 
@@ -124,16 +125,16 @@ def _clean(plan: RowPlan, done: int) -> int:
     return max(0, done - plan.timeline.window_size + 1)
 
 
-def _resumable(plan: RowPlan, done: int, whole: Callable[[int], bool]) -> int:
-    """The last number of stages up to ``done`` behind which denoising can go on."""
+def _resumable(plan: RowPlan, done: int, intact: Callable[[int], bool]) -> int:
+    """The largest number of stages up to ``done`` after which denoising can go on."""
     timeline = plan.timeline
     ranges = KVRanges.of(plan.settings.runtime, plan.controls, offset=timeline.offset)
     while done:
-        if not whole(done - 1):
+        if not intact(done - 1):
             done -= 1
             continue
         needed = clean_chunks_needed(timeline, ranges, done) if done < timeline.num_stages else range(0)
-        damaged = [stage for stage in map(timeline.finishing_stage, needed) if not whole(stage)]
+        damaged = [stage for stage in map(timeline.finishing_stage, needed) if not intact(stage)]
         if not damaged:
             break
         done = damaged[0]

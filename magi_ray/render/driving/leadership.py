@@ -14,20 +14,20 @@ from magi_ray.system import System
 
 
 class Leadership:
-    """That this process drives the run, as its ``epoch``-th driver."""
+    """This process's right to drive the run, as its ``epoch``-th driver."""
 
     def __init__(self, store: Store, run_id: str, lease: Lease, system: System) -> None:
         self.epoch = lease.epoch
         self._store, self._run_id, self._lease, self._system = store, run_id, lease, system
-        self._asked = system.clock()
+        self._checked = system.clock()
 
     def check(self, *, now: bool = False) -> None:
         """Raises Superseded when another driver has taken over; StoreError when the run itself is gone from the store.
 
-        Asks the store every BEAT_S seconds, or ``now``, and always while the lease may be another's: after an outage of
-        the store it still is ours if nobody took the next epoch.
+        Asks the store every BEAT_S seconds, or ``now``, and always once the lease may have expired: even then this
+        driver leads until another takes the next epoch.
         """
-        if now or not self._lease.valid or self._system.clock() - self._asked >= BEAT_S:
+        if now or not self._lease.valid or self._system.clock() - self._checked >= BEAT_S:
             if superseded(self._store, self._run_id, self.epoch):
                 raise Superseded(
                     f"Another driver has taken over run {self._run_id}: this one is number {self.epoch}.",
@@ -36,11 +36,11 @@ class Leadership:
                 )
             if not self._lease.valid and not self._store.exists(keys.epoch(self._run_id, self.epoch)):
                 raise StoreError(
-                    f"Run {self._run_id} is gone from {self._store.uri}: not even its driver's epoch is there.",
+                    f"Run {self._run_id} is gone from {self._store.uri}: its driver's epoch is not there either.",
                     remedy="If nobody meant to delete it, look at the mount; then submit the manifest again.",
                     next_command=f"magi-ray submit MANIFEST --store {self._store.uri}",
                 )
-            self._asked = self._system.clock()
+            self._checked = self._system.clock()
 
 
 @contextmanager
@@ -49,8 +49,8 @@ def lead(
 ) -> Iterator[Leadership]:
     """Be the driver of ``run_id`` for as long as the block runs.
 
-    take_over: also when another driver is alive; it notices and stops. Otherwise one that is dead, or silent for long
-    enough, is succeeded, and Superseded is raised when it is alive.  name: of this process, for people.
+    take_over: replace a driver even if it is alive; it notices and stops. Otherwise only one that is dead, or silent
+    for long enough, is replaced, and Superseded is raised when it is alive.  name: of this process, for people.
     """
     key = keys.run_lease(run_id)
     if not take_over:
@@ -74,7 +74,7 @@ def row_lease(
     """Be the group that denoises the row ``job_id`` for driver ``epoch``. Ask ``check()`` of the lease often.
 
     The lease is taken from whoever has it: a driver gives a row to a group when the one before has failed or is lost,
-    and one whose node cannot be reached may beat for ever. It finds out with its next beat.
+    and one whose node cannot be reached may renew for ever. The previous holder notices when it renews next.
     name: of the worker.  Raises Superseded when a newer driver's group has it.
     """
     lease = acquire(store, keys.row_lease(run_id, job_id), system.owner(name), epoch=epoch, force=True, system=system)

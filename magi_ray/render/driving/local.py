@@ -23,7 +23,8 @@ from magi_ray.render.artifacts.latents import set_torch_threads
 from magi_ray.render.driving.loop import check_machine, render
 from magi_ray.render.driving.reports import Observer, RunResult
 from magi_ray.render.driving.scheduler import ONE_OF_EACH
-from magi_ray.render.driving.session import DriveOptions, Session, Timings
+from magi_ray.render.driving.session import DriveOptions, Session
+from magi_ray.render.driving.timings import Timings
 from magi_ray.render.driving.worker import Worker, print_traceback
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.runs.record import Run
@@ -53,13 +54,13 @@ def render_locally(
         encoder=encoder,
         options=options,
         observers=observers,
-        # One works while the others wait: silence says nothing.
+        # They work in turns: one that is silent does not hang.
         timings=replace(timings, silence_s=dict.fromkeys(TaskKind, inf)),
     )
 
 
 def _print_bugs(what: str, exc: Exception) -> None:
-    """Where a bug happened is in no message; our own errors are told when their row has failed."""
+    """A message does not say where a bug is; our own errors are reported when their row has failed."""
     if not isinstance(exc, MagiRayError):
         print_traceback(what, exc)
 
@@ -67,28 +68,28 @@ def _print_bugs(what: str, exc: Exception) -> None:
 class LocalWorkers:
     """Denoising goes on step by step, in ``wait``; a task of another kind that comes meanwhile is carried out first."""
 
-    def __init__(self, driving: Session) -> None:
-        self._driving = driving
+    def __init__(self, session: Session) -> None:
+        self._session = session
         self._workers: dict[str, Worker] = {}
         self._working: dict[str, Generator[WorkerEvent]] = {}
         self._said: deque[tuple[str, WorkerEvent]] = deque()
 
     def start(self, worker: str, kind: TaskKind, avoid: frozenset[str]) -> None:
-        driving = self._driving
+        session = self._session
         self._workers[worker] = Worker(
             kind,
             worker,
-            store=driving.store,
-            run_id=driving.run.run_id,
-            epoch=driving.epoch,
+            store=session.store,
+            run_id=session.run.run_id,
+            epoch=session.epoch,
             # Loaded with the first task.
             load=partial(
                 load_task,
                 kind,
-                settings=driving.run.settings,
-                store=driving.store,
-                run_id=driving.run.run_id,
-                encoder=driving.encoder,
+                settings=session.run.settings,
+                store=session.store,
+                run_id=session.run.run_id,
+                encoder=session.encoder,
             ),
             on_error=_print_bugs,
         )
@@ -101,7 +102,7 @@ class LocalWorkers:
         self._workers[worker].abandon(attempt, to_stage_end=to_stage_end)
 
     def stop(self, worker: str) -> None:
-        """Its networks go with it; a row in work is let go of."""
+        """Its networks go with it; a task under way is closed, which releases its row's lease."""
         del self._workers[worker]
         if (working := self._working.pop(worker, None)) is not None:
             working.close()
@@ -121,4 +122,4 @@ class LocalWorkers:
         return frozenset()
 
     def why_unplaced(self, worker: str) -> str:
-        raise AssertionError("a worker in this process has its place at once")
+        raise AssertionError("a worker in this process is placed immediately")

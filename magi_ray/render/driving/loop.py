@@ -1,4 +1,4 @@
-"""The driver's loop: hears workers, lets the scheduler decide, carries its commands out. There is no other.
+"""The driver's loop: passes the events of workers to the scheduler and carries its commands out. There is no other.
 
 Where the workers are is an argument: actors on Ray, this process, or a simulation, each a ``Workers``. So is the clock.
 """
@@ -40,7 +40,8 @@ from magi_ray.render.driving.scheduler import (
     StartWorker,
     StopWorker,
 )
-from magi_ray.render.driving.session import DriveOptions, Session, Timings, session
+from magi_ray.render.driving.session import DriveOptions, Session, open_session
+from magi_ray.render.driving.timings import Timings
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.runs.record import Run
 from magi_ray.render.runs.weights import require_same_weights
@@ -51,35 +52,35 @@ from magi_ray.system import System
 class Workers(Protocol):
     """Where tasks are carried out. Names of workers are the scheduler's, and are never used twice.
 
-    Nothing here waits but ``wait``. What goes wrong with a worker is an event of it.
+    Only ``wait`` may block for long. What goes wrong with a worker is one of its events.
     """
 
     def start(self, worker: str, kind: TaskKind, avoid: frozenset[str]) -> None:
-        """Begin to start a worker on none of the nodes ``avoid``. It says WorkerPlaced, then WorkerReady."""
+        """Begin to start a worker on none of the nodes ``avoid``. It sends WorkerPlaced, then WorkerReady."""
         ...
 
     def run(self, worker: str, plan: RowPlan, task: Task, attempt: int) -> None:
-        """Give it a task. It says StepDone and StageCommitted, and at the end TaskDone, TaskStopped or TaskFailed."""
+        """Give it a task. It sends StepDone and StageCommitted, and at the end TaskDone, TaskStopped or TaskFailed."""
         ...
 
     def abandon(self, worker: str, attempt: int, *, to_stage_end: bool) -> None:
-        """Ask it to stop working on an attempt; it goes on to the end of its stage, or not even that far."""
+        """Ask it to stop denoising in an attempt: after the next commit of a stage, or after the current step."""
         ...
 
     def stop(self, worker: str) -> None:
-        """End it now; it says nothing any more."""
+        """End it now; its later events are dropped."""
         ...
 
     def wait(self, within_s: float) -> Sequence[tuple[str, WorkerEvent]]:
-        """All that workers have said since, each with the worker's name; waits for the first for ``within_s``."""
+        """New events, each with its worker's name; waits about ``within_s`` for the first. The rest come next time."""
         ...
 
     def nodes(self, kind: TaskKind) -> frozenset[str]:
-        """The nodes that have what a worker of ``kind`` needs, were they free. Empty where there are no nodes."""
+        """The nodes large enough for a worker of ``kind``, busy or not. Empty where there are no nodes."""
         ...
 
     def why_unplaced(self, worker: str) -> str:
-        """Why a worker that was started is still nowhere."""
+        """Why a worker that was started has not been placed yet."""
         ...
 
 
@@ -96,13 +97,13 @@ def render(
     timings: Timings = Timings(),
     system: System = System(),
 ) -> RunResult:
-    """Render what is left of ``run``. A row that fails is recorded and harms no other.
+    """Render what is left of ``run``. A row that fails is recorded and does not affect the others.
 
     counts: how many workers of each kind.  encoder: identity of ffmpeg.  name: of this driver, for people.
-    Raises Superseded, StoreError when the run's own records cannot be written, and what keeps any worker of a kind from
-    starting (WeightsError, MediaError, WorkerLost). Workers are gone afterwards, whatever happened.
+    Raises Superseded, StoreError when the run's own records cannot be written, and the error that kept workers of a
+    kind from starting (WeightsError, MediaError, WorkerLost). Workers are gone afterwards, whatever happened.
     """
-    with session(
+    with open_session(
         store,
         run,
         encoder=encoder,
@@ -112,13 +113,13 @@ def render(
         name=name,
         timings=timings,
         system=system,
-    ) as driving:
-        loop = _Loop(driving, make_workers(driving))
+    ) as session:
+        loop = _Loop(session, make_workers(session))
         try:
             loop.drive()
         finally:
             loop.stop_all()
-        return driving.close()
+        return session.close()
 
 
 def check_machine(run: Run) -> str:
@@ -131,12 +132,12 @@ def check_machine(run: Run) -> str:
 
 
 class _Loop:
-    """``_deadlines``: when each worker that we wait for is taken for hung, by the session's clock; ``_unplaced``: those
-    that are nowhere yet; ``_logs``: where each writes."""
+    """``_logs``: the log file of each worker that has not been stopped; ``_deadlines``: when a busy or starting one is
+    taken for hung, by the session's clock; ``_unplaced``: those not placed yet."""
 
-    def __init__(self, driving: Session, workers: Workers) -> None:
-        self._driving, self._workers = driving, workers
-        self._scheduler, self._timings, self._clock = driving.scheduler, driving.timings, driving.system.clock
+    def __init__(self, session: Session, workers: Workers) -> None:
+        self._session, self._workers = session, workers
+        self._scheduler, self._timings, self._clock = session.scheduler, session.timings, session.system.clock
         self._events: deque[Event] = deque()
         self._deadlines: dict[str, float] = {}
         self._unplaced: set[str] = set()
@@ -147,15 +148,15 @@ class _Loop:
     def drive(self) -> None:
         """Until the run has come to rest."""
         self._look_around()
-        self._handle_events()  # a run that is to stop does not begin
-        self._obey(self._driving.start())
+        self._handle_events()  # a request to stop is heard before anything starts
+        self._carry_out(self._session.start())
         while True:
             self._handle_events()
             if self._scheduler.finished:
                 return
-            assert self._deadlines, "the run is not finished, but nobody works on it"
-            self._hear(self._workers.wait(self._timings.tick_s))
-            self._find_silent()
+            assert self._deadlines, "the run is not finished, but no worker is busy or starting"
+            self._receive(self._workers.wait(self._timings.tick_s))
+            self._give_up_silent()
             self._look_around()
 
     def stop_all(self) -> None:
@@ -165,7 +166,7 @@ class _Loop:
                 self._stop(worker)
 
     def _look_around(self) -> None:
-        """At the lease, at what people want, and now and then at the cluster."""
+        """Check the lease and the users' requests, and now and then the nodes."""
         now = self._clock()
         if now - self._nodes_asked >= self._timings.nodes_s:
             self._nodes_asked = now
@@ -174,7 +175,7 @@ class _Loop:
                 if nodes != self._nodes.get(kind, frozenset()):
                     self._nodes[kind] = nodes
                     self._events.append(NodesSeen(kind=kind, nodes=nodes))
-        self._events.extendleft(self._driving.tick())  # people first
+        self._events.extendleft(self._session.tick())  # requests go first
 
     def _handle_events(self) -> None:
         while self._events and not self._scheduler.finished:
@@ -184,11 +185,11 @@ class _Loop:
                 continue  # it was stopped meanwhile
             if isinstance(event, WorkerGone):
                 for committed in self._committed_unseen(self._scheduler.task_of(event.worker)):
-                    self._obey(self._driving.handle(committed))
+                    self._carry_out(self._session.handle(committed))
                 self._stop(event.worker)
-            self._obey(self._driving.handle(event))
+            self._carry_out(self._session.handle(event))
 
-    def _obey(self, commands: Iterable[Command]) -> None:
+    def _carry_out(self, commands: Iterable[Command]) -> None:
         for command in commands:
             match command:
                 case StartWorker(worker=worker, kind=kind, avoid=avoid):
@@ -200,19 +201,19 @@ class _Loop:
                     self._stop(worker)
                 case RunTask(worker=worker, task=task, attempt=attempt):
                     self._expect(worker, self._timings.silence_s[task.kind])
-                    self._workers.run(worker, self._driving.run.plans[task.job_id], task, attempt)
+                    self._workers.run(worker, self._session.run.plans[task.job_id], task, attempt)
                 case Abandon(worker=worker, attempt=attempt, to_stage_end=to_stage_end):
                     self._workers.abandon(worker, attempt, to_stage_end=to_stage_end)
                 case Inspect(job_id=job_id):
-                    self._events.append(self._driving.inspect(job_id))
-                    self._look_around()  # there may be many of them, and each takes its time
+                    self._events.append(self._session.inspect(job_id))
+                    self._look_around()  # inspections are slow; the lease is checked meanwhile
                 case EndRun(error=error):
-                    error.next_command = error.next_command or self._driving.resume_command
+                    error.next_command = error.next_command or self._session.resume_command
                     raise error
                 case RowFailed():
                     pass  # for the reports
 
-    def _hear(self, said: Iterable[tuple[str, WorkerEvent]]) -> None:
+    def _receive(self, said: Iterable[tuple[str, WorkerEvent]]) -> None:
         for worker, event in said:
             if worker not in self._logs:
                 continue  # it was stopped
@@ -226,7 +227,7 @@ class _Loop:
                 case TaskFailed(failure=failure):
                     self._deadlines.pop(worker, None)
                     if failure is FailureClass.PREEMPTED:
-                        self._driving.recheck_leadership()
+                        self._session.recheck_leadership()
                     event = replace(event, log=self._logs[worker])
                 case WorkerGone():
                     event = replace(event, log=self._logs[worker])
@@ -235,12 +236,12 @@ class _Loop:
                         self._expect(worker, self._timings.silence_s[task.kind])
             self._events.append(event)
 
-    def _find_silent(self) -> None:
-        """Take workers for hung that have said nothing for too long."""
+    def _give_up_silent(self) -> None:
+        """Take workers for lost that have sent nothing for too long."""
         if not self._silent():
             return
-        # Perhaps they have spoken, and it was we who did not listen: the store was out of reach.
-        self._hear(self._workers.wait(0.0))
+        # Perhaps their events are waiting, and it was the driver that was held up by the store.
+        self._receive(self._workers.wait(0.0))
         for worker in self._silent():
             no_room = worker in self._unplaced
             message = f"Nothing was heard of worker {worker} for too long."
@@ -249,7 +250,7 @@ class _Loop:
             failure = FailureClass.INFRASTRUCTURE
             gone = WorkerGone(worker=worker, failure=failure, message=message, no_room=no_room)
             self._deadlines.pop(worker)
-            self._hear([(worker, gone)])
+            self._receive([(worker, gone)])
 
     def _silent(self) -> list[str]:
         now = self._clock()
@@ -259,11 +260,11 @@ class _Loop:
         """The stages a lost worker committed, reported or not: none of them is to be computed again."""
         if task is None or task.kind is not TaskKind.DENOISE:
             return []
-        plan = self._driving.run.plans[task.job_id]
+        plan = self._session.run.plans[task.job_id]
         try:
-            done = stages_done(self._driving.store, plan)
+            done = stages_done(self._session.store, plan)
         except StoreError:
-            return []  # then those that were reported have to do
+            return []  # then those that were reported must do
         return [
             StageCommitted(job_id=task.job_id, stage=stage, chunk=plan.timeline.finished(stage))
             for stage in range(task.index, done)

@@ -1,4 +1,4 @@
-"""How far a run is: fed with what happens, asked by whoever draws it. No clock, no store."""
+"""How far a run is: updated with its events, read by whoever displays it. No clock, no store."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Phase(StrEnum):
 
 @dataclass(kw_only=True)
 class VideoProgress:
-    """One video. ``step`` of ``steps`` counts the forwards of the stage in work; rendered_stages were computed now, and
-    again counts again."""
+    """One video. ``step`` of ``steps``: denoising steps of the current stage. rendered_stages: stages computed by this
+    driver; one computed twice counts twice."""
 
     job_id: str
     phase: Phase
@@ -38,7 +38,7 @@ class VideoProgress:
 
     @property
     def reused_stages(self) -> int:
-        """Stages that were there without being computed now."""
+        """Stages that were in the store already."""
         return max(0, self.stages_done - self.rendered_stages)
 
     @property
@@ -59,7 +59,7 @@ class RunProgress:
 
     @classmethod
     def of(cls, run_id: str, rows: Sequence[RowInventory], steps: dict[str, int]) -> RunProgress:
-        """The state ``rows`` describe. ``steps``: forwards per stage of each job."""
+        """The state ``rows`` describe. ``steps``: denoising steps per stage of each job."""
         progress = cls(run_id)
         for row in rows:
             progress.videos[row.job_id] = VideoProgress(
@@ -78,7 +78,7 @@ class RunProgress:
         match happened:
             case StepDone(job_id=job_id, stage=stage, step=step):
                 video = self.videos[job_id]
-                # The first forward of a stage is done before the commit of the one before it is reported.
+                # The first step of a stage is done before the commit of the one before it is reported.
                 video.stages_done, video.step = stage, step
                 video.rendered_stages += step == happened.steps
             case StageCommitted(job_id=job_id, stage=stage):
@@ -102,7 +102,7 @@ class RunProgress:
                     case TaskKind.EMBED:
                         video.phase = Phase.WAITING
                     case TaskKind.DECODE:
-                        # Of one that was in work when the row was looked up it is known already.
+                        # A segment that was committed before the row was inspected is counted already.
                         video.chunks_done = min(video.chunks, video.chunks_done + 1)
                     case TaskKind.FINISH:
                         video.phase = Phase.DONE

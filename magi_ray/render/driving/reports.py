@@ -1,4 +1,4 @@
-"""What a run leaves behind for people while it goes on and when it ends: progress, results, errors.
+"""What a driver writes for users during a run and at its end: progress, results, errors.
 
 Everything here can be lost without losing work; the truth is in the commits and the published videos.
 """
@@ -25,13 +25,13 @@ from magi_ray.storage.retrying import SHUTDOWN_PATIENCE_S, with_patience
 from magi_ray.storage.store import Store
 from magi_ray.system import System
 
-# Of a hundred thousand rows writing takes seconds: no more than this share of the time, and at least once a minute.
+# With 100,000 rows a write takes seconds: about this share of the time goes into it, but one a minute there is.
 SHARE, LONGEST_INTERVAL_S = 0.1, 60.0
 
-# Whoever watches: called with every event and command, and how far the run is by it.
+# Called with every event and command, and the progress after it.
 Observer = Callable[[Event | Command, RunProgress], None]
 
-# task and index: what failed (decode 3: chunk 3).  stage: the first that failed, none when joining did.  log: of whom.
+# task and index: what failed (decode 3: chunk 3).  stage: the first affected, none if finishing failed.  log: its file.
 _ERRORS = pa.schema(
     [("job_id", pa.string()), ("class", pa.string()), ("message", pa.string()), ("task", pa.string()),
      ("index", pa.int64()), ("stage", pa.int64()), ("attempts", pa.int64()), ("log", pa.string())]
@@ -52,10 +52,10 @@ class RunResult:
 
 
 class RunReports:
-    """Tells ``observers`` what happens, and every ``interval_s`` seconds or more seldom writes ``progress.json``;
-    ``close`` writes the tables.
+    """Passes events and commands to ``observers``; writes ``progress.json`` and new errors, at most every
+    ``interval_s`` seconds; ``close`` writes the tables.
 
-    rows: what was in the store when the run began or went on.  earlier: failures of before that are left as they are.
+    rows: what was in the store when the run began or went on.  earlier: failures not to be tried again.
     """
 
     def __init__(
@@ -88,9 +88,9 @@ class RunReports:
             self._errors_written = False
         for observer in self._observers:
             observer(happened, self.progress)
-        self.beat()
+        self.write_if_due()
 
-    def beat(self) -> None:
+    def write_if_due(self) -> None:
         """Say that the run is alive, if it is time to: a step of a large model may take minutes."""
         begun = self._system.clock()
         if self._due is None or begun >= self._due:
@@ -101,7 +101,7 @@ class RunReports:
             self._due = now + min(LONGEST_INTERVAL_S, max(self._interval_s, (now - begun) / SHARE))
 
     def stop(self) -> None:
-        """The run stops before its end; whoever looks should not wait for it."""
+        """The driver stops early: say so, lest somebody waits for it."""
         with suppress(MagiRayError):  # the error that stopped the run matters more
             self._store = with_patience(self._store, SHUTDOWN_PATIENCE_S)
             self._write_progress("stopped")
@@ -109,7 +109,7 @@ class RunReports:
                 self._write_errors()
 
     def close(self, state: RunState) -> RunResult:
-        """The run has come to rest: write ``progress.json``, ``results.parquet`` and ``errors.parquet``."""
+        """The run has ended: write ``progress.json``, ``results.parquet`` and ``errors.parquet``."""
         self._write_progress(state)
         self._write_errors()
         self._store.put(keys.run_results(self._run.run_id), _parquet(self._results(state)))
@@ -148,7 +148,7 @@ class RunReports:
         self._store.put(keys.run_progress(self._run.run_id), json.dumps(content).encode())
 
     def _results(self, state: RunState) -> pa.Table:
-        """One line for each row: what became of it, its tags, and the columns we do not know as they came.
+        """One line for each row: what became of it, its tags, and unknown columns unchanged.
 
         A row that is neither done nor failed has the state of the run: paused, cancelled, broken.
         """
@@ -173,7 +173,7 @@ class RunReports:
         table = pa.Table.from_pylist(lines)
         unknown = self._run.manifest.unknown
         for name in unknown.column_names:
-            # A column of theirs that bears a name of ours keeps its values under another one.
+            # A user's column that has the name of one of ours gets another name.
             table = table.append_column(f"{name}_" if name in table.column_names else name, unknown.column(name))
         return table
 

@@ -1,4 +1,4 @@
-"""What people want of a run that somebody renders: that it pauses, or that it is cancelled. Its driver looks often."""
+"""Users' requests to the driver of a run: pause or cancel. The driver reads them every few seconds."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ def requested(store: Store, run_id: str) -> Request | None:
 
 
 def clear(store: Store, run_id: str) -> None:
-    """Ask for nothing any more."""
+    """Withdraw the request."""
     store.delete(keys.run_wanted(run_id))

@@ -3,10 +3,11 @@
 ``Scheduler.handle(event)`` takes one thing that happened and returns the commands to carry out now; ``loop.py`` does.
 
 A row goes embed → denoise → finish; each chunk that denoising completes is decoded beside it. Denoising a row never
-waits for its decoding: what waits for a decoder is a chunk number, since the latent itself lies in the store.
+waits for its decoding: a queued decode is only a chunk number, the latent is in the store.
 
-A row that failed on a node is not tried there again, and a node where several rows failed is left alone, as long as
-there is another one. What the store turned out not to hold after all is looked up (``Inspect``) and made again.
+A row is not tried again on a node where a task of it failed in a way that may be the node's fault, and a node where
+several rows had such failures gets no more work, as long as there is another one. After an error of the store the row
+is looked up there (``Inspect``), and what is missing is made again.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class StartWorker:
 
 @dataclass(frozen=True, kw_only=True)
 class StopWorker:
-    """End ``worker`` now, whatever it is doing. Nothing it says from here on counts."""
+    """End ``worker`` now, whatever it is doing. Its later events are ignored."""
 
     worker: str
 
@@ -67,7 +68,8 @@ class RunTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Abandon:
-    """Ask ``worker`` to stop working on ``attempt``: after the forward in work, or ``to_stage_end``."""
+    """Ask ``worker`` to stop denoising in ``attempt``: after the current step, or with ``to_stage_end`` after the next
+    commit of a stage. Tasks of other kinds run to their end."""
 
     worker: str
     attempt: int
@@ -83,7 +85,7 @@ class Inspect:
 
 @dataclass(frozen=True, kw_only=True)
 class RowFailed:
-    """``job_id`` has used up its budget. ``index`` as in Task; ``stage``: the first that failed, None when joining did.
+    """``job_id`` has used up its budget. ``index`` as in Task; ``stage``: the first affected, None if finishing failed.
     ``log``: where its worker wrote."""
 
     job_id: str
@@ -98,15 +100,15 @@ class RowFailed:
 
 @dataclass(frozen=True, kw_only=True)
 class EndRun:
-    """Give the run up: no worker of some kind can start."""
+    """Give the run up: workers of some kind cannot start."""
 
     error: MagiRayError
 
 
 Command = StartWorker | StopWorker | RunTask | Abandon | Inspect | RowFailed | EndRun
 
-# How often one task may fail in each class before its row does. None: as often as it likes. Denoising that got further
-# is another task, so that a long video does not use up its budget over days of small mishaps.
+# How many failures of each class a task may have; the next one fails its row. None: any number. Denoising that got
+# further is another task, so that a long video does not use up its budget over days of small mishaps.
 BUDGETS: Mapping[FailureClass, int | None] = {
     FailureClass.PREEMPTED: None,
     FailureClass.INFRASTRUCTURE: 5,
@@ -124,11 +126,11 @@ _OF_THE_NODE = {
     FailureClass.CODE,
     FailureClass.NUMERIC,
 }
-# A node on which this many rows have failed is left alone.
+# A node where tasks of this many rows have failed gets no more work.
 ROWS_FAILED_ON_BAD_NODE = 3
-# Workers of a kind that may fail to start, one after the other, before the run is given up.
+# When this many workers of a kind have failed to start, one after the other, the run is given up.
 MAX_FAILED_STARTS = 3
-# Starting is most of what a short run takes. So workers load in the order in which they get to work, not all at once.
+# A short run is mostly start-up, so decoders begin to load once a denoiser is ready, and finishers once a decoder is.
 _STARTS_AFTER = {TaskKind.DECODE: TaskKind.DENOISE, TaskKind.FINISH: TaskKind.DECODE}
 ONE_OF_EACH: Mapping[TaskKind, int] = dict.fromkeys(TaskKind, 1)
 _LOGGED_EVENTS = 60
@@ -146,7 +148,7 @@ class RunState(StrEnum):
 
 @dataclass
 class _Row:
-    """Progress of one row. ``running``: what workers are doing for it now; ``inspecting``: the store is asked about it;
+    """Progress of one row. ``running``: what workers are doing for it now; ``inspecting``: an Inspect is pending;
     ``redo``: the stage to go on from once the denoising under way has ended; ``avoid``: nodes on which it failed."""
 
     row: RowInventory
@@ -163,12 +165,12 @@ class _Row:
     redo: int | None = None
 
     @property
-    def over(self) -> bool:
+    def ended(self) -> bool:
         return self.published or self.failed
 
     def needs(self, kind: TaskKind) -> bool:
         """Whether this row may still ask for work of ``kind``."""
-        if self.over:
+        if self.ended:
             return False
         match kind:
             case TaskKind.EMBED:
@@ -236,18 +238,18 @@ class Scheduler:
                 failed=row.failed,
             )
             self._update_needs(state)
-            self._enqueue_what_is_left(state)
+            self._enqueue_remaining(state)
 
     @property
     def finished(self) -> bool:
-        """Every row is published or failed and no worker is busy; or the run was halted and has come to rest."""
+        """Every row is published or failed, or the run was halted, and no worker is busy; or the run was cancelled."""
         if self._halted is RunState.CANCELLED:
             return True
         return not self._busy.total() and (self._halted is not None or not self._needing[TaskKind.FINISH])
 
     @property
     def state(self) -> RunState:
-        """Paused and the like only until the last row has ended all the same."""
+        """DONE once every row has ended, even if a pause was asked for."""
         if not self._needing[TaskKind.FINISH] and not self._busy.total():
             return RunState.DONE
         return self._halted or RunState.RENDERING
@@ -266,7 +268,7 @@ class Scheduler:
         commands: list[Command] = []
         match event:
             case StepDone():
-                return commands  # for those who watch
+                return commands  # for observers
             case WorkerPlaced(worker=worker, node=node):
                 self._workers[worker].node = node
             case WorkerReady(worker=worker):
@@ -301,8 +303,8 @@ class Scheduler:
 
     # Rows ----------------------------------------------------------------------------------------------------
 
-    def _enqueue_what_is_left(self, state: _Row) -> None:
-        if state.over:
+    def _enqueue_remaining(self, state: _Row) -> None:
+        if state.ended:
             return
         if state.needs(TaskKind.EMBED):
             self._enqueue(Task(kind=TaskKind.EMBED, job_id=state.row.job_id))
@@ -318,7 +320,7 @@ class Scheduler:
         state = self._rows[event.job_id]
         state.stages_done = max(state.stages_done, event.stage + 1)
         self._update_needs(state)
-        if event.chunk is not None and event.chunk not in state.segments and not state.over:
+        if event.chunk is not None and event.chunk not in state.segments and not state.ended:
             self._enqueue(Task(kind=TaskKind.DECODE, job_id=event.job_id, index=event.chunk))
 
     def _done(self, task: Task) -> None:
@@ -334,24 +336,24 @@ class Scheduler:
                 state.published = True
             case TaskKind.DENOISE:
                 # Its stages were noted one by one.
-                self._go_back(state)
+                self._apply_redo(state)
                 self._enqueue_denoising(state)
         self._update_needs(state)
 
     def _stopped(self, task: Task) -> None:
         state = self._rows[task.job_id]
-        self._go_back(state)
+        self._apply_redo(state)
         self._enqueue_denoising(state)
 
     def _failed(self, task: Task, event: TaskFailed | WorkerGone, node: str, commands: list[Command]) -> None:
         state, failure = self._rows[task.job_id], event.failure
-        if state.over:
+        if state.ended:
             return
         if task.kind is TaskKind.DENOISE:
-            self._go_back(state)
+            self._apply_redo(state)
             if not state.needs(TaskKind.DENOISE):
                 return  # every stage was committed before it failed
-            # Denoising goes on behind what was committed meanwhile, not where the lost attempt began.
+            # Denoising goes on after the last stage committed meanwhile, not where the lost attempt began.
             task = Task(kind=TaskKind.DENOISE, job_id=task.job_id, index=state.stages_done)
         if node and failure in _OF_THE_NODE:
             state.avoid.add(node)
@@ -390,18 +392,18 @@ class Scheduler:
     def _inspected(self, row: RowInventory) -> None:
         state = self._rows[row.job_id]
         state.inspecting = False
-        if state.over:
+        if state.ended:
             return
         state.embedded, state.segments, state.published = row.embedded, set(row.segments_done), row.published
         if any(task.kind is TaskKind.DENOISE for task in state.running):
-            # What it has reached is not lost: denoising passes over the stages that are whole.
+            # No progress is lost: denoising skips the stages that are intact.
             state.redo = row.stages_done if row.stages_done < state.stages_done else None
         else:
             state.stages_done = row.stages_done
         self._update_needs(state)
-        self._enqueue_what_is_left(state)
+        self._enqueue_remaining(state)
 
-    def _go_back(self, state: _Row) -> None:
+    def _apply_redo(self, state: _Row) -> None:
         if state.redo is not None:
             state.stages_done, state.redo = state.redo, None
             self._update_needs(state)
@@ -419,7 +421,7 @@ class Scheduler:
         ]
 
     def _finish_if_complete(self, state: _Row) -> None:
-        if not state.over and len(state.segments) == state.row.num_chunks:
+        if not state.ended and len(state.segments) == state.row.num_chunks:
             self._enqueue(Task(kind=TaskKind.FINISH, job_id=state.row.job_id))
 
     def _update_needs(self, state: _Row) -> None:
@@ -465,7 +467,7 @@ class Scheduler:
             for entry in passed_over:
                 heappush(waiting, entry)
             if passed_over and idle:
-                # It sits where what waits must not go.
+                # It is on a node that everything waiting must avoid.
                 self._stop(next(iter(idle)), commands)
                 self._start(kind, commands)
 
@@ -538,8 +540,8 @@ class Scheduler:
         """The worker is idle again; what it was doing."""
         worker = self._workers[name]
         task = worker.task
-        assert task is not None, self._with_log(f"{name} is idle, but speaks of attempt {attempt}")
-        assert worker.attempt == attempt, self._with_log(f"{name} works on {worker.attempt}, but speaks of {attempt}")
+        assert task is not None, self._with_log(f"{name} is idle, but reported attempt {attempt}")
+        assert worker.attempt == attempt, self._with_log(f"{name} works on {worker.attempt}, but reported {attempt}")
         worker.task = None
         self._busy[worker.kind] -= 1
         self._rows[task.job_id].running.discard(task)
@@ -558,7 +560,7 @@ class Scheduler:
     def _failed_start(self, worker: _Worker, event: WorkerGone, commands: list[Command]) -> None:
         kind = worker.kind
         if event.no_room and worker.avoid:
-            # Nothing is free elsewhere: then a node where something failed is better than none.
+            # There is no room elsewhere: then a node to avoid is better than none.
             self._full_nodes[kind] = self._nodes[kind] - worker.avoid
             return
         self._failed_starts[kind] += 1
@@ -623,8 +625,8 @@ class Scheduler:
                 yield f"two workers denoise {job_id}: {running}"
             if not 0 <= state.stages_done <= state.row.num_stages:
                 yield f"{job_id} has {state.stages_done} of {state.row.num_stages} stages"
-            if not (state.over or running or state.inspecting or job_id in waits):
-                yield f"{job_id} is forgotten"
+            if not (state.ended or running or state.inspecting or job_id in waits):
+                yield f"{job_id} is unfinished, but neither queued, running nor inspected"
             for kind in TaskKind:
                 if state.needs(kind) != (job_id in self._needing[kind]):
                     yield f"{job_id} needs {kind}: {state.needs(kind)}, listed: {self._needing[kind]}"

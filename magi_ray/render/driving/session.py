@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import inf
 
 from magi_ray.errors import Superseded
@@ -14,6 +14,7 @@ from magi_ray.render.driving.leadership import Leadership, lead
 from magi_ray.render.driving.reports import Observer, RunReports, RunResult, read_failures
 from magi_ray.render.driving.requests import requested
 from magi_ray.render.driving.scheduler import Command, Scheduler
+from magi_ray.render.driving.timings import Timings
 from magi_ray.render.runs.record import Run
 from magi_ray.storage.store import Store
 from magi_ray.system import System
@@ -21,7 +22,7 @@ from magi_ray.system import System
 
 @dataclass(frozen=True, kw_only=True)
 class DriveOptions:
-    """take_over: also while another driver renders the run; it notices and stops.  retry: rows to be read whole, and
+    """take_over: take the run from a driver that is alive; it notices and stops.  retry: rows to be read whole, and
     tried again though they failed before; the other failed ones are left alone.  max_failed_rows: if more fail, the run
     stops."""
 
@@ -30,27 +31,8 @@ class DriveOptions:
     max_failed_rows: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Timings:
-    """Seconds. How often a driver looks around, and after how long it takes something for hung.
-
-    tick_s: longest wait for workers.  requests_s, nodes_s, reports_s: between two looks at what people want, two looks
-    at the cluster, two reports of progress.
-    placement_s: the cluster finds a place for a worker.  load_s: a worker loads.  silence_s: of a worker with a task of
-    each kind; denoising breaks it with every step.
-    """
-
-    tick_s: float = 1.0
-    requests_s: float = 2.0
-    nodes_s: float = 5.0
-    reports_s: float = 1.0
-    placement_s: float = 120.0
-    load_s: float = 3600.0
-    silence_s: Mapping[TaskKind, float] = field(default_factory=lambda: dict.fromkeys(TaskKind, 3600.0))
-
-
 class Session:
-    """What a driver holds while it drives: the scheduler, the reports, and the right to go on."""
+    """What a driver holds while it drives: the scheduler, the reports and the leadership."""
 
     def __init__(
         self,
@@ -67,7 +49,7 @@ class Session:
         self.store, self.run, self.encoder, self.epoch = store, run, encoder, leadership.epoch
         self.scheduler, self.timings, self.system = scheduler, timings, system
         self._leadership, self._reports = leadership, reports
-        self._asked = -inf
+        self._requests_read = -inf
 
     @property
     def resume_command(self) -> str:
@@ -88,20 +70,20 @@ class Session:
         return commands
 
     def recheck_leadership(self) -> None:
-        """To be called when a group was superseded: perhaps we are. Raises Superseded then."""
+        """Call when a worker lost its row to another: perhaps this driver is superseded too. Raises Superseded."""
         self._leadership.check(now=True)
 
     def tick(self) -> list[Event]:
-        """To be called every second or so: says that the run is alive, and asks what people want of it.
+        """Call every second or so: keeps ``progress.json`` fresh and reads the users' requests.
 
         Raises Superseded when another driver has taken over, StoreError.
         """
         self._leadership.check()
-        self._reports.beat()
+        self._reports.write_if_due()
         now = self.system.clock()
-        if now - self._asked < self.timings.requests_s:
+        if now - self._requests_read < self.timings.requests_s:
             return []
-        self._asked = now
+        self._requests_read = now
         match requested(self.store, self.run.run_id):
             case "pause":
                 return [PauseAsked()]
@@ -115,13 +97,13 @@ class Session:
         return Inspected(row=take_inventory(self.store, self.run.run_id, self.run.plans[job_id], self.encoder))
 
     def close(self) -> RunResult:
-        """The run has come to rest: write its tables. Raises Superseded: then they are another driver's to write."""
+        """Call once the scheduler has finished: writes progress and tables. Raises Superseded: they are another's."""
         self._leadership.check(now=True)
         return self._reports.close(self.scheduler.state)
 
 
 @contextmanager
-def session(
+def open_session(
     store: Store,
     run: Run,
     *,
@@ -135,8 +117,8 @@ def session(
 ) -> Iterator[Session]:
     """Take inventory of ``run`` and drive it for as long as the block runs.
 
-    encoder: identity of ffmpeg.  workers: how many of each kind.  observers: called with every change.  name: of this
-    driver.  Raises Superseded, StoreError.
+    encoder: identity of ffmpeg.  workers: how many of each kind.  observers: called with every event and command.
+    name: of this driver.  Raises Superseded, StoreError.
     """
     with lead(store, run.run_id, take_over=options.take_over, name=name, system=system) as leadership:
         earlier = {job: failed for job, failed in read_failures(store, run.run_id).items() if job not in options.retry}
@@ -158,14 +140,14 @@ def session(
                 system=system,
             )
         except Superseded:
-            raise  # what the run's own records say is the other driver's business now
+            raise  # the run's own records now belong to the newer driver
         except BaseException:
             reports.stop()
             raise
 
 
 class _StopAsked(Exception):
-    """Somebody asked the run to stop before it began."""
+    """A user asked the run to stop before it began."""
 
 
 def _inventory(
@@ -177,7 +159,7 @@ def _inventory(
     timings: Timings,
     system: System,
 ) -> list[RowInventory]:
-    """What the store holds of the run's rows; nothing, if it is to stop anyway. Looking may take minutes."""
+    """What the store holds of the run's rows. Takes minutes at times; untouched rows, if a stop is asked for."""
     asked = system.clock()
 
     def meanwhile() -> None:

@@ -24,13 +24,13 @@ class TaskBody(Protocol):
 
 
 def print_traceback(what: str, exc: Exception) -> None:
-    """To stderr, which is a worker's log."""
+    """Print to stderr, which is the worker's log."""
     print(f"{what} failed:\n{''.join(traceback.format_exception(exc))}", file=sys.stderr, flush=True)
 
 
 class Worker:
-    """``name``: its own within the run.  epoch: of the driver it works for.  load: makes the body, networks and all.
-    on_error: told of what goes wrong and in what, since only its last line goes on from here."""
+    """``name``: unique within the session.  epoch: of the driver it works for.  load: makes the body, networks and all.
+    on_error: called with what was attempted and the exception; events carry only its message."""
 
     def __init__(
         self,
@@ -48,13 +48,13 @@ class Worker:
         self._store, self._run_id, self._epoch, self._system = store, run_id, epoch, system
         self._load, self._on_error = load, on_error
         self._body: TaskBody | None = None
-        self._asked: tuple[int, bool] | None = None  # attempt to abandon, and whether at the end of its stage
+        self._abandoned: tuple[int, bool] | None = None  # attempt to abandon, and whether at the end of its stage
 
     def load(self) -> float:
         """Load what the tasks need, so that the first one starts at once; the seconds that it took. Raises StoreError
-        also when this machine has no way to the store: here that ends the run, in a task it would end row after row."""
+        also when this machine cannot reach the store: here that ends the run, later it would fail row after row."""
         begun = self._system.clock()
-        with self._errors_told("Loading"):
+        with self._reporting_errors("Loading"):
             self._loaded()
         return self._system.clock() - begun
 
@@ -65,20 +65,20 @@ class Worker:
         return self._body
 
     def abandon(self, attempt: int, *, to_stage_end: bool) -> None:
-        """Stop working on ``attempt``: after the forward in work, or once its stage is committed. May be called from
-        another thread than the one that works; of an attempt that has ended it says nothing."""
-        if self._asked != (attempt, False):  # what is to stop at once does not go on to the end of its stage
-            self._asked = attempt, to_stage_end
+        """Stop denoising in ``attempt``: after the current step, or after the next commit of a stage. May be called
+        from another thread than the one that works; has no effect on an attempt that has ended."""
+        if self._abandoned != (attempt, False):  # an immediate stop is not softened by a later request
+            self._abandoned = attempt, to_stage_end
 
     def carry_out(
         self, plan: RowPlan, task: Task, attempt: int
     ) -> Generator[StepDone | StageCommitted | TaskDone | TaskStopped | TaskFailed]:
-        """What happens while ``task`` is carried out; the last event says how it ended. Raises nothing."""
+        """Carry out ``task``. Yields its events; the last says how it ended. Exceptions become TaskFailed."""
         begun, stopped = self._system.clock(), False
         try:
-            with self._errors_told(_described(task)):
+            with self._reporting_errors(_described(task)):
                 body = self._loaded()
-                with self._right_to(task) as check:
+                with self._holding_row(task) as check:
                     for event in body.carry_out(plan, task.index):
                         check()
                         yield event
@@ -99,7 +99,7 @@ class Worker:
         yield kind(worker=self.name, task=task, attempt=attempt, seconds=self._system.clock() - begun)
 
     @contextmanager
-    def _right_to(self, task: Task) -> Iterator[Callable[[], None]]:
+    def _holding_row(self, task: Task) -> Iterator[Callable[[], None]]:
         """Hold the row's lease while it is denoised. Yields what raises Superseded once another has taken the row."""
         if task.kind is not TaskKind.DENOISE:
             yield lambda: None
@@ -110,13 +110,13 @@ class Worker:
             yield lease.check
 
     def _is_abandoned(self, attempt: int, event: StepDone | StageCommitted) -> bool:
-        match self._asked:
-            case (asked, to_stage_end) if asked == attempt:
+        match self._abandoned:
+            case (abandoned, to_stage_end) if abandoned == attempt:
                 return not to_stage_end or isinstance(event, StageCommitted)
         return False
 
     @contextmanager
-    def _errors_told(self, what: str) -> Iterator[None]:
+    def _reporting_errors(self, what: str) -> Iterator[None]:
         try:
             yield
         except Exception as exc:

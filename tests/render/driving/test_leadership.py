@@ -10,7 +10,7 @@ from magi_ray.render.driving import requests as control
 from magi_ray.render.driving.leadership import Leadership
 from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.scheduler import RunState
-from magi_ray.render.driving.session import Timings
+from magi_ray.render.driving.timings import Timings
 from magi_ray.storage import keys
 from magi_ray.storage.epochs import become_driver, take_epoch
 from magi_ray.storage.leases import TTL_S
