@@ -455,7 +455,7 @@ def drive(how: str, store_uri: str, run_id: str) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
-    from magi_ray.cluster.resources import local_ray, prepare_ray_environment
+    from magi_ray.cluster.local_ray import local_ray, prepare_ray_environment
     from magi_ray.cluster.workers import render_on_ray
     from magi_ray.events import TaskKind
     from magi_ray.render.driving.timings import Timings

@@ -1,4 +1,4 @@
-"""The machine as code uses it: time, threads, processes. A simulation passes its own."""
+"""Interface to the machine: time, threads, processes. A simulation passes its own."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def gone(owner: Owner) -> bool:
         ended = process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
         return ended or abs(_started(process) - owner.started) > _START_TOLERANCE_S * _ticks_per_second()
     except psutil.NoSuchProcess:
-        return not psutil.pid_exists(owner.pid)  # else it is another user's, whom the system hides
+        return not psutil.pid_exists(owner.pid)  # else it is another user's, which the system hides
     except psutil.Error:
         return False
 
@@ -62,7 +62,7 @@ class Background(Protocol[T_co]):
     """Work in another thread."""
 
     def result(self, within_s: float) -> T_co:
-        """What the work returned. Raises what it raised, and TimeoutError if it is not done ``within_s``."""
+        """What the work returned. Raises what it raised, and TimeoutError if not done within ``within_s`` seconds."""
         ...
 
 
@@ -110,7 +110,7 @@ class System:
         if at_once == 1:
             yield from map(call, items)
             return
-        with ThreadPool(at_once) as pool:  # of daemons
+        with ThreadPool(at_once) as pool:  # daemon threads
             yield from pool.imap(call, items)
 
 

@@ -64,7 +64,7 @@ def ray_here() -> Iterator[None]:
     """One Ray instance for the whole test session, without dashboard."""
     import ray
 
-    from magi_ray.cluster.resources import local_ray
+    from magi_ray.cluster.local_ray import local_ray
 
     with local_ray(namespace="magi-ray-tests", dashboard=False):
         assert ray.is_initialized()

@@ -1,4 +1,4 @@
-"""The actor of every worker: a thin carrier of ``Worker``. It never restarts; what it knew is in the store.
+"""The actor of every worker: a thin wrapper around ``Worker``. Never restarted, since all state is in the store.
 
 ``load`` is a call of its own, not ``__init__``, so that what goes wrong in it arrives as the error it is.
 """
@@ -23,7 +23,7 @@ from magi_ray.storage.store import Store
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def in_group(name: str) -> Callable[[_F], _F]:
+def on_concurrency_group(name: str) -> Callable[[_F], _F]:
     """Run a method on the threads of the concurrency group ``name``: "work" or "control"."""
     method: Callable[[_F], _F] = ray.method(concurrency_group=name)
     return method
@@ -31,15 +31,15 @@ def in_group(name: str) -> Callable[[_F], _F]:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a worker is. ``node``: Ray's id of the machine; ``log``: where it writes, as host:file."""
+    """Where a worker is. ``node``: Ray's id of the machine; ``log``: where it writes, as host:path."""
 
     node: str
     log: str
 
 
 class WorkerActor:
-    """A worker of any kind; one rank. Work and control have threads of their own, so that ``abandon`` is heard in
-    mid-stage. encoder: identity of the ffmpeg that the run's driver found.  epoch: of that driver."""
+    """A worker of any kind; one process. Work and control have threads of their own, so that ``abandon`` gets through
+    while a stage is computed. encoder: identity of the ffmpeg that the run's driver found.  epoch: of that driver."""
 
     def __init__(
         self, kind: TaskKind, name: str, *, settings: Settings, store: Store, run_id: str, encoder: str, epoch: int
@@ -56,20 +56,20 @@ class WorkerActor:
         return self._title
 
     def where(self) -> Place:
-        """Answered as soon as the worker is there, before it has loaded."""
+        """Answered as soon as the actor runs, before it has loaded."""
         try:
             log = f"{socket.gethostname()}:{Path('/proc/self/fd/2').readlink()}"
         except OSError:
             log = ""  # a system without /proc
         return Place(node=ray.get_runtime_context().get_node_id(), log=log)
 
-    @in_group("work")
+    @on_concurrency_group("work")
     def load(self) -> float:
         """As ``Worker.load``."""
         self._use_threads()
         return self._worker.load()
 
-    @in_group("work")
+    @on_concurrency_group("work")
     def carry_out(
         self, plan: RowPlan, task: Task, attempt: int
     ) -> Iterator[StepDone | StageCommitted | TaskDone | TaskStopped | TaskFailed]:
@@ -77,7 +77,7 @@ class WorkerActor:
         self._use_threads()
         yield from self._worker.carry_out(plan, task, attempt)
 
-    @in_group("control")
+    @on_concurrency_group("control")
     def abandon(self, attempt: int, to_stage_end: bool) -> None:
         """As ``Worker.abandon``."""
         self._worker.abandon(attempt, to_stage_end=to_stage_end)
@@ -90,7 +90,7 @@ class WorkerActor:
         set_torch_threads(self._settings.numeric.cpu_threads)
 
 
-# A class of each kind, since `ps` and the Ray dashboard show its name.
+# One class per kind, since `ps` and the Ray dashboard show its name.
 
 
 class EmbedWorker(WorkerActor):

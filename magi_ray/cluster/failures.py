@@ -10,8 +10,8 @@ from magi_ray.errors import FailureClass, MagiRayError, WorkerLost, failure_clas
 def worker_is_gone(error: BaseException) -> bool:
     """Whether ``error`` says that the worker died or cannot be relied on any more, rather than that its task failed.
 
-    Errors of Ray's own are deaths (of the actor, its node, its memory, its placement, its answer); what a task raised
-    is a RayTaskError, and counts by its cause.
+    Errors of Ray's own mean a lost worker (actor died, node lost, out of memory, unschedulable, no answer); what a
+    task raised is a RayTaskError, and counts by its cause.
     """
     cause = error.cause if isinstance(error, exceptions.RayTaskError) else error
     if type(cause) is exceptions.RayError:
@@ -26,7 +26,7 @@ def own_error(error: BaseException) -> MagiRayError | None:
 
 
 def classify(error: BaseException) -> tuple[FailureClass, str]:
-    """The failure class of an error raised by ``ray.get``, and what to tell people of it."""
+    """The failure class of an error raised by ``ray.get``, and the message for the user."""
     if own := own_error(error):
         return own.failure_class, str(own)
     if isinstance(error, exceptions.RayActorError) and error.preempted:

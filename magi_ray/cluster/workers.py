@@ -34,9 +34,9 @@ from magi_ray.render.runs.record import Run
 from magi_ray.settings import Settings
 from magi_ray.storage.store import Store
 
-# How long Ray may take to deliver what it said is ready.
+# How long to wait for a result that ray.wait reported ready.
 ANSWER_S = 60.0
-# Events are a few dozen bytes; this many may wait for the driver before denoising would.
+# Backpressure: a worker blocks once this many events are unread.
 _EVENTS_AHEAD = 256
 
 
@@ -68,7 +68,7 @@ def render_on_ray(
 
 @dataclass
 class _Actor:
-    """``needs``: what Ray keeps free for it."""
+    """``needs``: resources reserved for it."""
 
     handle: Any
     kind: TaskKind
@@ -79,7 +79,7 @@ class _Actor:
 
 @dataclass(frozen=True)
 class _Pending:
-    """What we wait for from a worker: the end of its start, or what it says of a task."""
+    """What we wait for from a worker: its start-up, or what it says of a task."""
 
     worker: str
     task: Task | None = None
@@ -87,7 +87,7 @@ class _Pending:
 
 
 class RayWorkers:
-    """Actors have no names of Ray's: those must be unique in a cluster."""
+    """Actors are unnamed: Ray's names must be unique in a namespace, and ours repeat from run to run."""
 
     def __init__(self, driving: Session, actors: Mapping[TaskKind, type[WorkerActor]]) -> None:
         self._driving, self._classes = driving, actors
@@ -96,7 +96,7 @@ class RayWorkers:
 
     def start(self, worker: str, kind: TaskKind, avoid: frozenset[str]) -> None:
         driving, settings = self._driving, self._driving.run.settings
-        elsewhere = {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"} if avoid else {}
+        node_labels = {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"} if avoid else {}
         needs = needed(kind, settings)
         placement = None
         options: dict[str, Any] = {
@@ -107,16 +107,16 @@ class RayWorkers:
         }
         if kind is TaskKind.DENOISE:
             placement = placement_group(
-                [needs], strategy="STRICT_PACK", bundle_label_selector=[elsewhere] if elsewhere else None
+                [needs], strategy="STRICT_PACK", bundle_label_selector=[node_labels] if node_labels else None
             )
             options |= {
                 "num_cpus": needs["CPU"],
                 "num_gpus": needs.get("GPU", 0),
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(placement),
             }
-        elif elsewhere:
-            options["label_selector"] = elsewhere
-        # Not `ray.remote` as decorator: the class stays an ordinary one.
+        elif node_labels:
+            options["label_selector"] = node_labels
+        # Wrapped here, not decorated, so that tests can subclass the plain class.
         handle = ray.remote(**options)(self._classes[kind]).remote(
             kind,
             worker,
@@ -198,7 +198,7 @@ class RayWorkers:
 
 
 def _failed(pending: _Pending, exc: Exception) -> WorkerEvent:
-    """An error that came instead of an answer."""
+    """The event for an error that ``RayWorkers._receive`` raised."""
     failure, message = classify(exc)
     if pending.task is None:
         own = own_error(exc)
@@ -212,7 +212,11 @@ def _failed(pending: _Pending, exc: Exception) -> WorkerEvent:
 
 
 def needed(kind: TaskKind, settings: Settings) -> dict[str, float]:
-    """What Ray is asked to keep free for a worker of ``kind``."""
+    """The resources that Ray reserves for a worker of ``kind``.
+
+    Embed, decode and finish workers reserve nothing: for them every live node counts, and embedding and decoding may
+    share the denoise worker's GPU.
+    """
     if kind is not TaskKind.DENOISE:
         return {}
     return {"CPU": 1.0, "GPU": 1.0} if settings.numeric.device == "cuda" else {"CPU": 1.0}

@@ -79,7 +79,7 @@ def _drive(stored: StoredRun, options: RenderOptions, on_dashboard: Callable[[st
         with follow(stderr()) as show:
             observers = [lambda _happened, progress: show(progress)]
             return render_locally(stored.store, stored.run, drive_options, observers=observers)
-    from magi_ray.cluster.resources import local_ray
+    from magi_ray.cluster.local_ray import local_ray
     from magi_ray.cluster.workers import render_on_ray
 
     say("Starting Ray on this machine …")

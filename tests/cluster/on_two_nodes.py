@@ -18,8 +18,8 @@ import psutil
 import ray
 from ray.cluster_utils import Cluster
 
-from magi_ray.cluster.actors import ACTORS, WorkerActor, in_group
-from magi_ray.cluster.resources import prepare_ray_environment
+from magi_ray.cluster.actors import ACTORS, WorkerActor, on_concurrency_group
+from magi_ray.cluster.local_ray import prepare_ray_environment
 from magi_ray.cluster.workers import render_on_ray
 from magi_ray.events import StageCommitted, Task, TaskKind
 from magi_ray.render.plans.row_plan import RowPlan
@@ -42,7 +42,7 @@ def noting(folder: Path) -> type[WorkerActor]:
 
 def whose_raylet_dies(folder: Path) -> type[WorkerActor]:
     class Doomed(noting(folder)):  # type: ignore[misc]
-        @in_group("work")
+        @on_concurrency_group("work")
         def carry_out(self, plan: RowPlan, task: Task, attempt: int) -> Iterator[Any]:
             self._begun(plan)
             for happened in super().carry_out(plan, task, attempt):
@@ -62,7 +62,7 @@ def whose_raylet_dies(folder: Path) -> type[WorkerActor]:
 
 def unable_on_one_node(folder: Path) -> type[WorkerActor]:
     class Unable(noting(folder)):  # type: ignore[misc]
-        @in_group("work")
+        @on_concurrency_group("work")
         def carry_out(self, plan: RowPlan, task: Task, attempt: int) -> Iterator[Any]:
             node = self._begun(plan)
             bad = folder / "bad-node"

@@ -21,7 +21,7 @@ import torch
 from on_ray import wait_until, working_actors
 from runs import MakeRun, contents
 
-from magi_ray.cluster.actors import ACTORS, WorkerActor, in_group
+from magi_ray.cluster.actors import ACTORS, WorkerActor, on_concurrency_group
 from magi_ray.cluster.workers import render_on_ray
 from magi_ray.errors import FailureClass, StoreUnavailable, Superseded
 from magi_ray.events import StepDone, Task, TaskKind
@@ -97,7 +97,7 @@ class Unreadable(LocalStore):
 
 def poisoned_denoising(folder: Path) -> type[WorkerActor]:
     class Poisoned(WorkerActor):
-        @in_group("work")
+        @on_concurrency_group("work")
         def carry_out(self, plan: RowPlan, task: Task, attempt: int) -> Iterator[Any]:
             with (folder / "attempts").open("a") as attempts:
                 attempts.write(f"{plan.job_id}\n")
@@ -124,7 +124,7 @@ def too_large(*_: object) -> Iterator[Any]:
 
 
 class PoisonedDecoding(WorkerActor):
-    @in_group("work")
+    @on_concurrency_group("work")
     def carry_out(self, plan: RowPlan, task: Task, attempt: int) -> Iterator[Any]:
         poison: dict[str, Any] = {
             "code": {"side_effect": RuntimeError("a bug of ours")},

@@ -17,7 +17,7 @@ import ray
 from on_ray import wait_until, working_actors
 from runs import MakeRun, by_progress, contents, stage_commits
 
-from magi_ray.cluster.actors import ACTORS, WorkerActor, in_group
+from magi_ray.cluster.actors import ACTORS, WorkerActor, on_concurrency_group
 from magi_ray.cluster.workers import render_on_ray
 from magi_ray.errors import FailureClass, MediaError, Superseded, WeightsError, WorkerLost
 from magi_ray.events import Event, StageCommitted, Task, TaskKind, WorkerGone
@@ -90,7 +90,7 @@ def dying(marker: Path) -> type[WorkerActor]:
     """A worker that is killed during its first task, as by ``kill -9``."""
 
     class Dying(WorkerActor):
-        @in_group("work")
+        @on_concurrency_group("work")
         def carry_out(self, plan: RowPlan, task: Task, attempt: int) -> Iterator[Any]:
             if once(marker):
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -120,7 +120,7 @@ def test_several_decoders_share_the_chunks_and_change_no_byte(
     tmp_path: Path,
 ) -> None:
     class Waiting(WorkerActor):
-        @in_group("work")
+        @on_concurrency_group("work")
         def load(self) -> float:
             seconds = super().load()
             (tmp_path / self._worker.name).touch()
@@ -139,7 +139,7 @@ def test_a_denoise_worker_killed_in_mid_video_loses_nothing_that_was_committed(
     make_run: MakeRun, store: LocalStore, undisturbed: Callable[..., dict[str, bytes]], tmp_path: Path
 ) -> None:
     class Dying(WorkerActor):
-        @in_group("work")
+        @on_concurrency_group("work")
         def carry_out(self, plan: RowPlan, task: Task, attempt: int) -> Iterator[Any]:
             for happened in super().carry_out(plan, task, attempt):
                 yield happened
@@ -174,7 +174,7 @@ def test_a_worker_that_stays_silent_is_killed_and_replaced(
     make_run: MakeRun, store: LocalStore, tmp_path: Path
 ) -> None:
     class Hanging(WorkerActor):
-        @in_group("work")
+        @on_concurrency_group("work")
         def carry_out(self, plan: RowPlan, task: Task, attempt: int) -> Iterator[Any]:
             if once(tmp_path / "hung"):
                 time.sleep(3600)
@@ -194,7 +194,7 @@ def test_workers_that_spoke_while_the_driver_could_not_listen_are_not_taken_for_
     make_run: MakeRun, store: LocalStore
 ) -> None:
     class Slow(WorkerActor):
-        @in_group("work")
+        @on_concurrency_group("work")
         def carry_out(self, plan: RowPlan, task: Task, attempt: int) -> Iterator[Any]:
             time.sleep(1)
             yield from super().carry_out(plan, task, attempt)
@@ -222,13 +222,13 @@ def test_workers_that_spoke_while_the_driver_could_not_listen_are_not_taken_for_
 
 def test_a_row_that_cannot_be_decoded_is_soon_not_denoised_any_more(make_run: MakeRun, store: LocalStore) -> None:
     class Unable(WorkerActor):
-        @in_group("work")
+        @on_concurrency_group("work")
         def carry_out(self, plan: RowPlan, task: Task, attempt: int) -> Iterator[Any]:
             raise MediaError("ffmpeg cannot", remedy="Install another one.")
             yield
 
     class Slow(WorkerActor):
-        @in_group("work")
+        @on_concurrency_group("work")
         def carry_out(self, plan: RowPlan, task: Task, attempt: int) -> Iterator[Any]:
             for happened in super().carry_out(plan, task, attempt):
                 time.sleep(0.1)
@@ -260,7 +260,7 @@ def test_a_worker_that_dies_while_loading_is_tried_a_few_times_only(
     make_run: MakeRun, store: LocalStore, tmp_path: Path
 ) -> None:
     class StillBorn(WorkerActor):
-        @in_group("work")
+        @on_concurrency_group("work")
         def load(self) -> float:
             with (tmp_path / "starts").open("a") as starts:
                 starts.write("x")

@@ -1,5 +1,5 @@
-"""Drivers and workers as processes of a simulated world. The loop, the session and the tasks are those that users run;
-what is simulated is where workers are: a ``Workers`` whose workers are simulated processes."""
+"""Drivers and workers as processes of a simulated world. The loop, the session and the tasks are the production
+code; what is simulated is where workers are: a ``Workers`` whose workers are simulated processes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DELAY_S = 0.05
 class Driver:
     """A process that drives the run once. ``retry``: rows that failed before are tried again.
 
-    ``result``: how it ended, None while it works or when it died or gave up.  ``epoch``: of its leading, 0 before.
+    ``result``: how it ended, None while running, or if it died or gave up.  ``epoch``: of its leading, 0 before.
     """
 
     def __init__(self, of: Simulation, name: str, *, take_over: bool, retry: bool, started_calm: bool) -> None:
@@ -115,7 +115,7 @@ class Driver:
 
 
 class SimulatedWorkers:
-    """Each worker is a process on some node; what it says takes DELAY_S, and nothing is heard of it after its end."""
+    """Each worker is a process on some node; its events take DELAY_S, and are dropped after it is ended."""
 
     def __init__(self, of: Simulation, driver: Process, session: Session) -> None:
         self.simulation, self.world, self.driver, self.session = of, of.world, driver, session
@@ -140,7 +140,7 @@ class SimulatedWorkers:
             self._workers[worker].begin(lambda event: self.say(worker, event))
 
     def run(self, worker: str, plan: RowPlan, task: Task, attempt: int) -> None:
-        self.world.after(DELAY_S, lambda: self._workers[worker].take(plan, task, attempt))
+        self.world.after(DELAY_S, lambda: self._workers[worker].accept(plan, task, attempt))
 
     def abandon(self, worker: str, attempt: int, *, to_stage_end: bool) -> None:
         self._workers[worker].worker.abandon(attempt, to_stage_end=to_stage_end)
@@ -167,7 +167,7 @@ class SimulatedWorkers:
         self.world.after(DELAY_S, lambda: self._hear(worker, event))
 
     def end(self, worker: str, within_s: float) -> None:
-        """Kill it, unless it is out of reach: then it goes on for as long as it likes. Nothing is heard of it."""
+        """Kill it, unless it is out of reach: then it keeps running. Either way its events are dropped."""
         process = self.processes.pop(worker)
         if not self.world.chance(self.simulation.unreachable):
             self.world.after(self.world.random.uniform(0, within_s), process.kill)
@@ -214,7 +214,7 @@ class SimulatedWorker:
 
         self.process.start(work)
 
-    def take(self, plan: RowPlan, task: Task, attempt: int) -> None:
+    def accept(self, plan: RowPlan, task: Task, attempt: int) -> None:
         if not self.process.alive:
             return
         world = self.process.world

@@ -1,4 +1,5 @@
-"""What is rendered: runs with real plans, and contents that are a function of a plan, so that any can be checked."""
+"""What is rendered: runs with real plans, and object contents computed from the plan alone, so that each can be
+checked."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def run_of(number: int) -> Run:
 
 
 class Contents:
-    """What every object of a video must hold. A stage is made from the state before it and the caption that enters."""
+    """What every object of a video must hold. A stage is made from the state before it and the caption of the chunk
+    that enters."""
 
     def __init__(self, plan: RowPlan) -> None:
         self._plan = plan

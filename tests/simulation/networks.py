@@ -1,4 +1,5 @@
-"""What takes the place of networks and ffmpeg: it takes its time, fails as the seed says, and makes ``Contents``."""
+"""What takes the place of networks and ffmpeg: it takes simulated time, fails as drawn from the seed, and makes
+``Contents``."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ class Poison:
         match self.failure:
             case FailureClass.INFRASTRUCTURE:
                 process.kill()
-                process.breathe()
+                process.raise_if_killed()
             case FailureClass.INPUT:
                 raise InputError("poisoned")
             case FailureClass.NUMERIC:
@@ -65,14 +66,14 @@ class Poison:
 
 
 class Networks:
-    """Of one simulated worker: embeds, denoises, decodes and joins. ``attempt``: at the video it denoises now."""
+    """Of one simulated worker: embeds, denoises, decodes and joins. ``attempt``: the current try at a video."""
 
     def __init__(self, simulation: Simulation, process: Process, store: Store) -> None:
         self.simulation, self.process, self.store = simulation, process, store
         self.attempt: Attempt | None = None
 
     def body(self, kind: TaskKind) -> TaskBody:
-        """The task that users run, with these networks in it."""
+        """The production task body on simulated networks."""
         system, run_id = self.process.system, self.simulation.run.run_id
         match kind:
             case TaskKind.EMBED:
@@ -156,7 +157,7 @@ class Stages:
 
 
 class Poisoned:
-    """A task that may go wrong as soon as it begins."""
+    """A task body that may fail as it starts."""
 
     def __init__(self, kind: TaskKind, body: TaskBody, networks: Networks) -> None:
         self.kind, self.body, self.networks = kind, body, networks

@@ -40,7 +40,15 @@ from .world import Process, SimulatedSystem, World
 
 MOST_DRIVERS = 200
 MEMORY = "/dev/shm"
-MISHAPS = {"worker dies": 4, "driver dies": 2, "stall": 4, "another": 2, "gone": 2, "cut off": 2, "halt": 1}
+MISHAPS = {
+    "worker dies": 4,
+    "driver dies": 2,
+    "stall": 4,
+    "another driver": 2,
+    "store outage": 2,
+    "cut off": 2,
+    "pause or cancel": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Result:
 
 
 def simulate(seed: int) -> Result:
-    """Never raises what the simulated code does wrong: ``wrong`` says it."""
+    """Never raises for faults of the simulated code: they are in ``wrong``."""
     world = World(seed)
     wrong = ""
     with (
@@ -78,7 +86,7 @@ def simulate(seed: int) -> Result:
 
 @dataclass(eq=False)
 class Attempt:
-    """One go at denoising a row. late: forwards that ended after it must have noticed that another has taken the row.
+    """One try at denoising a row. late: steps computed after its lease must have been known to be lost.
     before: the stages that were there when it got the row."""
 
     process: Process
@@ -114,11 +122,10 @@ class Simulation:
         self._stage_of = {
             key: (job_id, stage) for job_id, plan in self.run.plans.items() for stage, key in enumerate(plan.stage_keys)
         }
-        # Of each row and stage: forwards by those who held the row; and the stages that were ever committed.
+        # Of each row and stage: steps computed by those who held the row; and the stages that were ever committed.
         self._forwards: Counter[tuple[str, int]] = Counter()
         self._committed: set[tuple[str, int]] = set()
-        self._holders: dict[str, tuple[int, float]] = {}  # lease of a row: who took it last, and when
-        self._commits: dict[str, bytes] = {}
+        self._holders: dict[str, tuple[int, float]] = {}  # by lease, of the run or a row: who took it last, and when
         self._payloads: dict[str, str] = {}  # digests, from the commits that name them
         self._collected: set[str] = set()
         self._records: dict[str, bytes] = {}
@@ -133,7 +140,7 @@ class Simulation:
         }
         self._looks_every_s = random.choice([5.0, 30.0, 120.0, 120.0, 9 * 86400.0])
         create(self.server, self.run, {})
-        # Until then things go wrong; afterwards everything must come to its end.
+        # No new mishaps or store faults from then on, so that the run must finish.
         forwards = sum(plan.timeline.num_stages * plan.forwards_per_stage for plan in self.run.plans.values())
         self._calm_at = (60.0 + forwards * self.step_s) * random.uniform(0.3, 4)
         for _ in range(random.choice([0, 2, 4, 8, 16])):
@@ -141,7 +148,7 @@ class Simulation:
         world.after(self._calm_at, self._calm)
         if random.random() < 0.5:
             self._collections()
-        self._people()
+        self._operators()
 
     # What drivers and workers ask for -------------------------------------------------------------------------------
 
@@ -167,7 +174,7 @@ class Simulation:
         attempt.before = attempt.before or {key for key in attempt.plan.stage_keys if self._is_whole(key)}
 
     def forward(self, attempt: Attempt, stage: int, step: int) -> None:
-        """A forward has been computed. Whoever lost its row must have noticed when its lease has run out."""
+        """A step was computed. Later than TTL_S after another took its row, a worker may compute at most one step."""
         job_id, name = attempt.plan.job_id, attempt.process.name
         self.world.note(name, "computes", job_id, stage, step)
         holder, since = self._holders[keys.row_lease(self.run.run_id, job_id)]
@@ -196,7 +203,8 @@ class Simulation:
             self.world.fail(f"{worker} says that stage {stage} of {plan.job_id} is committed, but it is not whole")
 
     def _is_whole(self, stage: str) -> bool:
-        """Not so when its writer slept till its payloads were collected, committed, and died before it mended that."""
+        """False also when gc removed the payloads of a stalled writer, which then committed and died before repairing
+        it."""
         return self._whole(keys.commit("stage", stage), self.server.peek(keys.commit("stage", stage)))
 
     def _whole(self, key: str, commit: bytes | None) -> bool:
@@ -205,7 +213,8 @@ class Simulation:
         return commit is not None and all(self.server.peek(folder + payload["name"]) for payload in named)
 
     def check_expected(self, exc: Exception) -> None:
-        """Errors that the code under test makes itself must not be: nothing is ever damaged or gone here."""
+        """Only errors of magi-ray's own or of a ``Poison`` may occur, and none that says an object is missing or
+        damaged."""
         ours = isinstance(exc, MagiRayError) and not isinstance(exc, ObjectMissing | ObjectDamaged)
         if not ours and str(exc) != "poisoned":
             trace = "".join(traceback.format_exception(exc))
@@ -242,21 +251,21 @@ class Simulation:
                 random.choice(drivers).kill()
             case "stall" if workers + drivers:
                 random.choice(workers + drivers).stall(self.stall_s())
-            case "another":
+            case "another driver":
                 self._start_driver(take_over=world.chance(0.5))
-            case "gone":
-                self.weather.gone_until = world.now + random.choice([20, 300]) * random.random()
+            case "store outage":
+                self.weather.outage_until = world.now + random.choice([20, 300]) * random.random()
             case "cut off" if workers + drivers:
                 process = random.choice(workers + drivers)
                 world.note(process.name, "is cut off from the store")
                 process.cut_off_until = world.now + random.choice([20, 300]) * random.random()
-            case "halt":
+            case "pause or cancel":
                 what = random.choice(["pause", "cancel"])
                 world.note("people", what)
                 request(self.server, self.run.run_id, what)
 
     def stall_s(self) -> float:
-        """From less than a lease's time to more than garbage is given."""
+        """From less than a lease's TTL to more than the minimum age of garbage."""
         return (
             self.world.random.choice([30, 120, 2 * self.silence_s, 6 * 3600, 10 * 86400]) * self.world.random.random()
         )
@@ -266,18 +275,18 @@ class Simulation:
         self.weather.clear = True
 
     def _collections(self) -> None:
-        """Another run that was given up lies in the store, and now and then somebody collects garbage."""
+        """Adds an abandoned run to the store and schedules garbage collections."""
         random = self.world.random
         other = run_of((self.number + 1) % NUM_RUNS)
         create(self.server, other, {})
         system = Process(self.world, "somebody", "elsewhere").system
         for plan in other.plans.values():
             for key, caption in zip(plan.caption_digests, plan.captions, strict=True):
-                image = identity.text_pre_image(caption, plan.settings, plan.digests)
-                commits.commit(self.server, "text", image, {"text": Contents.text(key)}, seconds=1.0, system=system)
-            image = plan.pre_image(0)
+                pre_image = identity.text_pre_image(caption, plan.settings, plan.digests)
+                commits.commit(self.server, "text", pre_image, {"text": Contents.text(key)}, seconds=1.0, system=system)
+            pre_image = plan.pre_image(0)
             commits.commit(
-                self.server, "stage", image, {"state": b"a state", "chunk": b"a chunk"}, seconds=1.0, system=system
+                self.server, "stage", pre_image, {"state": b"a state", "chunk": b"a chunk"}, seconds=1.0, system=system
             )
 
         def collect_garbage() -> None:
@@ -299,8 +308,9 @@ class Simulation:
             within_s = random.choice([self._calm_at, 2 * self._calm_at, 11 * 86400])
             self.world.after(within_s * random.random(), collect_garbage)
 
-    def _people(self) -> None:
-        """They look now and then, and resume what stands still, until everything that can be is rendered."""
+    def _operators(self) -> None:
+        """They check now and then, and resume the run if no driver is at work, until everything that can be
+        rendered is."""
         world = self.world
         if any(not self._failed(driver) or (driver.started_calm and driver.retry) for driver in self.ended):
             return
@@ -311,7 +321,7 @@ class Simulation:
         if not active and (self.weather.clear or not self.ended):
             clear(self.server, self.run.run_id)
             self._start_driver(take_over=world.chance(0.3))
-        world.after(world.random.uniform(0, self._looks_every_s), self._people)
+        world.after(world.random.uniform(0, self._looks_every_s), self._operators)
 
     def _start_driver(self, *, take_over: bool) -> None:
         if len(self.drivers) >= MOST_DRIVERS:
@@ -338,11 +348,11 @@ class Simulation:
             self._commit_written(key, data, by)
         elif key in self._payloads:
             if data is None or sha256(data).hexdigest() != self._payloads[key]:
-                self._say(f"{by.process.name} {'deletes' if data is None else 'changes'} {key}, which is committed")
+                self._fail(f"{by.process.name} {'deletes' if data is None else 'changes'} {key}, which is committed")
         elif key.startswith(keys.videos(self.run.run_id)):
             before = self._records.setdefault(key, data or b"")
             if data != before:
-                self._say(f"{by.process.name} {'deletes' if data is None else 'changes'} {key}, which is published")
+                self._fail(f"{by.process.name} {'deletes' if data is None else 'changes'} {key}, which is published")
         elif key.endswith("/lease.json") and data is not None:
             holder = json.loads(data)["holder"]
             if holder is not None and self._holders.get(key, (0, 0.0))[0] != holder["pid"]:
@@ -356,7 +366,7 @@ class Simulation:
             return
         mends = before is not None and not self._whole(key, before)
         if before is not None and data != before and not (mends and data is not None):
-            self._say(f"{by.process.name} {'deletes' if data is None else 'changes'} the commit {key}")
+            self._fail(f"{by.process.name} {'deletes' if data is None else 'changes'} the commit {key}")
         if data is not None and (before is None or mends):
             folder = key.removesuffix("commit.json")
             for payload in json.loads(before)["payloads"].values() if before else ():
@@ -364,7 +374,7 @@ class Simulation:
             for payload in json.loads(data)["payloads"].values():
                 name = folder + payload["name"]
                 if self.server.peek(name) is None and name not in self._collected:
-                    self._say(f"{by.process.name} commits {key} before its payload {payload['name']}")
+                    self._fail(f"{by.process.name} commits {key} before its payload {payload['name']}")
                 self._payloads[name] = payload["sha256"]
             if stage := self._stage_of.get(key.split("/")[2]):
                 self._committed.add(stage)
@@ -374,7 +384,7 @@ class Simulation:
         pre_image = json.loads(data or b"{}").get("pre_image", {})
         return key.split("/")[2] in self._needed or pre_image.get("chunk", "") in self._needed
 
-    def _say(self, what: str) -> None:
+    def _fail(self, what: str) -> None:
         self.world.fail(what)
 
     # Afterwards ----------------------------------------------------------------------------------------------------
@@ -398,15 +408,15 @@ class Simulation:
             published = self.server.peek(keys.video_record(self.run.run_id, job_id)) is not None
             failed = failed_rows.get(job_id)
             if published == (failed is not None):
-                self._say(f"{job_id} is {'both' if published else 'neither'} published and failed")
+                self._fail(f"{job_id} is {'both' if published else 'neither'} published and failed")
             if failed and (job_id not in struck or failed.failure != hopeless[job_id] or not failed.message):
-                self._say(f"{job_id} failed though nothing was wrong with it: {failed}")
+                self._fail(f"{job_id} failed though nothing was wrong with it: {failed}")
 
     def every_commit_is_whole(self) -> None:
         for name, digest in self._payloads.items():
-            # What was collected from under a sleeping writer that died then is made again when it is needed.
+            # An object that gc removed from under a stalled writer is remade when next needed.
             if name not in self._collected and sha256(self.server.peek(name) or b"").hexdigest() != digest:
-                self._say(f"{name} is gone, but its commit is there")
+                self._fail(f"{name} is gone, but its commit is there")
 
     def every_video_is_whole_and_right(self) -> None:
         store = self.server
@@ -416,9 +426,9 @@ class Simulation:
                 continue
             contents = contents_of(self.number, job_id)
             if self.server.peek(keys.video(self.run.run_id, job_id)) != contents.video:
-                self._say(f"the video of {job_id} is not what its plan gives")
+                self._fail(f"the video of {job_id} is not what its plan gives")
             if videos.published(store, self.run.run_id, plan, reread=True) is None:
-                self._say(f"the video of {job_id} does not count as published")
+                self._fail(f"the video of {job_id} does not count as published")
             for stage, key in enumerate(plan.stage_keys):
                 self._holds("stage", key, "state", contents.states[stage])
             for chunk, latent in enumerate(contents.chunks):
@@ -430,11 +440,11 @@ class Simulation:
     def _holds(self, kind: keys.CommitKind, key: str, role: str, expected: bytes) -> None:
         found = verified_commit(self.server, kind, key)
         if found is None or read_payload(self.server, found, role) != expected:
-            self._say(f"{kind} {key} is not committed whole and right")
+            self._fail(f"{kind} {key} is not committed whole and right")
 
     def nothing_was_computed_twice_beyond_promise_2(self) -> None:
-        """At most a stage and a forward are lost for each go at a video that was interrupted, and none else. What a
-        group computes that has lost its row, and will soon know, is lost to nobody."""
+        """At most a stage and a step are lost for each interrupted attempt, and nothing else. Steps of a worker that
+        has lost its row do not count."""
         for job_id, plan in self.run.plans.items():
             attempts = [attempt for attempt in self.attempts if attempt.plan.job_id == job_id]
             each = plan.forwards_per_stage
@@ -445,7 +455,7 @@ class Simulation:
             )
             interrupted = sum(not attempt.completed for attempt in attempts)
             if wasted > interrupted * (each + 1):
-                self._say(f"{wasted} forwards of {job_id} were wasted in {interrupted} interruptions")
+                self._fail(f"{wasted} forwards of {job_id} were wasted in {interrupted} interruptions")
 
     def no_lease_is_held_for_ever(self) -> None:
         for key in self.server.list(keys.run(self.run.run_id)):
@@ -454,11 +464,11 @@ class Simulation:
                 stranger = Process(self.world, "stranger", "elsewhere")
                 acquire(self.server, key, stranger.owner, epoch=10**9, system=Patient(stranger)).release()
                 if self.world.now - begun > TTL_S + BEAT_S:
-                    self._say(f"{key} was held long after everybody had gone")
+                    self._fail(f"{key} was held long after everybody had gone")
 
 
 class Patient(SimulatedSystem):
-    """Of somebody who waits when all others have gone."""
+    """The system of an outsider that waits when all others are gone: its sleep only advances the clock."""
 
     def clock(self) -> float:
         return self._process.world.now

@@ -1,4 +1,4 @@
-"""The store of a simulated world: one server that remembers, and a client for each process, whose calls go wrong."""
+"""The store of a simulated world: one shared in-memory server, and a client for each process, whose calls go wrong."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from .world import Process, World
 
 T = TypeVar("T")
 
-# What can become of a call, and whether only a write can meet it.
+# What can become of a call, and whether it applies to writes only: a read that draws such a fate is refused.
 FATES = {
     "slow": False,  # answered after up to a minute
     "refused": False,  # 5xx, throttled, 409: nothing happened
     "lost": False,  # it happened, but the answer got lost
     "late": True,  # timed out, and lands later
-    "torn": True,  # a multipart upload that was never completed
-    "asleep before": True,  # the process stalls before the call
-    "asleep after": True,  # and after it, before it hears the answer
+    "torn": True,  # a put: a multipart upload that was never completed; another write: as late
+    "stall before": True,  # the process stalls before the call
+    "stall after": True,  # and after it, before it hears the answer
 }
 
 
 @dataclass
 class Weather:
-    """How often calls meet each fate, and until when the store is gone altogether."""
+    """How often calls meet each fate. ``outage_until``: until then every call fails.  ``clear``: no call fails,
+    whatever else is set."""
 
     fates: dict[str, float]
-    gone_until: float = 0.0
+    outage_until: float = 0.0
     clear: bool = False
 
     @classmethod
@@ -41,14 +42,14 @@ class Weather:
         """Anything from a quiet day to a storm."""
         storm = random.choice([0.0, 0.3, 1.0, 1.0, 3.0])
         most = {"slow": 0.02, "refused": 0.02, "lost": 0.02, "late": 0.01, "torn": 0.01}
-        most |= {"asleep before": 0.01, "asleep after": 0.01}
+        most |= {"stall before": 0.01, "stall after": 0.01}
         return cls({fate: storm * random.uniform(0, most[fate]) for fate in FATES})
 
     def fate(self, process: Process, writes: bool) -> str:
         world = process.world
         if self.clear:
             return ""
-        if world.now < max(self.gone_until, process.cut_off_until):
+        if world.now < max(self.outage_until, process.cut_off_until):
             return "late" if writes and world.chance(0.05) else "refused"
         drawn = world.random.random()
         for fate, probability in self.fates.items():
@@ -59,7 +60,8 @@ class Weather:
 
 
 class Server(MemoryStore):
-    """``watch(key, data, by)`` is told of every object that is written (data) or deleted (None), before it is."""
+    """``watch(key, data, by)`` is called before a ``Client`` writes an object (data) or deletes it (None); calls
+    without a ``Client`` are not watched."""
 
     def __init__(self, world: World, watch: Callable[[str, bytes | None, Client], None]) -> None:
         super().__init__(clock=lambda: world.now)
@@ -80,7 +82,7 @@ class Server(MemoryStore):
         super().delete(key)
 
     def peek(self, key: str) -> bytes | None:
-        """What is there, for those who check."""
+        """The stored bytes, for checks; not counted as a call."""
         return self._objects.get(key)
 
     def leftovers(self) -> Iterator[Entry]:
@@ -91,7 +93,7 @@ class Server(MemoryStore):
 
 
 class Client:
-    """What one process sees of the server. ``purpose``: what the process is doing, for the books."""
+    """What one process sees of the server. ``purpose``: what the process is doing, for the checks."""
 
     def __init__(
         self, server: Server, process: Process, weather: Weather, purpose: object, *, stall_s: Callable[[], float]
@@ -162,11 +164,11 @@ class Client:
             world.after(delay, lambda: self._land(verb, key, effect))
             process.sleep(world.random.uniform(1, 60))
             raise self._unavailable(verb, key, fate)
-        elif fate == "asleep before":
+        elif fate == "stall before":
             process.stall(self.stall_s())
             process.sleep(0)
         result = self._land(verb, key, effect)
-        if fate == "asleep after":
+        if fate == "stall after":
             process.stall(self.stall_s())
         process.sleep(world.random.expovariate(50))
         if fate == "lost":

@@ -18,12 +18,12 @@ from magi_ray.render.driving import session
 from magi_ray.storage import leases, records, retrying
 from magi_ray.storage.records import verified_commit
 
-SEEDS, AT_ONCE = 500, 25
+SEEDS, SEEDS_PER_TEST = 500, 25
 
 
-@pytest.mark.parametrize("first", range(0, SEEDS, AT_ONCE))
+@pytest.mark.parametrize("first", range(0, SEEDS, SEEDS_PER_TEST))
 def test_every_promise_is_kept_whatever_goes_wrong(first: int) -> None:
-    for seed in range(first, first + AT_ONCE):
+    for seed in range(first, first + SEEDS_PER_TEST):
         result = simulate(seed)
         assert not result.wrong, "\n".join([*result.trace[-40:], result.wrong])
 
@@ -91,7 +91,7 @@ def test_it_notices_an_inventory_that_is_off_by_one() -> None:
         assert "inventory" in first_violation().wrong
 
 
-def test_it_notices_a_writer_that_takes_its_own_commit_for_anothers() -> None:
+def test_it_notices_a_writer_that_mistakes_its_own_commit_for_anothers() -> None:
     def never_ours(self: retrying.RetryingStore, key: str, data: bytes) -> bool:
         return self._retried(lambda: self.inner.put_if_absent(key, data))
 

@@ -1,4 +1,4 @@
-"""A world in one thread: processes that interleave wherever they wait, a clock that jumps, one source of chance.
+"""A world in one thread: processes that interleave wherever they wait, a clock that jumps, one random generator.
 
 A process is a few greenlets. It gives way whenever it sleeps, and every call to the store sleeps, so the code under
 test runs unchanged and any two processes can meet at any call. A process that was killed never runs again: what its
@@ -34,7 +34,7 @@ class Violation(AssertionError):
 
 
 class World:
-    """``now``: seconds since the beginning, which no process is told: each has a clock of its own."""
+    """``now``: seconds since the beginning, hidden from processes: each has a clock of its own."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -74,21 +74,21 @@ class World:
             call()
             if self.violation is not None:
                 raise self.violation
-        self.fail(f"no end after {MOST_EVENTS} events: somebody waits or beats for ever")
+        self.fail(f"no end after {MOST_EVENTS} events: something loops for ever")
 
     def close(self) -> None:
-        """End what was killed or never woke."""
+        """Unwind every thread that is still suspended."""
         for process in self.processes.values():
             process.alive = False
         for process in self.processes.values():
             for thread in process.threads:
                 if thread and not thread.dead:
-                    with suppress(Violation):  # it was told when it was found
+                    with suppress(Violation):  # already recorded
                         thread.throw(Killed)
 
 
 class Thread(greenlet):
-    """``sleeps``: counts them, so that nobody is woken out of a later one."""
+    """``sleeps``: a counter, so that a stale wake-up is ignored."""
 
     sleeps = 0
 
@@ -121,7 +121,7 @@ class Process:
         return self.world.now + self._began
 
     def gone(self, owner: Owner) -> bool:
-        """``leases.gone``, as seen from this process's machine."""
+        """``magi_ray.system.gone``, as seen from this process's machine."""
         return owner.host == self.host and not self.world.processes[owner.pid].alive
 
     def start(self, work: Callable[[], None]) -> Thread:
@@ -132,18 +132,18 @@ class Process:
                 work()
 
         self.threads = [thread for thread in self.threads if not thread.dead]
-        # Not whoever starts it: giving way leads back to `World.run`.
+        # The hub, not the starter: switching to the parent must return to `World.run`.
         thread = Thread(body, self.world.hub)
         self.threads.append(thread)
         self._wake_after(0.0, thread)
         return thread
 
     def sleep(self, seconds: float) -> None:
-        self.breathe()
+        self.raise_if_killed()
         thread = getcurrent()
         self._wake_after(seconds, thread)
         thread.parent.switch()
-        self.breathe()
+        self.raise_if_killed()
 
     def nudge(self, thread: Thread) -> None:
         """Wake a thread of this process before its time."""
@@ -156,7 +156,7 @@ class Process:
         assert isinstance(thread, Thread)
         return thread
 
-    def breathe(self) -> None:
+    def raise_if_killed(self) -> None:
         if not self.alive:
             raise Killed
 

@@ -1,4 +1,4 @@
-"""Ray on this machine: started quietly for one run, gone when the run ends."""
+"""Ray on this machine: started quietly for one run, shut down when the run ends."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from magi_ray.settings.environment import set_defaults
 
 # What Ray reads when it starts.
 _RAY_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anybody
+    "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # actors without a GPU still see what the machine has
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # a worker's death is told by us, in one line
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # suppress workers' logs: we report a lost worker ourselves, in one line
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # `uv run magi-ray` must not wrap every worker in `uv run`
 }
 
@@ -32,8 +32,8 @@ def prepare_ray_environment() -> None:
 def local_ray(*, namespace: str, dashboard: bool) -> Iterator[str | None]:
     """A Ray instance of our own, even where another cluster runs on this machine; yields the dashboard's URL, if any.
 
-    SIGTERM ends the block as Ctrl-C does, with KeyboardInterrupt; Ray's processes die with this one in any case. What
-    is printed to stdout meanwhile goes to stderr: Ray prints there about every worker that dies.
+    SIGTERM raises KeyboardInterrupt, as Ctrl-C does; Ray's processes die with this one in any case. What is printed
+    to stdout meanwhile goes to stderr: Ray prints there about every worker that dies.
     Inside a process that is connected to Ray already (a test session, a notebook), that instance is used and left
     running.
     """
