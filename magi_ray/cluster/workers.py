@@ -57,7 +57,7 @@ def render_on_ray(
     return render(
         store,
         run,
-        lambda driving: RayWorkers(driving, actors),
+        lambda session: RayWorkers(session, actors),
         counts={**ONE_OF_EACH, TaskKind.DECODE: run.settings.decoders},
         encoder=encoder,
         options=options,
@@ -89,13 +89,13 @@ class _Pending:
 class RayWorkers:
     """Actors are unnamed: Ray's names must be unique in a namespace, and ours repeat from run to run."""
 
-    def __init__(self, driving: Session, actors: Mapping[TaskKind, type[WorkerActor]]) -> None:
-        self._driving, self._classes = driving, actors
+    def __init__(self, session: Session, actors: Mapping[TaskKind, type[WorkerActor]]) -> None:
+        self._session, self._classes = session, actors
         self._actors: dict[str, _Actor] = {}
         self._pending: dict[Any, _Pending] = {}
 
     def start(self, worker: str, kind: TaskKind, avoid: frozenset[str]) -> None:
-        driving, settings = self._driving, self._driving.run.settings
+        session, settings = self._session, self._session.run.settings
         node_labels = {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"} if avoid else {}
         needs = needed(kind, settings)
         placement = None
@@ -121,10 +121,10 @@ class RayWorkers:
             kind,
             worker,
             settings=settings,
-            store=driving.store,
-            run_id=driving.run.run_id,
-            encoder=driving.encoder,
-            epoch=driving.epoch,
+            store=session.store,
+            run_id=session.run.run_id,
+            encoder=session.encoder,
+            epoch=session.epoch,
         )
         self._actors[worker] = _Actor(handle, kind, needs, avoid, placement)
         self._pending[handle.where.remote()] = _Pending(worker)
@@ -162,7 +162,7 @@ class RayWorkers:
         return said
 
     def nodes(self, kind: TaskKind) -> frozenset[str]:
-        wanted = needed(kind, self._driving.run.settings)
+        wanted = needed(kind, self._session.run.settings)
         return frozenset(
             node["NodeID"]
             for node in ray.nodes()
@@ -174,7 +174,7 @@ class RayWorkers:
         other = " other" if actor.avoid else ""
         return (
             f"No{other} node has {dict(actor.needs) or 'room'} free for a {actor.kind} worker after "
-            f"{self._driving.timings.placement_s:.0f} s; the cluster has {ray.cluster_resources()}, of which "
+            f"{self._session.timings.placement_s:.0f} s; the cluster has {ray.cluster_resources()}, of which "
             f"{ray.available_resources()} are free. Add such a node, or stop what holds it."
         )
 
