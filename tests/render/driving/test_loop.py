@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 from runs import MakeRun
 
-from magi_ray.errors import FailureClass, Superseded, WeightsError
+from magi_ray.errors import FailureClass, ObjectMissing, Superseded, WeightsError
 from magi_ray.events import (
     Event,
     Inspected,
@@ -31,6 +31,7 @@ from magi_ray.render.driving.scheduler import ONE_OF_EACH, Command, RunState, St
 from magi_ray.render.driving.session import Session, Timings
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.runs.record import Run
+from magi_ray.storage import keys
 from magi_ray.storage.epochs import take_epoch
 from magi_ray.storage.memory import MemoryStore
 from magi_ray.system import System
@@ -248,6 +249,20 @@ def test_a_superseded_group_makes_its_driver_ask_whether_it_still_leads(play: Pl
 
     with pytest.raises(Superseded, match="Another driver has taken over"):
         play(superseded)
+
+
+def test_a_driver_superseded_by_the_end_of_its_run_writes_no_tables(play: Play) -> None:
+    def slow(workers: Scripted) -> None:
+        def finished(worker: str, task: Task, attempt: int) -> list[WorkerEvent]:
+            take_epoch(play.store, play.run.run_id, play.time.owner("another"))
+            return [TaskDone(worker=worker, task=task, attempt=attempt)]
+
+        workers.instead = once(TaskKind.FINISH, finished)
+
+    with pytest.raises(Superseded, match="Another driver has taken over"):
+        play(slow)
+    with pytest.raises(ObjectMissing):
+        play.store.get(keys.run_results(play.run.run_id))
 
 
 def test_a_stopped_attempt_is_begun_anew_on_the_same_worker(play: Play) -> None:
