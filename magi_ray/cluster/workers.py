@@ -148,6 +148,7 @@ class RayWorkers:
 
     def wait(self, within_s: float) -> Sequence[tuple[str, WorkerEvent]]:
         waitables = list(self._pending)
+        # The first call waits for one to be ready; the second takes all that are, so that none is passed over.
         first, _ = ray.wait(waitables, num_returns=1, timeout=within_s, fetch_local=False)
         others, _ = ray.wait(waitables, num_returns=len(waitables), timeout=0, fetch_local=False)
         said: list[tuple[str, WorkerEvent]] = []
