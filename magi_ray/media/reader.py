@@ -24,6 +24,7 @@ from av.video.reformatter import Interpolation
 from av.video.stream import VideoStream
 
 from magi_ray.errors import MediaError
+from magi_ray.media.pictures import open_picture, shown_picture_size
 
 Fit = Literal["crop", "pad", "fit"]
 ClipPart = Literal["start", "end"]
@@ -54,6 +55,26 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             yield container, stream
     except (av.FFmpegError, OSError) as exc:
         raise _unreadable(path, exc.strerror or str(exc)) from exc
+
+
+def shown_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image or a clip as players show it: turned upright, with square pixels.
+
+    Raises MediaError.
+    """
+    try:
+        with open_picture(path) as picture:
+            if picture is not None:
+                return shown_picture_size(picture)
+    except OSError as exc:
+        raise _unreadable(path, exc.strerror or str(exc)) from exc
+    with open_video(path) as (container, stream):
+        _, _, frame = next(_timed(path, container, stream))
+        width, height = frame.width, frame.height
+        aspect = stream.sample_aspect_ratio or Fraction(1)
+        # Players never shrink: the side with the shorter pixels is enlarged.
+        width, height = (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
+        return (height, width) if frame.rotation % 180 else (width, height)
 
 
 def read_image(path: Path, *, width: int, height: int, fit: Fit) -> Pixels:
