@@ -39,7 +39,7 @@ import psutil
 from rgw import Rgw, why_not
 from typed import Command, processes_with, wait_until
 
-from magi_ray.commands.status_file import log_path
+from magi_ray.drivers.status_file import log_path
 from magi_ray.manifest import write_manifest
 from magi_ray.models.tiny import ensure_tiny
 from magi_ray.render.driving.reports import read_progress

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import click
 
 from magi_ray.commands import console
-from magi_ray.commands.console import as_magi_ray_error, command_line, print_json, say, say_next
+from magi_ray.commands.console import command_line, print_json, say, say_next
 from magi_ray.commands.doctor import doctor
 from magi_ray.commands.look import list_command, status, watch
 from magi_ray.commands.manifests import manifest
@@ -32,7 +32,7 @@ from magi_ray.commands.retry import retry
 from magi_ray.commands.stop import cancel, pause
 from magi_ray.commands.submit import drive, resume, submit
 from magi_ray.commands.upkeep import gc, verify
-from magi_ray.errors import InputError, MagiRayError, ManifestError
+from magi_ray.errors import InputError, MagiRayError, ManifestError, as_magi_ray_error
 
 
 class _Group(click.Group):

@@ -24,6 +24,7 @@ All survive pickling: Ray sends them between processes.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -164,3 +165,13 @@ def failure_class(error: BaseException) -> FailureClass:
     if isinstance(error, MemoryError):
         return FailureClass.INFRASTRUCTURE
     return FailureClass.CODE
+
+
+def as_magi_ray_error(exc: Exception) -> tuple[MagiRayError, str]:
+    """What to tell people about ``exc``; and its traceback if it is a bug, else ''."""
+    if isinstance(exc, MagiRayError):
+        return exc, ""
+    if isinstance(exc, OSError) and exc.filename is not None:
+        return MagiRayError(f"{exc.filename}: {exc.strerror}.", remedy="Fix that, then run the command again."), ""
+    bug = MagiRayError("This is a bug in magi-ray; please report it with the lines above.")
+    return bug, "".join(traceback.format_exception(exc))

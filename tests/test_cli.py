@@ -23,8 +23,9 @@ from rgw import Rgw
 from runs import MakeRun, prepared
 
 from magi_ray.cli import cli
-from magi_ray.commands import driver_monitor, stop
+from magi_ray.commands import stop
 from magi_ray.commands.stores import find_run
+from magi_ray.drivers import driver_monitor
 from magi_ray.errors import MediaError
 from magi_ray.manifest import write_manifest
 from magi_ray.render.driving.progress import RunProgress

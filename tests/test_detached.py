@@ -23,7 +23,7 @@ from typed import Command, wait_until
 from magi_ray.cli import cli
 from magi_ray.commands import stop
 from magi_ray.commands.processes import alive, in_session, kill, tree_below
-from magi_ray.commands.status_file import driver_on_this_machine, last_error, read_status, status_file, status_path
+from magi_ray.drivers.status_file import driver_on_this_machine, last_error, read_status, status_file, status_path
 from magi_ray.errors import MagiRayError, ObjectDamaged, StoreDenied, Superseded, WeightsError, WorkerLost
 from magi_ray.manifest import write_manifest
 from magi_ray.render.driving.local import render_locally

@@ -1,6 +1,6 @@
 """Imports point down. Reads every import of magi_ray, those inside functions too, and a few more promises of the text.
 
-cli commands report api > cluster > render > {sampling models storage media} >
+cli commands report api > drivers > cluster > render > {sampling models storage media} >
 {errors events forward system timeline manifest settings}
 
 and within render: upkeep > driving > {tasks runs} > artifacts > plans
@@ -21,7 +21,8 @@ HEIGHT = {
     "render.plans": 2, "render.artifacts": 3, "render.tasks": 4, "render.runs": 4, "render.driving": 5,
     "render.upkeep": 6, "render": 6,
     "cluster": 7,
-    "api": 8, "commands": 8, "cli": 8, "report": 8, "__main__": 8,
+    "drivers": 8,
+    "api": 9, "commands": 9, "cli": 9, "report": 9, "__main__": 9,
 }  # fmt: skip
 # Parts of one height that may know each other; other neighbours may not.
 TOGETHER = (

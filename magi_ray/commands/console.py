@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
-import traceback
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import click
 from rich.console import Console, RenderableType
-
-from magi_ray.errors import MagiRayError
 
 # 3, 7 and 8 are the codes of errors: see ``magi_ray.errors``.
 FAILURE, USAGE, FAILED_ROWS, CANCELLED, PAUSED, INTERRUPTED = 1, 2, 4, 5, 6, 130
@@ -58,13 +55,3 @@ def counted(number: int, noun: str) -> str:
 def command_line(arguments: Sequence[str], *, without: Collection[str] = ()) -> str:
     """``magi-ray`` and these arguments, quoted for a shell; those in ``without`` are left out."""
     return shlex.join(["magi-ray", *(argument for argument in arguments if argument not in without)])
-
-
-def as_magi_ray_error(exc: Exception) -> tuple[MagiRayError, str]:
-    """What to tell people about ``exc``; and its traceback if it is a bug, else ''."""
-    if isinstance(exc, MagiRayError):
-        return exc, ""
-    if isinstance(exc, OSError) and exc.filename is not None:
-        return MagiRayError(f"{exc.filename}: {exc.strerror}.", remedy="Fix that, then run the command again."), ""
-    bug = MagiRayError("This is a bug in magi-ray; please report it with the lines above.")
-    return bug, "".join(traceback.format_exception(exc))

@@ -9,8 +9,8 @@ from dataclasses import replace
 from magi_ray.commands.console import say, stderr
 from magi_ray.commands.options import RenderOptions
 from magi_ray.commands.signals import terminated_as_by_ctrl_c
-from magi_ray.commands.status_file import DriverExit
 from magi_ray.commands.stores import StoredRun
+from magi_ray.drivers.status_file import DriverExit
 from magi_ray.errors import Superseded
 from magi_ray.render.driving.inventory import take_inventory_of_run
 from magi_ray.render.driving.reports import RunReports, RunResult, read_failures

@@ -16,7 +16,7 @@ from magi_ray.render.driving.progress import Phase
 from magi_ray.storage import keys
 
 if TYPE_CHECKING:
-    from magi_ray.commands.run_status import RunStatus
+    from magi_ray.drivers.run_status import RunStatus
 
 WATCH_REFRESH_S = 1.0
 
@@ -27,8 +27,8 @@ WATCH_REFRESH_S = 1.0
 @json_option
 def status(name: str, store_uri: str, as_json: bool) -> None:
     """Show how far RUN is and which process renders it. RUN is the id of a run, or the beginning of one."""
-    from magi_ray.commands.driver_monitor import find_driver
-    from magi_ray.commands.run_status import run_status
+    from magi_ray.drivers.driver_monitor import find_driver
+    from magi_ray.drivers.run_status import run_status
     from magi_ray.report import status_table
 
     stored = open_named_run(name, store_uri, verb="status")
@@ -50,7 +50,7 @@ def status(name: str, store_uri: str, as_json: bool) -> None:
 @json_option
 def list_command(store_uri: str, as_json: bool) -> None:
     """List the runs in the store, oldest first."""
-    from magi_ray.commands.run_status import run_summary
+    from magi_ray.drivers.run_status import run_summary
     from magi_ray.render.runs.record import all_runs
     from magi_ray.report import runs_table
 
@@ -75,8 +75,8 @@ def list_command(store_uri: str, as_json: bool) -> None:
 @json_option
 def watch(name: str, store_uri: str, as_json: bool) -> None:
     """Follow RUN, which another process renders, until it ends. Ctrl-C stops watching, not rendering."""
-    from magi_ray.commands.driver_monitor import DriverMonitor
-    from magi_ray.commands.run_status import run_status
+    from magi_ray.drivers.driver_monitor import DriverMonitor
+    from magi_ray.drivers.run_status import run_status
     from magi_ray.report import follow
 
     stored = open_named_run(name, store_uri, verb="watch")
@@ -125,7 +125,7 @@ def _say_at_rest(stored: StoredRun, found: RunStatus) -> int:
 
 def _say_last_error(stored: StoredRun) -> None:
     """Why the last driver stopped, as far as this machine knows."""
-    from magi_ray.commands.status_file import last_error, log_path
+    from magi_ray.drivers.status_file import last_error, log_path
 
     error, log = last_error(stored.store, stored.run_id), log_path(stored.store, stored.run_id)
     if error is not None:

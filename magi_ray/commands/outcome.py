@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from magi_ray.commands.console import CANCELLED, FAILED_ROWS, INTERRUPTED, PAUSED, counted, print_json, say, say_next
-from magi_ray.commands.status_file import DriverExit
 from magi_ray.commands.stores import StoredRun
+from magi_ray.drivers.status_file import DriverExit
 from magi_ray.render.driving.reports import RunResult
 from magi_ray.storage import keys
 

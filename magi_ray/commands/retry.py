@@ -76,7 +76,7 @@ def _require_row(stored: StoredRun, job_id: str) -> None:
 
 def _require_nobody_here(stored: StoredRun) -> None:
     """Raises Superseded while a process of this machine renders the run: no take is added to it then."""
-    from magi_ray.commands.driver_monitor import find_driver
+    from magi_ray.drivers.driver_monitor import find_driver
 
     driver = find_driver(stored.store, stored.run_id)
     if driver is not None and driver.here:

@@ -19,7 +19,7 @@ from magi_ray.errors import MagiRayError, StoreUnavailable
 from magi_ray.render.driving import requests
 
 if TYPE_CHECKING:
-    from magi_ray.commands.driver_monitor import Driver, DriverMonitor
+    from magi_ray.drivers.driver_monitor import Driver, DriverMonitor
 
 # Cancelling takes 15 s at most: how long the driver may take to end once it is asked, terminated, killed.
 ASKED_S, TERMINATED_S, KILLED_S = 8.0, 2.5, 1.5
@@ -38,7 +38,7 @@ PAUSE_REFRESH_S = 1.0
 @json_option
 def pause(name: str, store_uri: str, timeout_s: float, as_json: bool) -> None:
     """Stop RUN as soon as its current stages are committed. At most one forward is lost; `magi-ray resume` goes on."""
-    from magi_ray.commands.driver_monitor import DriverMonitor
+    from magi_ray.drivers.driver_monitor import DriverMonitor
     from magi_ray.render.driving.reports import read_progress
     from magi_ray.report import follow
 
@@ -86,7 +86,7 @@ def cancel(name: str, store_uri: str, as_json: bool) -> None:
 
 
 def _cancel(stored: StoredRun, *, as_json: bool) -> None:
-    from magi_ray.commands.driver_monitor import DriverMonitor
+    from magi_ray.drivers.driver_monitor import DriverMonitor
 
     monitor = DriverMonitor(stored.store, stored.run_id)
     driver = monitor.look()
@@ -112,8 +112,8 @@ def _cancel(stored: StoredRun, *, as_json: bool) -> None:
 def _cancel_without_store(name: str, store_uri: str, exc: StoreUnavailable, *, as_json: bool) -> None:
     """Without the store the driver cannot be asked, but it can be ended if it runs on this machine. Raises ``exc`` if
     it does not."""
-    from magi_ray.commands.driver_monitor import Driver
-    from magi_ray.commands.status_file import drivers_on_this_machine
+    from magi_ray.drivers.driver_monitor import Driver
+    from magi_ray.drivers.status_file import drivers_on_this_machine
 
     found = list(drivers_on_this_machine(store_to_read(store_uri), Path(name).name))
     if len(found) != 1:

@@ -108,7 +108,7 @@ def drive(name: str, store_uri: str, options: RenderOptions, resumed: bool, as_j
     background. Ctrl-C and SIGTERM stop it. A paused or cancelled run stays so."""
     from magi_ray.commands.foreground import render_in_foreground
     from magi_ray.commands.outcome import report_exit
-    from magi_ray.commands.status_file import status_file
+    from magi_ray.drivers.status_file import status_file
 
     # Nobody is waiting here: an outage may last.
     stored = open_named_run(name, store_uri, verb="drive", weights=options.weights, patience_s=None)

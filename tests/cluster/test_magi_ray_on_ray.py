@@ -18,7 +18,7 @@ from typed import Command
 
 from magi_ray.cli import cli
 from magi_ray.commands.console import FAILED_ROWS, INTERRUPTED
-from magi_ray.commands.status_file import log_path
+from magi_ray.drivers.status_file import log_path
 from magi_ray.manifest import write_manifest
 from magi_ray.render.driving.local import render_locally
 from magi_ray.render.runs.record import Run, open_run

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pyarrow import BufferReader, parquet
 
-from magi_ray.commands.driver_monitor import Driver, find_driver
+from magi_ray.drivers.driver_monitor import Driver, find_driver
 from magi_ray.render.driving import requests
 from magi_ray.render.driving.inventory import take_inventory_of_run
 from magi_ray.render.driving.progress import Phase, RunProgress

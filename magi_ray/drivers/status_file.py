@@ -13,8 +13,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from magi_ray import errors
-from magi_ray.commands.console import as_magi_ray_error
-from magi_ray.errors import MagiRayError
+from magi_ray.errors import MagiRayError, as_magi_ray_error
 from magi_ray.render.driving.reports import RunResult
 from magi_ray.settings import Frozen, cache_folder
 from magi_ray.storage.store import Store
@@ -43,12 +42,14 @@ class SerializedError(Frozen):
         )  # fmt: skip
 
     def error(self) -> MagiRayError:
-        """The error again."""
+        """The error again, with the traceback as a note."""
         kind = getattr(errors, self.kind, MagiRayError)
         # A ManifestError needs more than this; nothing that renders raises it.
         kind = MagiRayError if kind is errors.ManifestError else kind
         error: MagiRayError = kind(self.message, remedy=self.remedy, next_command=self.next_command)
         error.exit_code = self.exit_code
+        if self.traceback:
+            error.add_note(self.traceback)
         return error
 
 

@@ -7,12 +7,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from magi_ray.commands.console import say
-from magi_ray.commands.status_file import driver_on_this_machine
-from magi_ray.commands.stores import StoredRun
-from magi_ray.errors import Superseded
+from magi_ray.drivers.status_file import driver_on_this_machine
 from magi_ray.storage import keys
-from magi_ray.storage.leases import BEAT_S, TTL_S, read_lease
+from magi_ray.storage.leases import TTL_S, read_lease
 from magi_ray.storage.store import Store
 from magi_ray.system import Owner, gone
 
@@ -68,18 +65,3 @@ class DriverMonitor:
             self.last, self._changed = driver, now
         self.silent = driver is not None and not driver.here and now - self._changed > TTL_S
         return None if self.silent else driver
-
-
-def refuse_second_driver(stored: StoredRun) -> None:
-    """Raises Superseded while a process of this machine renders the run. Only time can tell whether one on another
-    machine still lives: the new driver waits for that."""
-    driver = find_driver(stored.store, stored.run_id)
-    if driver is None:
-        return
-    if driver.here:
-        raise Superseded(
-            f"Run {stored.run_id} is already being rendered by {driver}.",
-            remedy="Watch it, pause it first, or take it over with --take-over.",
-            next_command=stored.command("watch"),
-        )
-    say(f"It was last rendered by {driver}; {TTL_S + BEAT_S:.0f} s will show whether it still is.")
