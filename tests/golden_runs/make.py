@@ -7,8 +7,10 @@ with whatever the code is by then. Make another one, under the next number, when
 
 v0  format 1 of runs and videos: records without digests, no takes (made by commit 8dc936d, with this script)
 v1  format 2: sealed records, a take, epochs and leases
+v2  format 2: a clip with sound is continued: known by its file, from its start, for whole chunks, without its sound
 
-It holds one run of two rows: "done" begins from an image and is published; "mid" was killed in mid-chain.
+It holds one run of two rows: "done" is published; "mid" was killed in mid-chain. In v0 and v1 "done" begins from an
+image and "mid" from text; in v2 both begin from a clip.
 """
 
 from __future__ import annotations
@@ -16,22 +18,25 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from magi_ray.manifest import Defaults, manifest_of
+from magi_ray.media.encoder import find_ffmpeg
 from magi_ray.render.driving.local import render_locally
 from magi_ray.render.runs.record import open_run
 from magi_ray.render.runs.submission import create, prepare
 from magi_ray.settings import override, preset
 from magi_ray.storage.local import LocalStore
 
-MANIFESTS = Path(__file__).parents[2] / "manifests"
+CLIP: dict[str, Any] = {"video": "clip.mp4", "include_prefix": True}
 ROWS: list[dict[str, Any]] = [
-    {"job_id": "done", "prompt": "hills at dusk", "image": str(MANIFESTS / "quickstart-image.png"), "num_chunks": 1},
-    {"job_id": "mid", "num_chunks": 3, "seed": 7,
+    {"job_id": "done", "prompt": "hills at dusk", "num_chunks": 1, **CLIP},
+    {"job_id": "mid", "num_chunks": 3, "seed": 7, **CLIP,
      "schedule": [{"start_chunk": 0, "prompt": "sea"}, {"start_chunk": 2, "prompt": "storm", "kv_range": [1, 2]}]},
 ]  # fmt: skip
 KILLED_AT_STAGE = 4  # of "mid": its first chunk is clean, two are in flight
@@ -41,13 +46,22 @@ class Killed(BaseException):
     pass
 
 
+def write_clip(path: Path) -> None:
+    """Three seconds of a test picture with a tone."""
+    picture, tone = "testsrc2=size=48x32:rate=24:duration=3", "sine=frequency=440:duration=3"
+    command = ["-f", "lavfi", "-i", picture, "-f", "lavfi", "-i", tone, "-b:a", "32k", "-fflags", "+bitexact", str(path)]
+    subprocess.run([find_ffmpeg(), "-loglevel", "error", *command], check=True)
+
+
 def make(folder: Path) -> None:
     store = LocalStore((folder / "store").absolute())
     small = {"runtime": {"video_size_h": 32, "video_size_w": 32, "num_steps": 8}, "encoder": {"preset": "ultrafast"}}
     settings = override(preset("magi-tiny"), small)
-    manifest = manifest_of(ROWS, Defaults.of(settings), base=Path("/"))
-    run, files = prepare(manifest, name="golden.parquet", settings=settings)
-    create(store, run, files)
+    with tempfile.TemporaryDirectory() as base:
+        write_clip(Path(base) / "clip.mp4")
+        manifest = manifest_of(ROWS, Defaults.of(settings), base=Path(base))
+        run, files = prepare(manifest, name="golden.parquet", settings=settings)
+        create(store, run, files)
     if importlib.util.find_spec("magi_ray.render.plans.takes"):
         from magi_ray.render.plans.takes import add_take
 

@@ -25,7 +25,7 @@ VERSIONS = sorted(folder.name for folder in GOLDEN.iterdir() if (folder / "expec
 
 
 def test_the_golden_runs_are_there_and_small() -> None:
-    assert {"v0", "v1"} <= set(VERSIONS)
+    assert {"v0", "v1", "v2"} <= set(VERSIONS)
     for version in VERSIONS:
         assert sum(path.stat().st_size for path in (GOLDEN / version).rglob("*") if path.is_file()) < 1_000_000
 
@@ -59,5 +59,6 @@ def test_a_run_of_an_earlier_version_is_resumed_and_nothing_of_it_is_rendered_ag
     for job_id, frames in expected["frames"].items():
         with av.open(str(store.root / keys.video(run.run_id, job_id))) as container:
             assert sum(1 for _ in container.decode(video=0)) == frames
+            assert len(container.streams) == 1
     assert verify(store).damages == []
     assert {item.reason for item in garbage(store, min_age_s=0)} <= {"left behind by a check of the store"}
