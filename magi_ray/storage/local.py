@@ -24,7 +24,7 @@ from typing import BinaryIO
 
 from magi_ray.errors import ObjectMissing, StoreDenied, StoreError, StoreUnavailable
 from magi_ray.storage.keys import check_key, is_key
-from magi_ray.storage.store import Entry
+from magi_ray.storage.store import Entry, open_at
 
 LOCK_DEADLINE_S = 10.0
 
@@ -64,8 +64,9 @@ class LocalStore:
         with self._reading(key) as source:
             return source.read()
 
-    def get_to_file(self, key: str, path: Path) -> None:
-        with self._reading(key) as source, path.open("wb") as target:
+    def get_to_file(self, key: str, path: Path, *, start: int = 0) -> None:
+        with self._reading(key) as source, open_at(path, start) as target:
+            source.seek(start)
             shutil.copyfileobj(source, target)
 
     def get_versioned(self, key: str) -> tuple[bytes, str]:

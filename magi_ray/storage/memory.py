@@ -10,7 +10,7 @@ from pathlib import Path
 
 from magi_ray.errors import ObjectMissing
 from magi_ray.storage.keys import check_key
-from magi_ray.storage.store import Entry
+from magi_ray.storage.store import Entry, open_at
 
 
 class MemoryStore:
@@ -49,8 +49,9 @@ class MemoryStore:
                 raise ObjectMissing(f"There is no object {key} in {self.uri}")
             return self._objects[key]
 
-    def get_to_file(self, key: str, path: Path) -> None:
-        path.write_bytes(self.get(key))
+    def get_to_file(self, key: str, path: Path, *, start: int = 0) -> None:
+        with open_at(path, start) as target:
+            target.write(self.get(key)[start:])
 
     def get_versioned(self, key: str) -> tuple[bytes, str]:
         data = self.get(key)

@@ -80,8 +80,8 @@ class RetryingStore:
     def get(self, key: str) -> bytes:
         return self._retried(lambda: self.inner.get(key))
 
-    def get_to_file(self, key: str, path: Path) -> None:
-        self._retried(lambda: self.inner.get_to_file(key, path))
+    def get_to_file(self, key: str, path: Path, *, start: int = 0) -> None:
+        self._retried(lambda: self.inner.get_to_file(key, path, start=start))
 
     def get_versioned(self, key: str) -> tuple[bytes, str]:
         return self._retried(lambda: self.inner.get_versioned(key))

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypedDict
 
 import boto3
 import botocore.exceptions as failures
@@ -29,7 +29,7 @@ from botocore.config import Config
 
 from magi_ray.errors import InputError, ObjectMissing, StoreDenied, StoreError, StoreUnavailable
 from magi_ray.storage.keys import check_key, is_key
-from magi_ray.storage.store import Entry
+from magi_ray.storage.store import Entry, open_at
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -41,6 +41,8 @@ MULTIPART_BYTES = 8 * 2**20  # a larger file goes up in parts of this size, one 
 MAX_PARTS = 10_000  # S3's own limit
 CHUNK_BYTES = 2**20
 CONNECTIONS = 32
+
+_CONTENT_TYPES = {"mp4": "video/mp4", "json": "application/json", "parquet": "application/vnd.apache.parquet"}
 
 _PERMISSIONS = {
     "ListObjectsV2": "s3:ListBucket",
@@ -83,13 +85,13 @@ class S3Store:
 
     def put(self, key: str, data: bytes) -> None:
         with self._calling(key) as client:
-            client.put_object(Bucket=self.bucket, Key=self._name(key), Body=data, ContentMD5=_md5(data))
+            client.put_object(Bucket=self.bucket, Key=self._name(key), Body=data, **_described(key, data))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         with self._calling(key) as client:
-            name, md5 = self._name(key), _md5(data)
+            name, about = self._name(key), _described(key, data)
             try:
-                client.put_object(Bucket=self.bucket, Key=name, Body=data, ContentMD5=md5, IfNoneMatch="*")
+                client.put_object(Bucket=self.bucket, Key=name, Body=data, IfNoneMatch="*", **about)
             except failures.ClientError as exc:
                 if _status(exc) == 412:
                     return False
@@ -107,10 +109,14 @@ class S3Store:
     def get(self, key: str) -> bytes:
         return self.get_versioned(key)[0]
 
-    def get_to_file(self, key: str, path: Path) -> None:
+    def get_to_file(self, key: str, path: Path, *, start: int = 0) -> None:
         with self._calling(key) as client:
-            body = client.get_object(Bucket=self.bucket, Key=self._name(key))["Body"]
-            with path.open("wb") as target:
+            name = self._name(key)
+            if start:
+                body = client.get_object(Bucket=self.bucket, Key=name, Range=f"bytes={start}-")["Body"]
+            else:  # an empty object has no range
+                body = client.get_object(Bucket=self.bucket, Key=name)["Body"]
+            with open_at(path, start) as target:
                 for chunk in body.iter_chunks(CHUNK_BYTES):
                     target.write(chunk)
 
@@ -125,7 +131,7 @@ class S3Store:
             with self._calling(key) as client:
                 try:
                     done = client.put_object(
-                        Bucket=self.bucket, Key=self._name(key), Body=data, ContentMD5=_md5(data), IfMatch=condition
+                        Bucket=self.bucket, Key=self._name(key), Body=data, IfMatch=condition, **_described(key, data)
                     )
                 except failures.ClientError as exc:
                     if _is_missing(exc):
@@ -213,7 +219,9 @@ class S3Store:
         # Not boto3's upload_fileobj: it sends no MD5 of the parts.
         name = self._name(key)
         with self._calling(key) as client:
-            upload = client.create_multipart_upload(Bucket=self.bucket, Key=name)["UploadId"]
+            upload = client.create_multipart_upload(Bucket=self.bucket, Key=name, ContentType=_content_type(key))[
+                "UploadId"
+            ]
         try:
             with self._calling(key) as client:
                 parts: list[CompletedPartTypeDef] = []
@@ -352,6 +360,20 @@ def _connect(store: S3Store) -> S3Client:
 
 def _md5(data: bytes) -> str:
     return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+
+
+class _Described(TypedDict):
+    ContentMD5: str
+    ContentType: str
+
+
+def _described(key: str, data: bytes) -> _Described:
+    return {"ContentMD5": _md5(data), "ContentType": _content_type(key)}
+
+
+def _content_type(key: str) -> str:
+    """So that a browser plays a video, whatever gives it the address."""
+    return _CONTENT_TYPES.get(key.rpartition(".")[2], "application/octet-stream")
 
 
 def _version(etag: str) -> str:

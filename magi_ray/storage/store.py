@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +16,14 @@ class Entry:
     key: str
     size: int
     age_s: float
+
+
+def open_at(path: Path, start: int) -> BinaryIO:
+    """The file, to be written from byte ``start`` on; what came after is gone."""
+    file = path.open("r+b" if start else "wb")
+    file.seek(start)
+    file.truncate()
+    return file
 
 
 class Store(Protocol):
@@ -47,8 +55,11 @@ class Store(Protocol):
         """Raises ObjectMissing."""
         ...
 
-    def get_to_file(self, key: str, path: Path) -> None:
-        """``get`` into a file, in constant memory. Raises ObjectMissing; a failure may leave the file half written."""
+    def get_to_file(self, key: str, path: Path, *, start: int = 0) -> None:
+        """``get`` into a file, in constant memory. Raises ObjectMissing; a failure may leave the file half written.
+
+        start: the first byte to read, less than the object has; the file must hold those before it, and keeps them.
+        """
         ...
 
     def get_versioned(self, key: str) -> tuple[bytes, str]:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from magi_ray.errors import StoreUnavailable
 from magi_ray.storage.memory import MemoryStore
-from magi_ray.storage.store import Entry
+from magi_ray.storage.store import Entry, open_at
 
 from .world import Process, World
 
@@ -117,8 +117,9 @@ class Client:
     def get(self, key: str) -> bytes:
         return self._call("get", key, lambda: self.server.get(key))
 
-    def get_to_file(self, key: str, path: Path) -> None:
-        path.write_bytes(self.get(key))
+    def get_to_file(self, key: str, path: Path, *, start: int = 0) -> None:
+        with open_at(path, start) as target:
+            target.write(self.get(key)[start:])
 
     def get_versioned(self, key: str) -> tuple[bytes, str]:
         return self._call("get_versioned", key, lambda: self.server.get_versioned(key))

@@ -96,6 +96,13 @@ class StoreContract:
         store.get_to_file("a/file", target)
         assert target.read_bytes() == source.read_bytes() == store.get("a/file")
 
+    def test_a_file_that_came_in_part_goes_on_where_it_stopped(self, store: Store, tmp_path: Path) -> None:
+        target = tmp_path / "target"
+        store.put("a/file", b"0123456789")
+        target.write_bytes(b"abcXXXXXXXXXXXXX")
+        store.get_to_file("a/file", target, start=3)
+        assert target.read_bytes() == b"abc3456789"
+
     def test_a_swap_succeeds_only_from_the_version_that_is_there(self, store: Store) -> None:
         assert store.put_if_absent("a/lease", b"write 1")
         data, first = store.get_versioned("a/lease")

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import boto3
 import pytest
 from botocore.exceptions import ClientError
 from contract import StoreContract
@@ -138,6 +139,28 @@ def test_what_was_acknowledged_survives_the_death_of_the_whole_cluster(rgw: Rgw,
     rgw.kill_all()
     rgw.start()
     assert [store.get(f"a/{n}") for n in range(20)] == [b"%d" % n for n in range(20)]
+
+
+def test_objects_say_what_they_are_so_that_a_browser_plays_a_video(once: S3Store, tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    large.write_bytes(bytes(MULTIPART_BYTES + 1))
+    once.put_file("videos/large.mp4", large)
+    once.put("videos/small.mp4", b"x")
+    once.put_if_absent("videos/small.json", b"{}")
+    once.swap("videos/small.json", b"{} ", once.get_versioned("videos/small.json")[1])
+    once.put("results.parquet", b"x")
+    once.put("media/69919bea", b"x")
+    client = boto3.client("s3")
+    types = {
+        key: client.head_object(Bucket=once.bucket, Key=f"{once.prefix}/{key}")["ContentType"] for key in once.list("")
+    }
+    assert types == {
+        "media/69919bea": "application/octet-stream",
+        "results.parquet": "application/vnd.apache.parquet",
+        "videos/large.mp4": "video/mp4",
+        "videos/small.json": "application/json",
+        "videos/small.mp4": "video/mp4",
+    }
 
 
 def test_a_large_file_goes_up_in_parts_and_comes_down_whole(once: S3Store, tmp_path: Path) -> None:

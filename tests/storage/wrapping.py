@@ -41,8 +41,8 @@ class StoreWrapper:
     def get(self, key: str) -> bytes:
         return self.around("get", key, lambda: self.inner.get(key))
 
-    def get_to_file(self, key: str, path: Path) -> None:
-        self.around("get_to_file", key, lambda: self.inner.get_to_file(key, path))
+    def get_to_file(self, key: str, path: Path, *, start: int = 0) -> None:
+        self.around("get_to_file", key, lambda: self.inner.get_to_file(key, path, start=start))
 
     def get_versioned(self, key: str) -> tuple[bytes, str]:
         return self.around("get_versioned", key, lambda: self.inner.get_versioned(key))
