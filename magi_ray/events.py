@@ -33,11 +33,26 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PublishedVideo:
+    """A published video, as its record says; None: the magi-ray that wrote it did not say so.
+
+    render_seconds: that computing its stages and segments took, in all drivers of the run.  forwards_spent: denoising
+    steps of the stages that the run computed for it.  forwards_reused: of those that other rows or runs had computed.
+    """
+
+    sha256: str
+    render_seconds: float | None = None
+    forwards_spent: int | None = None
+    forwards_reused: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RowInventory:
     """What the store holds of a row.
 
     embedded: captions and prefix are there.  stages_done: the number of leading stages after which denoising can
     go on.  segments_done: chunks whose segment is there.  failed: it failed before and is not to be tried again.
+    video: if it is published.
     """
 
     job_id: str
@@ -49,6 +64,7 @@ class RowInventory:
     segments_done: frozenset[int] = frozenset()
     published: bool = False
     failed: bool = False
+    video: PublishedVideo | None = None
 
 
 # From workers. An attempt is one worker's try at one task; every attempt has its own number.
@@ -89,13 +105,14 @@ class WorkerGone:
 
 @dataclass(frozen=True, kw_only=True)
 class StepDone:
-    """``step`` (from 1) of the ``steps`` denoising steps of ``stage`` is done, after ``seconds``."""
+    """``step`` (from 1) of the ``steps`` denoising steps of ``stage`` is done, after ``seconds``, on ``device``."""
 
     job_id: str
     stage: int
     step: int
     steps: int
     seconds: float = 0.0
+    device: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -16,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from magi_ray.commands.console import counted
-from magi_ray.render.driving.progress import Phase, RunProgress, VideoProgress
+from magi_ray.render.driving.progress import Phase, RunProgress, Times, VideoProgress
 
 if TYPE_CHECKING:
     from magi_ray.render.upkeep.forecast import Forecast
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from magi_ray.storage.probe import Finding
 
 MAX_BARS = 12
-LINE_INTERVAL_S = 5.0
+LINE_INTERVAL_S, SAME_LINE_INTERVAL_S = 5.0, 60.0
 MAX_PLACES = 40  # nobody reads more lines
 _COLOURS = {Phase.DONE: "green", Phase.FAILED: "red", Phase.WAITING: "dim"}
 _ACTIVE = (Phase.EMBEDDING, Phase.RENDERING, Phase.FINISHING)
@@ -33,7 +34,8 @@ _ACTIVE = (Phase.EMBEDDING, Phase.RENDERING, Phase.FINISHING)
 
 @contextmanager
 def follow(console: Console, *, clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[RunProgress], None]]:
-    """A function to call with every change. A terminal gets a bar per video, anything else a line per interval.
+    """A function to call with every change. A terminal gets a bar per video, anything else a line per interval, and a
+    long one while nothing but the time changes.
 
     console: of stderr.  clock: seconds, for tests.
     """
@@ -43,12 +45,13 @@ def follow(console: Console, *, clock: Callable[[], float] = time.monotonic) -> 
             yield lambda progress: live.update(bars(progress, width=console.width, height=console.height))
         return
     last: float | None = None
+    seen = ""
 
     def line(progress: RunProgress) -> None:
-        nonlocal last
-        now = clock()
-        if last is None or now - last >= LINE_INTERVAL_S:
-            last = now
+        nonlocal last, seen
+        now, state = clock(), summary(replace(progress, times=Times()))
+        if last is None or now - last >= (LINE_INTERVAL_S if state != seen else SAME_LINE_INTERVAL_S):
+            last, seen = now, state
             console.print(summary(progress), soft_wrap=True)
 
     yield line
@@ -94,14 +97,24 @@ def bars(progress: RunProgress, *, width: int = 80, height: int = 24) -> Table:
     whole = Table.grid()
     whole.add_column(no_wrap=True, overflow="ellipsis")
     whole.add_row(table)
-    whole.add_row(_counts(progress))
+    whole.add_row("; ".join(filter(None, [_counts(progress), describe_times(progress.times)])))
     return whole
 
 
 def summary(progress: RunProgress) -> str:
     """The run in one line."""
     active = [f"{v.job_id}: {describe(v)}" for v in progress.videos.values() if v.phase in _ACTIVE]
-    return " | ".join([_counts(progress), *active[:4]])
+    return " | ".join(filter(None, [_counts(progress), describe_times(progress.times), *active[:4]]))
+
+
+def describe_times(times: Times) -> str:
+    """``5 min 10 s elapsed, about 2 h 5 min left, 90 s of video an hour``, as far as it is known."""
+    parts = [] if times.elapsed_s is None else [f"{in_time(times.elapsed_s)} elapsed"]
+    if times.left_s:
+        parts.append(f"about {in_time(times.left_s)} left")
+    if times.video_seconds_per_hour is not None:
+        parts.append(f"{in_time(times.video_seconds_per_hour)} of video an hour")
+    return ", ".join(parts)
 
 
 def describe(video: VideoProgress) -> str:
@@ -182,6 +195,18 @@ def in_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def in_time(seconds: float) -> str:
+    """A length of time in the two units that fit: ``45 s``, ``12 min 30 s``, ``3 h 5 min``, ``2 d 4 h``."""
+    whole = round(seconds)
+    if whole < 10:
+        return f"{seconds:.1f} s".replace(".0 s", " s")
+    for large, per_large, small, per_small in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= per_large:
+            rest = whole % per_large // per_small
+            return f"{whole // per_large} {large}" + f" {rest} {small}" * (rest > 0)
+    return f"{whole} s"
 
 
 def _folder(item: Item) -> str:

@@ -82,6 +82,14 @@ class Timeline:
         chunk = stage - self.window_size + 1
         return chunk if chunk >= 0 else None
 
+    def chunk_stages(self, stages: int) -> int:
+        """How many of its own stages each chunk has behind it after the first ``stages``, summed over the chunks. A
+        chunk has ``window_size``."""
+        clean = min(self.num_chunks, max(0, stages - self.window_size + 1))
+        begun = min(self.num_chunks, stages)
+        in_flight = begun - clean  # the newest of them has stages − begun + 1 behind it
+        return clean * self.window_size + in_flight * (stages - begun + 1) + in_flight * (in_flight - 1) // 2
+
     def finishing_stage(self, chunk: int) -> int:
         """The stage at whose end ``chunk`` is clean."""
         return chunk + self.window_size - 1

@@ -7,8 +7,19 @@ import pytest
 from rich.console import Console
 
 from magi_ray.events import StepDone
-from magi_ray.render.driving.progress import Phase, RunProgress, VideoProgress
-from magi_ray.report import LINE_INTERVAL_S, MAX_BARS, bars, describe, follow, manifest_table, status_table, summary
+from magi_ray.render.driving.progress import Phase, RunProgress, Times, VideoProgress
+from magi_ray.report import (
+    LINE_INTERVAL_S,
+    MAX_BARS,
+    bars,
+    describe,
+    describe_times,
+    follow,
+    in_time,
+    manifest_table,
+    status_table,
+    summary,
+)
 
 
 def video(job_id: str, phase: Phase = Phase.WAITING, **changes: object) -> VideoProgress:
@@ -89,16 +100,44 @@ def test_where_a_video_is_takes_a_few_words(one: VideoProgress, words: str) -> N
     assert describe(one) == words
 
 
-def test_without_a_terminal_there_is_a_line_per_interval() -> None:
+def test_without_a_terminal_there_is_a_line_per_interval_and_few_while_nothing_changes() -> None:
     now = 0.0
     out = io.StringIO()
     progress = progress_of(video("a", Phase.RENDERING), video("b"))
     with follow(Console(file=out, width=20), clock=lambda: now) as show:
-        for _ in range(11):
+        for step in range(1, 11):
+            progress.note(StepDone(job_id="a", stage=0, step=1 + step // 5, steps=4))
             show(progress)
             now += LINE_INTERVAL_S / 5
-    assert out.getvalue().splitlines() == [summary(progress)] * 3
-    assert summary(progress) == "0 of 2 videos done, 1 waiting | a:   0%  stage 1/5 step 0/4, 0/2 chunks"
+        for _ in range(20):
+            progress.times = Times(elapsed_s=now)
+            show(progress)
+            now += LINE_INTERVAL_S
+    first, second, third, *rest = out.getvalue().splitlines()
+    assert first == "0 of 2 videos done, 1 waiting | a:   5%  stage 1/5 step 1/4, 0/2 chunks"
+    assert (" step 2/4" in second, " step 3/4" in third) == (True, True)
+    assert [line.split(" | ")[1] for line in rest] == ["1 min 10 s elapsed"]
+
+
+def test_times_are_told_as_far_as_they_are_known() -> None:
+    progress = progress_of(video("a", Phase.RENDERING))
+    assert summary(progress).startswith("0 of 1 video done | a:")
+    progress.times = Times(elapsed_s=75, left_s=7500, video_seconds_per_hour=90)
+    times = "1 min 15 s elapsed, about 2 h 5 min left, 1 min 30 s of video an hour"
+    assert summary(progress).startswith(f"0 of 1 video done | {times} | a:")
+    assert drawn(bars(progress), width=120)[-1].strip() == f"0 of 1 video done; {times}"
+    assert describe_times(Times(elapsed_s=4, left_s=0)) == "4 s elapsed"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.04, "0 s"), (2.34, "2.3 s"), (45.4, "45 s"), (59.6, "1 min"), (750, "12 min 30 s"), (3600, "1 h"),
+        (11_130, "3 h 5 min"), (187_300, "2 d 4 h"),
+    ],
+)  # fmt: skip
+def test_lengths_of_time_have_the_units_that_fit(seconds: float, words: str) -> None:
+    assert in_time(seconds) == words
 
 
 def test_a_terminal_gets_bars_that_stay_when_the_run_ends() -> None:

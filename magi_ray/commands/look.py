@@ -29,7 +29,7 @@ def status(name: str, store_uri: str, as_json: bool) -> None:
     """Show how far RUN is and which process renders it. RUN is the id of a run, or the beginning of one."""
     from magi_ray.drivers.driver_monitor import find_driver
     from magi_ray.drivers.run_status import run_status
-    from magi_ray.report import status_table
+    from magi_ray.report import describe_times, status_table
 
     stored = open_named_run(name, store_uri, verb="status")
     found = run_status(stored.store, stored.run, find_driver(stored.store, stored.run_id))
@@ -37,6 +37,8 @@ def status(name: str, store_uri: str, as_json: bool) -> None:
         print_json(found.as_json())
         return
     print_table(status_table(found.progress))
+    if times := describe_times(found.progress.times):
+        say(f"{times}.")
     if found.driver is None:
         _say_at_rest(stored, found)
     else:

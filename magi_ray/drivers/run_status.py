@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pyarrow import BufferReader, parquet
@@ -95,6 +95,8 @@ def _progress_at_rest(store: Store, run: Run, reported: ReportedProgress | None)
     rows = take_inventory_of_run(store, run, None)
     progress = RunProgress.of(run.run_id, rows, {job_id: plan.forwards_per_stage for job_id, plan in run.plans.items()})
     before = {} if reported is None else reported.progress.videos
+    if reported is not None:
+        progress.times = replace(reported.progress.times, left_s=None)
     for video in progress.videos.values():
         if video.phase is not Phase.DONE and video.job_id in before:
             clean = max(0, video.stages_done - (video.stages - video.chunks))

@@ -56,6 +56,12 @@ def open_object(uri: str) -> tuple[Store, str]:
     return RetryingStore(ForeignBucket(bucket), patience_s=MEDIA_PATIENCE_S), key
 
 
+def object_uri(store: Store, key: str) -> str:
+    """The whole address of an object: file:///… or s3://…."""
+    root = Path(store.uri).as_uri() if Path(store.uri).is_absolute() else store.uri
+    return f"{root.rstrip('/')}/{key}"
+
+
 def _check_bucket(uri: str, bucket: str) -> None:
     if "@" in bucket or ":" in bucket:
         raise InputError(  # without the address, which may hold a secret

@@ -103,3 +103,13 @@ def test_one_chunk_fewer_would_be_too_short(frames: int, prefix: int) -> None:
     assert Timeline(num_chunks=chunks, window_size=1, prefix_latents=prefix).num_frames >= frames
     if chunks > 1:
         assert Timeline(num_chunks=chunks - 1, window_size=1, prefix_latents=prefix).num_frames < frames
+
+
+@pytest.mark.parametrize(("chunks", "window"), [(1, 1), (1, 4), (3, 4), (9, 4), (5, 2)])
+def test_the_stages_that_chunks_have_behind_them_are_those_of_the_windows(chunks: int, window: int) -> None:
+    timeline = Timeline(num_chunks=chunks, window_size=window)
+    behind = 0
+    for stage in range(timeline.num_stages):
+        assert timeline.chunk_stages(stage) == behind
+        behind += len(timeline.window(stage))
+    assert timeline.chunk_stages(timeline.num_stages) == behind == chunks * window

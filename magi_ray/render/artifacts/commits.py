@@ -24,13 +24,15 @@ def commit(
     *,
     seconds: float,
     system: System = System(),
+    **about: str,
 ) -> Commit:
     """Store a result under the digest of its pre-image: first the payloads, then the commit.
 
-    payloads: bytes, or the path of a file, by role.  seconds: how long it took to compute.
+    payloads: bytes, or the path of a file, by role.  seconds: how long it took to compute.  about: as for
+    ``provenance``.
     Returns the commit that counts: an earlier whole one, if there is one. Raises StoreError.
     """
-    key, write_id, made_by = digest(pre_image), new_write_id(), provenance(seconds=seconds, system=system)
+    key, write_id, made_by = digest(pre_image), new_write_id(), provenance(seconds=seconds, system=system, **about)
     return write_commit(
         store, kind=kind, key=key, payloads=payloads, pre_image=pre_image, provenance=made_by, write_id=write_id
     )

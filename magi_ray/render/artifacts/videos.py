@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from magi_ray.errors import ObjectDamaged, ObjectMissing
+from magi_ray.events import PublishedVideo
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.storage import keys
 from magi_ray.storage.records import holds, read_record, require_readable
@@ -47,6 +48,12 @@ def published(
     if sizes.get(video) != record["bytes"] or (reread and not holds(store, video, record["sha256"])):
         return None
     return record
+
+
+def published_video(record: Mapping[str, Any]) -> PublishedVideo:
+    """What ``record`` says of the video's cost."""
+    cost = {name: record.get(name) for name in ("render_seconds", "forwards_spent", "forwards_reused")}
+    return PublishedVideo(sha256=record["sha256"], **cost)
 
 
 def video_sizes(store: Store, run_id: str) -> dict[str, int]:

@@ -8,7 +8,7 @@ from functools import cache
 
 from magi_ray.events import RowInventory
 from magi_ray.render.artifacts.commits import embedded, segment_pre_image
-from magi_ray.render.artifacts.videos import published, video_sizes
+from magi_ray.render.artifacts.videos import published, published_video, video_sizes
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.runs.record import Run
 from magi_ray.sampling.ranges import KVRanges, clean_chunks_needed
@@ -77,7 +77,7 @@ def take_inventory(
     timeline, row = plan.timeline, untouched(plan)
     found = published(store, run_id, plan, sizes=sizes, reread=reread)
     if found is not None and not reread:
-        return replace(row, stages_done=timeline.num_stages, published=True)
+        return replace(row, stages_done=timeline.num_stages, published=True, video=published_video(found))
     intact = _intact(store, plan)
     done = stages_done(store, plan)
     if reread:
@@ -104,6 +104,7 @@ def take_inventory(
         stages_done=done,
         segments_done=frozenset(segments),
         published=found is not None and len(segments) == timeline.num_chunks,
+        video=None if found is None else published_video(found),
     )
 
 

@@ -50,12 +50,23 @@ class VideoProgress:
         return self.stages_done * self.steps + self.step
 
 
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """elapsed_s: since this driver began; another may have before.  left_s: to denoise what is left,
+    if all goes on as it did.  video_seconds_per_hour: of new video.  None: not known, or not yet."""
+
+    elapsed_s: float | None = None
+    left_s: float | None = None
+    video_seconds_per_hour: float | None = None
+
+
 @dataclass
 class RunProgress:
     """All videos of a run, in the manifest's order."""
 
     run_id: str
     videos: dict[str, VideoProgress] = field(default_factory=dict)
+    times: Times = Times()
 
     @classmethod
     def of(cls, run_id: str, rows: Sequence[RowInventory], steps: dict[str, int]) -> RunProgress:
@@ -122,7 +133,8 @@ class RunProgress:
         return sum(video.phase is phase for video in self.videos.values())
 
     def as_json(self) -> dict[str, Any]:
-        return {"run_id": self.run_id, "videos": [asdict(video) for video in self.videos.values()]}
+        times = {name: None if value is None else round(value, 1) for name, value in asdict(self.times).items()}
+        return {"run_id": self.run_id, "videos": [asdict(video) for video in self.videos.values()], **times}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> RunProgress:
@@ -131,4 +143,5 @@ class RunProgress:
             VideoProgress(**({k: v for k, v in video.items() if k in known} | {"phase": Phase(video["phase"])}))
             for video in content["videos"]
         ]
-        return cls(content["run_id"], {video.job_id: video for video in videos})
+        times = Times(**{field.name: content.get(field.name) for field in fields(Times)})
+        return cls(content["run_id"], {video.job_id: video for video in videos}, times)

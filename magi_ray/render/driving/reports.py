@@ -9,18 +9,22 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from magi_ray.errors import FailureClass, MagiRayError, ObjectMissing
-from magi_ray.events import Event, RowInventory, TaskKind
+from magi_ray.events import Event, Inspected, RowInventory, Task, TaskDone, TaskKind
+from magi_ray.manifest import Row
+from magi_ray.render.artifacts.videos import published_video, read_video_record
+from magi_ray.render.driving.pace import Pace, Speed
 from magi_ray.render.driving.progress import Phase, RunProgress
 from magi_ray.render.driving.scheduler import Command, RowFailed, RunState
 from magi_ray.render.runs.record import Run
 from magi_ray.storage import keys
+from magi_ray.storage.opening import object_uri
 from magi_ray.storage.retrying import SHUTDOWN_PATIENCE_S, with_patience
 from magi_ray.storage.store import Store
 from magi_ray.system import System
@@ -31,6 +35,13 @@ SHARE, LONGEST_INTERVAL_S = 0.1, 60.0
 # Called with every event and command, and the progress after it.
 Observer = Callable[[Event | Command, RunProgress], None]
 
+# sha256 to forwards_reused: as ``PublishedVideo``.  stages_reused: that this driver found in the store.
+_RESULTS = pa.schema(
+    [("job_id", pa.string()), ("status", pa.string()), ("video", pa.string()), ("sha256", pa.string()),
+     ("frames", pa.int64()), ("fps", pa.int64()), ("width", pa.int64()), ("height", pa.int64()), ("seed", pa.int64()),
+     ("duration_s", pa.float64()), ("render_seconds", pa.float64()), ("forwards_spent", pa.int64()),
+     ("forwards_reused", pa.int64()), ("stages", pa.int64()), ("stages_reused", pa.int64()), ("error", pa.string())]
+)  # fmt: skip
 # task and index: what failed (decode 3: chunk 3).  stage: the first affected, none if finishing failed.  log: its file.
 _ERRORS = pa.schema(
     [("job_id", pa.string()), ("class", pa.string()), ("message", pa.string()), ("task", pa.string()),
@@ -56,6 +67,7 @@ class RunReports:
     ``interval_s`` seconds; ``close`` writes the tables.
 
     rows: what was in the store when the run began or went on.  earlier: failures not to be tried again.
+    encoder: identity of the ffmpeg that makes its segments.
     """
 
     def __init__(
@@ -66,6 +78,7 @@ class RunReports:
         *,
         earlier: Mapping[str, RowFailed],
         observers: Sequence[Observer] = (),
+        encoder: str | None = None,
         interval_s: float = 1.0,
         system: System = System(),
     ) -> None:
@@ -75,6 +88,10 @@ class RunReports:
         self._already = sum(row.published for row in rows)
         self._due: float | None = None
         self._errors_written = False
+        self._before = read_progress(store, run.run_id)
+        self._encoder = encoder or (self._before and self._before.encoder)
+        self._pace = Pace(run.plans, system.clock)
+        self._videos = {row.job_id: row.video for row in rows if row.video is not None}
         steps = {job_id: plan.forwards_per_stage for job_id, plan in run.plans.items()}
         self.progress = RunProgress.of(run.run_id, rows, steps)
         for failed in self._failed.values():
@@ -83,9 +100,16 @@ class RunReports:
     def note(self, happened: Event | Command) -> None:
         """Take note of an event, or of a command that is about to be carried out."""
         self.progress.note(happened)
-        if isinstance(happened, RowFailed):
-            self._failed[happened.job_id] = happened
-            self._errors_written = False
+        self._pace.note(happened)
+        match happened:
+            case RowFailed(job_id=job_id):
+                self._failed[job_id] = happened
+                self._errors_written = False
+            case TaskDone(task=Task(kind=TaskKind.FINISH, job_id=job_id)):
+                if (record := read_video_record(self._store, self._run.run_id, job_id)) is not None:
+                    self._videos[job_id] = published_video(record)
+            case Inspected(row=row) if row.video is not None:
+                self._videos[row.job_id] = row.video
         for observer in self._observers:
             observer(happened, self.progress)
         self.write_if_due()
@@ -142,48 +166,69 @@ class RunReports:
         self._errors_written = True
 
     def _write_progress(self, state: str) -> None:
+        self.progress.times, speeds = self._pace.times(self.progress), self._pace.speeds()
+        if self._before is not None:
+            # A driver that had nothing to denoise says nothing of how fast it goes.
+            speeds = speeds or [*self._before.speeds]
+            if state != "rendering" and not self._pace.begun:
+                self.progress.times = self._before.progress.times
         content = self.progress.as_json() | {
-            "state": state, "running": state == "rendering", "updated_unix": round(self._system.unix_time(), 3)
+            "state": state, "running": state == "rendering", "updated_unix": round(self._system.unix_time(), 3),
+            "encoder": self._encoder, "speeds": [speed.model_dump() for speed in speeds],
         }  # fmt: skip
         self._store.put(keys.run_progress(self._run.run_id), json.dumps(content).encode())
 
     def _results(self, state: RunState) -> pa.Table:
-        """One line for each row: what became of it, its tags, and unknown columns unchanged.
+        """One line for each row: what became of it, and the row's own prompts, tags and unknown columns unchanged.
 
         A row that is neither done nor failed has the state of the run: paused, cancelled, broken.
         """
-        lines: list[dict[str, Any]] = []
-        for row in self._run.manifest.rows:
-            video, plan = self.progress.videos[row.job_id], self._run.plans[row.job_id]
-            done = video.phase is Phase.DONE
-            ended = done or video.phase is Phase.FAILED
-            lines.append(
-                {
-                    "job_id": row.job_id,
-                    "status": str(video.phase if ended else state),
-                    "video": keys.video(self._run.run_id, row.job_id) if done else None,
-                    "frames": plan.timeline.num_frames,
-                    "duration_s": plan.timeline.num_frames / row.fps,
-                    "stages": video.stages,
-                    "stages_reused": video.reused_stages,
-                    "error": video.message or None,
-                    "tags": json.dumps(row.tags),
-                }
-            )
-        table = pa.Table.from_pylist(lines)
-        unknown = self._run.manifest.unknown
+        table = pa.Table.from_pylist([self._result(row, state) for row in self._run.manifest.rows], schema=_RESULTS)
+        written, unknown = self._run.manifest.table, self._run.manifest.unknown
+        for name in ("prompt", "schedule", "tags"):
+            if name in written.column_names:
+                table = table.append_column(name, written.column(name))
         for name in unknown.column_names:
             # A user's column that has the name of one of ours gets another name.
-            table = table.append_column(f"{name}_" if name in table.column_names else name, unknown.column(name))
+            free = name
+            while free in table.column_names or (free != name and free in unknown.column_names):
+                free += "_"
+            table = table.append_column(free, unknown.column(name))
         return table
+
+    def _result(self, row: Row, state: RunState) -> dict[str, Any]:
+        progress, plan = self.progress.videos[row.job_id], self._run.plans[row.job_id]
+        done = progress.phase is Phase.DONE
+        video = self._videos.get(row.job_id) if done else None
+        ended = done or progress.phase is Phase.FAILED
+        return {
+            "job_id": row.job_id,
+            "status": str(progress.phase if ended else state),
+            "video": object_uri(self._store, keys.video(self._run.run_id, row.job_id)) if done else None,
+            "frames": plan.timeline.num_frames,
+            "fps": row.fps,
+            "width": row.width,
+            "height": row.height,
+            "seed": row.seed,
+            "duration_s": plan.timeline.num_frames / row.fps,
+            "stages": progress.stages,
+            "stages_reused": progress.reused_stages,
+            "error": progress.message or None,
+            **({} if video is None else asdict(video)),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportedProgress:
-    """What a driver last reported of its run: how far it was, and its state then, a RunState or "stopped"."""
+    """What a driver last reported of its run: how far it was, and its state then, a RunState or "stopped".
+
+    encoder: as for ``RunReports``, None if it did not say.  speeds: what it measured.
+    """
 
     progress: RunProgress
     state: str
+    encoder: str | None = None
+    speeds: tuple[Speed, ...] = ()
 
 
 def read_progress(store: Store, run_id: str) -> ReportedProgress | None:
@@ -192,7 +237,12 @@ def read_progress(store: Store, run_id: str) -> ReportedProgress | None:
         content = json.loads(store.get(keys.run_progress(run_id)))
         # Before there were states, a driver only said whether it was running.
         state = content.get("state", "rendering" if content["running"] else "stopped")
-        return ReportedProgress(progress=RunProgress.from_json(content), state=state)
+        return ReportedProgress(
+            progress=RunProgress.from_json(content),
+            state=state,
+            encoder=content.get("encoder"),
+            speeds=tuple(Speed.model_validate(speed) for speed in content.get("speeds", ())),
+        )
     except (ObjectMissing, ValueError, KeyError, TypeError, AttributeError):
         return None
 

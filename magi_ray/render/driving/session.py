@@ -125,8 +125,9 @@ def open_session(
         found = _inventory(store, run, encoder, options.retry, leadership, timings, system)
         rows = [replace(row, failed=row.job_id in earlier and not row.published) for row in found]
         reports = RunReports(
-            store, run, rows, earlier=earlier, observers=observers, interval_s=timings.reports_s, system=system
-        )
+            store, run, rows, earlier=earlier, observers=observers, encoder=encoder,
+            interval_s=timings.reports_s, system=system,
+        )  # fmt: skip
         scheduler = Scheduler(rows, workers=workers, max_failed_rows=options.max_failed_rows)
         try:
             yield Session(

@@ -21,8 +21,11 @@ Raises StoreError, NumericError, OutputError, WorkerLost."""
 class Decoder:
     """The decode task. ``encoder``: ``media.encoder.encoder_identity`` of the run's ffmpeg."""
 
-    def __init__(self, store: Store, make_segment: MakeSegment, *, encoder: str, system: System = System()) -> None:
+    def __init__(
+        self, store: Store, make_segment: MakeSegment, *, encoder: str, run_id: str = "", system: System = System()
+    ) -> None:
         self._store, self._make_segment, self._encoder, self._system = store, make_segment, encoder, system
+        self._run_id = run_id
 
     def carry_out(self, plan: RowPlan, index: int) -> Iterator[StepDone | StageCommitted]:
         """Make and commit the segment of chunk ``index``, unless the store holds it. Yields nothing.
@@ -36,5 +39,7 @@ class Decoder:
                 path = Path(folder) / "segment.mp4"
                 self._make_segment(plan, index, path)
                 seconds = self._system.clock() - begun
-                commit(self._store, "segment", pre_image, {"segment": path}, seconds=seconds, system=self._system)
+                about = {"run_id": self._run_id, "job_id": plan.job_id}
+                payloads = {"segment": path}
+                commit(self._store, "segment", pre_image, payloads, seconds=seconds, system=self._system, **about)
         yield from ()

@@ -21,11 +21,11 @@ from magi_ray.settings import Settings
 from magi_ray.storage.store import Store
 
 
-def load_decoder(settings: Settings, store: Store, *, ffmpeg: Path, encoder: str) -> Decoder:
+def load_decoder(settings: Settings, store: Store, *, ffmpeg: Path, encoder: str, run_id: str = "") -> Decoder:
     """A Decoder with the VAE of ``settings``. ``encoder``: the identity of ``ffmpeg``. Raises WeightsError."""
     numeric = settings.numeric
     vae = load_vae(settings.weights.vae, device=numeric.device, attention=numeric.attention)
-    return Decoder(store, partial(_make_segment, store, vae, ffmpeg), encoder=encoder)
+    return Decoder(store, partial(_make_segment, store, vae, ffmpeg), encoder=encoder, run_id=run_id)
 
 
 def _make_segment(store: Store, vae: VAE, ffmpeg: Path, plan: RowPlan, chunk: int, out: Path) -> None:

@@ -26,10 +26,13 @@ Raises StoreError (ObjectMissing, ObjectDamaged), DeviceOutOfMemory."""
 
 
 class Denoiser:
-    """The denoise task. ``denoise_network.load_denoiser`` makes one with the DiT."""
+    """The denoise task. ``denoise_network.load_denoiser`` makes one with the DiT. run_id, device: for what is told."""
 
-    def __init__(self, store: Store, begin_video: BeginVideo, *, system: System = System()) -> None:
+    def __init__(
+        self, store: Store, begin_video: BeginVideo, *, run_id: str = "", device: str = "", system: System = System()
+    ) -> None:
         self._store, self._begin_video, self._system = store, begin_video, system
+        self._run_id, self._device = run_id, device
 
     def carry_out(self, plan: RowPlan, first_stage: int) -> Iterator[StepDone | StageCommitted]:
         """Compute and commit the stages of ``plan`` from ``first_stage`` on; the ones before it are in the store.
@@ -69,7 +72,12 @@ class Denoiser:
                 seconds = self._system.clock() - begun
                 step, stage_s = step + 1, stage_s + seconds
                 yield StepDone(
-                    job_id=plan.job_id, stage=stage, step=step, steps=plan.forwards_per_stage, seconds=seconds
+                    job_id=plan.job_id,
+                    stage=stage,
+                    step=step,
+                    steps=plan.forwards_per_stage,
+                    seconds=seconds,
+                    device=self._device,
                 )
                 if written is not None:
                     yield written()
@@ -83,7 +91,8 @@ class Denoiser:
         """Start writing a computed stage. The result waits until it is written, and raises what writing raised."""
 
         def write() -> None:
-            commit(self._store, "stage", plan.pre_image(stage), pack(), seconds=seconds, system=self._system)
+            about = {"run_id": self._run_id, "job_id": plan.job_id, "device": self._device}
+            commit(self._store, "stage", plan.pre_image(stage), pack(), seconds=seconds, system=self._system, **about)
 
         def written() -> StageCommitted:
             try:

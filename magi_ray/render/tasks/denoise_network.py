@@ -11,6 +11,7 @@ from magi_ray.models.dit.model import DiT, load_dit
 from magi_ray.models.files import published_folder
 from magi_ray.models.text.special_tokens import SpecialTokenTable, null_caption, prepend_special_tokens
 from magi_ray.render.artifacts.latents import convert_out_of_memory, load_clean_chunk, load_tensor, load_window, pack
+from magi_ray.render.artifacts.provenance import device_name
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.tasks.denoise import Denoiser, Pack, RunStage
 from magi_ray.sampling.noise import chunk_noise
@@ -22,13 +23,14 @@ from magi_ray.storage.store import Store
 from magi_ray.timeline import SPATIAL_FACTOR
 
 
-def load_denoiser(settings: Settings, store: Store) -> Denoiser:
+def load_denoiser(settings: Settings, store: Store, *, run_id: str = "") -> Denoiser:
     """A Denoiser with the DiT of ``settings``. Raises WeightsError."""
     weights, engine, numeric = settings.weights, settings.engine, settings.numeric
     folder = published_folder(weights.dit, fp8=engine.fp8_quant, distill=engine.distill)
     dit = load_dit(settings.model, folder, device=numeric.device, attention=numeric.attention, fp8=engine.fp8_quant)
     tokens = SpecialTokenTable.load(weights.special_tokens)
-    return Denoiser(store, partial(_begin_video, store, dit, tokens))
+    device = device_name(numeric.device)
+    return Denoiser(store, partial(_begin_video, store, dit, tokens), run_id=run_id, device=device)
 
 
 def _begin_video(store: Store, dit: DiT, tokens: SpecialTokenTable, plan: RowPlan, first_stage: int) -> RunStage:

@@ -19,7 +19,7 @@ from magi_ray.render.artifacts.provenance import provenance
 from magi_ray.render.artifacts.videos import FORMAT, read_video_record
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.storage import keys
-from magi_ray.storage.records import digest, holds, payload_to_file, record_bytes
+from magi_ray.storage.records import Commit, digest, holds, payload_to_file, read_commit, record_bytes
 from magi_ray.storage.store import Store
 from magi_ray.system import System
 from magi_ray.timeline import FRAMES_PER_CHUNK
@@ -51,16 +51,19 @@ class Finisher:
             return
         with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
             video = Path(folder) / "video.mp4"
-            self._joiner(plan, self._segments(plan, Path(folder)), video)
+            segments, decoding_s = self._segments(plan, Path(folder))
+            self._joiner(plan, segments, video)
             with video.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            cost = self._cost(plan, decoding_s)
             # Joining takes long. Checked again, so that a late worker all but never replaces a newer mp4.
             if self._already_published(plan):
                 return
             self._store.put_file(keys.video(self._run_id, plan.job_id), video)
             size = video.stat().st_size
         made_by = provenance(seconds=self._system.clock() - begun, system=self._system)
-        record = _record(plan, self._encoder) | {"sha256": sha256, "bytes": size, "provenance": made_by}
+        what = {"sha256": sha256, "bytes": size, "provenance": made_by}
+        record = _record(plan, self._encoder) | cost | what
         data, key = record_bytes(record), keys.video_record(self._run_id, plan.job_id)
         if not self._store.put_if_absent(key, data) and not self._already_published(plan):
             self._store.put(key, data)
@@ -73,14 +76,34 @@ class Finisher:
             return False
         return record["stage_keys"] == list(plan.stage_keys) or len(record.get("takes", ())) > len(plan.takes)
 
-    def _segments(self, plan: RowPlan, folder: Path) -> list[Path]:
-        """The segments of all chunks, as files in ``folder``."""
-        paths = []
+    def _cost(self, plan: RowPlan, decoding_s: float) -> dict[str, Any]:
+        """What computing ``plan`` took, as ``PublishedVideo`` says it: of several drivers, none knows it all."""
+        stages = (self._own_seconds(plan, read_commit(self._store, "stage", key)) for key in plan.stage_keys)
+        seconds = [own for own in stages if own is not None]
+        return {
+            "render_seconds": round(sum(seconds) + decoding_s, 3),
+            "forwards_spent": len(seconds) * plan.forwards_per_stage,
+            "forwards_reused": (len(plan.stage_keys) - len(seconds)) * plan.forwards_per_stage,
+        }
+
+    def _segments(self, plan: RowPlan, folder: Path) -> tuple[list[Path], float]:
+        """The segments of all chunks, as files in ``folder``; and the seconds it took to make those that were made for
+        this row."""
+        paths, seconds = [], 0.0
         for chunk in range(plan.timeline.num_chunks):
             key = digest(segment_pre_image(self._store, plan, chunk, self._encoder))
+            segment = committed(self._store, "segment", key)
             paths.append(folder / f"{chunk:08d}.mp4")
-            payload_to_file(self._store, committed(self._store, "segment", key), "segment", paths[-1])
-        return paths
+            payload_to_file(self._store, segment, "segment", paths[-1])
+            seconds += self._own_seconds(plan, segment) or 0.0
+        return paths, seconds
+
+    def _own_seconds(self, plan: RowPlan, commit: Commit | None) -> float | None:
+        """What computing it took; None if it was not computed for this row of this run."""
+        row = {"run_id": self._run_id, "job_id": plan.job_id}
+        if commit is None or not row.items() <= commit.provenance.items():
+            return None
+        return float(commit.provenance["seconds"])
 
 
 def _make_video(store: Store, ffmpeg: Path, plan: RowPlan, segments: Sequence[Path], out: Path) -> None:

@@ -34,11 +34,11 @@ def load_task(
         case TaskKind.DENOISE:
             from magi_ray.render.tasks.denoise_network import load_denoiser
 
-            return load_denoiser(settings, store)
+            return load_denoiser(settings, store, run_id=run_id)
         case TaskKind.DECODE:
             from magi_ray.render.tasks.decode_network import load_decoder
 
-            return load_decoder(settings, store, ffmpeg=_same_ffmpeg(encoder), encoder=encoder)
+            return load_decoder(settings, store, ffmpeg=_same_ffmpeg(encoder), encoder=encoder, run_id=run_id)
         case TaskKind.FINISH:
             from magi_ray.render.tasks.finish import load_finisher
 

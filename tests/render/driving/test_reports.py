@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pyarrow.parquet as pq
 import pytest
 from runs import MakeRun, by_progress
 
 from magi_ray.events import Inspected, RowInventory, Task, TaskDone, TaskKind
+from magi_ray.render.artifacts.provenance import device_name
 from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.progress import Phase, RunProgress
 from magi_ray.render.driving.reports import RunReports, read_progress
+from magi_ray.render.runs.record import Run
 from magi_ray.storage import keys
+from magi_ray.storage.local import LocalStore
 from magi_ray.storage.memory import MemoryStore
+from magi_ray.storage.records import read_commit
+from magi_ray.storage.store import Store
 from magi_ray.system import System
 
 ROWS = [
@@ -24,15 +33,70 @@ ROWS = [
 ]
 
 
-def test_unknown_columns_and_tags_travel_into_the_results(make_run: MakeRun) -> None:
+def results(store: Store, run: Run) -> list[dict[str, Any]]:
+    return list(pq.read_table(io.BytesIO(store.get(keys.run_results(run.run_id)))).to_pylist())
+
+
+def test_the_results_have_what_a_row_asked_for_and_what_became_of_it(make_run: MakeRun, tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "my store")
+    rows = [
+        {"job_id": "a", "prompt": "sea", "num_chunks": 1, "tags": {"z": "1", "b": "2"}, "scene": "harbour", "seed": 7,
+         "sha256": "mine", "fps": 12},
+        {"job_id": "b", "schedule": [{"start_chunk": 0, "prompt": "hills"}], "num_chunks": 2, "scene": None},
+    ]  # fmt: skip
+    run = make_run(store, rows)
+    render_locally(store, run)
+    first, second = results(store, run)
+    assert (first["prompt"], second["prompt"]) == ("sea", None)
+    assert [entry["prompt"] for entry in second["schedule"]] == ["hills"]
+    assert (first["tags"], second["tags"]) == ([("z", "1"), ("b", "2")], None), "as they came in, in their order"
+    assert (first["scene"], first["sha256_"], second["scene"], second["sha256_"]) == ("harbour", "mine", None, None)
+    whole = {"status": "done", "seed": 7, "frames": 24, "fps": 12, "width": 32, "height": 32, "duration_s": 2.0}
+    assert first | whole == first
+    data = Path(unquote(urlsplit(first["video"]).path)).read_bytes()
+    assert first["video"].startswith("file:///")
+    assert (first["sha256"], len(data)) == (hashlib.sha256(data).hexdigest(), store_size(store, run, "a"))
+    steps = [plan.timeline.num_stages * plan.forwards_per_stage for plan in run.plans.values()]
+    assert [(row["forwards_spent"], row["forwards_reused"]) for row in (first, second)] == [(s, 0) for s in steps]
+
+
+def store_size(store: Store, run: Run, job_id: str) -> int:
+    [entry] = store.entries(keys.video(run.run_id, job_id))
+    return entry.size
+
+
+def test_what_a_video_cost_is_the_sum_over_its_drivers_and_what_others_computed_is_reused(make_run: MakeRun) -> None:
     store = MemoryStore()
     run = make_run(store, ROWS)
+
+    def interrupt(progress: RunProgress) -> None:
+        if progress.videos["b"].stages_done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        render_locally(store, run, observers=by_progress(interrupt))
     render_locally(store, run)
-    first, second = pq.read_table(io.BytesIO(store.get(keys.run_results(run.run_id)))).to_pylist()
-    assert (first["scene"], first["take"], second["scene"], second["take"]) == ("harbour", 3, None, 4)
-    assert json.loads(first["tags"]) == {"shot": "1"}
-    assert (first["status"], first["frames"], first["duration_s"]) == ("done", 24, 1.0)
-    assert store.exists(second["video"])
+    _, row = results(store, run)
+    stages = run.plans["b"].timeline.num_stages
+    assert row["stages_reused"] > 0, "it was not resumed; the test shows nothing"
+    assert (row["forwards_spent"], row["forwards_reused"]) == (stages * 2, 0)
+    commits = [read_commit(store, "stage", key) for key in run.plans["b"].stage_keys]
+    denoising_s = sum(found.provenance["seconds"] for found in commits if found)
+    assert row["render_seconds"] > denoising_s > 0
+    assert {found.provenance["device"] for found in commits if found} == {device_name("cpu")}
+
+    # The same video in another run costs it nothing; a longer one costs the rest.
+    other = make_run(store, [ROWS[1] | {"scene": "another"}, ROWS[1] | {"job_id": "longer", "num_chunks": 3}])
+    render_locally(store, other)
+    again, longer = results(store, other)
+    assert (again["forwards_spent"], again["forwards_reused"], again["render_seconds"]) == (0, stages * 2, 0.0)
+    assert again["sha256"] == row["sha256"]
+    assert longer["forwards_spent"] + longer["forwards_reused"] == (stages + 1) * 2
+    # Closing a run that is done says the same again.
+    before = results(store, run)
+    render_locally(store, run)
+    volatile = {"stages_reused": None}
+    assert [found | volatile for found in results(store, run)] == [found | volatile for found in before]
 
 
 def test_the_record_beside_a_video_says_what_made_it(make_run: MakeRun) -> None:
