@@ -23,6 +23,7 @@ import click
 from magi_ray.commands import console
 from magi_ray.commands.console import command_line, print_json, say, say_next
 from magi_ray.commands.doctor import doctor
+from magi_ray.commands.fetch import fetch
 from magi_ray.commands.look import list_command, status, watch
 from magi_ray.commands.manifests import manifest
 from magi_ray.commands.options import example, json_option
@@ -147,7 +148,7 @@ def version(as_json: bool) -> None:
 
 _SECTIONS = {
     "Render": (plan, submit, resume, retry, render, drive),
-    "Look": (status, watch, list_command),
+    "Look": (status, watch, list_command, fetch),
     "Stop": (pause, cancel),
     "Prepare and keep": (manifest, doctor, verify, gc, version),
 }

@@ -85,6 +85,14 @@ def test_a_dry_run_of_submit_says_the_same(here: Path) -> None:
     assert told("plan", *JOB) | {"next_command": ""} == told("submit", *JOB, "--dry-run") | {"next_command": ""}
 
 
+def test_the_time_is_told_once_a_speed_is_known(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert told("plan", *JOB)["left_s"] is None
+    monkeypatch.setattr("magi_ray.render.upkeep.forecast.seconds_per_chunk", lambda *_: 40.0)
+    assert told("plan", *JOB)["left_s"] == 120.0
+    sums = run("plan", *JOB).stderr.splitlines()[-2]
+    assert sums.endswith("9 forwards, about 2 min as fast as earlier runs on this kind of device. Nothing was written.")
+
+
 def test_what_submit_then_does_is_what_was_planned(here: Path) -> None:
     for prompt, what, reason in (
         ("sea", "render", "new: no video of that job_id was rendered before"),

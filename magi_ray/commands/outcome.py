@@ -68,6 +68,8 @@ def report_exit(
         case _ if result.failed:
             code, next_command = FAILED_ROWS, retry
         case _:
+            if stored.store.uri.startswith("s3:"):
+                say_next(stored.command("fetch"))
             return
     say_next(next_command)
     sys.exit(code)

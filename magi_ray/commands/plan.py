@@ -55,16 +55,21 @@ def show_plan(typed: list[str], store: Store, run: Run, *, as_json: bool) -> Non
     from magi_ray.media.encoder import encoder_identity, find_ffmpeg
     from magi_ray.render.runs.record import with_takes
     from magi_ray.render.upkeep.forecast import forecast
-    from magi_ray.report import plan_table
+    from magi_ray.report import in_time, plan_table
 
     rows = forecast(store, with_takes(store, run), encoder_identity(find_ffmpeg()))
     stages = sum(row.stages_left for row in rows)
     forwards = sum(row.forwards_left for row in rows)
+    known = [row.left_s for row in rows if row.left_s is not None]
+    left_s = sum(known) if len(known) == len(rows) else None
     following = command_line(["submit", *typed[1:]], without=["--json", "--dry-run"])
     if as_json:
-        totals = {"stages_left": stages, "forwards_left": forwards, "next_command": following}
+        totals = {"stages_left": stages, "forwards_left": forwards, "left_s": left_s, "next_command": following}
         print_json({"run_id": run.run_id, "videos": [asdict(row) for row in rows]} | totals)
     else:
         print_table(plan_table(rows))
-    say(f"Run {run.run_id}: {counted(stages, 'stage')} to render, {counted(forwards, 'forward')}. Nothing was written.")
+    cost = f"{counted(stages, 'stage')} to render, {counted(forwards, 'forward')}"
+    if left_s:
+        cost += f", about {in_time(left_s)} as fast as earlier runs on this kind of device"
+    say(f"Run {run.run_id}: {cost}. Nothing was written.")
     say_next(following)

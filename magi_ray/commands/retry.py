@@ -43,7 +43,7 @@ def retry(
         raise InputError(fault, remedy="Name the row with one --job ID.")
     stored = open_named_run(name, store_uri, verb="retry", weights=options.weights)
     for job_id in job_ids:
-        _require_row(stored, job_id)
+        require_row(stored, job_id)
     if not options.take_over:
         _require_nobody_here(stored)
     options = replace(options, retry=job_ids)
@@ -62,7 +62,8 @@ def retry(
     render_in_background(stored, options, as_json=as_json, no_wait=no_wait)
 
 
-def _require_row(stored: StoredRun, job_id: str) -> None:
+def require_row(stored: StoredRun, job_id: str) -> None:
+    """Raises InputError with the rows there are."""
     rows = list(stored.run.plans)
     if job_id in rows:
         return

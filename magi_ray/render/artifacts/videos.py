@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from magi_ray.errors import ObjectDamaged, ObjectMissing
@@ -54,6 +56,35 @@ def published_video(record: Mapping[str, Any]) -> PublishedVideo:
     """What ``record`` says of the video's cost."""
     cost = {name: record.get(name) for name in ("render_seconds", "forwards_spent", "forwards_reused")}
     return PublishedVideo(sha256=record["sha256"], **cost)
+
+
+def is_video(path: Path, record: Mapping[str, Any]) -> bool:
+    """Whether the file is the video of ``record``."""
+    if not path.is_file() or path.stat().st_size != record["bytes"]:
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == str(record["sha256"])
+
+
+def copy_video(store: Store, run_id: str, job_id: str, record: Mapping[str, Any], path: Path) -> None:
+    """Copy the video of ``record`` to ``path``, whole or not at all; what came before an interruption is not copied
+    again. Raises ObjectDamaged if the store's is not what was published; StoreError, OSError."""
+    video, part = keys.video(run_id, job_id), path.with_name(f"{path.name}.part")
+    with part.open("ab") as file:  # here, since a store would blame itself for a folder that cannot be written
+        came = file.tell()
+    for start in dict.fromkeys((came, 0)):  # the part may be of another take
+        if start > record["bytes"]:
+            continue
+        if start < record["bytes"]:
+            store.get_to_file(video, part, start=start)
+        if is_video(part, record):
+            part.replace(path)
+            return
+    part.unlink()
+    raise ObjectDamaged(
+        f"The video of job {job_id} in {store.uri} is damaged: it is not what was published.",
+        remedy="Retry the row: its video is made again, without denoising.",
+    )
 
 
 def video_sizes(store: Store, run_id: str) -> dict[str, int]:

@@ -17,9 +17,11 @@ from magi_ray.errors import InputError, ObjectDamaged, ObjectMissing
 from magi_ray.events import RowInventory
 from magi_ray.manifest import Row
 from magi_ray.render.artifacts.commits import segment_pre_image
+from magi_ray.render.artifacts.provenance import device_name
 from magi_ray.render.artifacts.videos import read_video_record
 from magi_ray.render.driving.inventory import take_inventory_of_run
-from magi_ray.render.driving.reports import read_failures
+from magi_ray.render.driving.pace import Speed, cost_digest, seconds_per_chunk
+from magi_ray.render.driving.reports import read_failures, read_progress
 from magi_ray.render.plans.differences import segment_changes, stage_changes, stages_shared
 from magi_ray.render.plans.row_plan import RowPlan, plan_row
 from magi_ray.render.plans.takes import read_takes
@@ -43,6 +45,7 @@ class Forecast:
     reasons: a sentence each.  frames: of the finished video.
     stages_left: to compute; a stage that several rows share counts for the first of them.
     forwards_left: the denoising steps of these stages, without passes over clean chunks.
+    left_s: what these stages will take, going by earlier runs of such rows on this kind of device; None without any.
     """
 
     job_id: str
@@ -52,6 +55,7 @@ class Forecast:
     stages: int
     stages_left: int
     forwards_left: int
+    left_s: float | None
 
 
 def forecast(store: Store, run: Run, encoder: str) -> tuple[Forecast, ...]:
@@ -122,7 +126,18 @@ class _Forecaster:
             stages=found.num_stages,
             stages_left=len(left),
             forwards_left=len(left) * plan.forwards_per_stage,
+            left_s=self._seconds(plan, left),
         )
+
+    def _seconds(self, plan: RowPlan, stages: Sequence[int]) -> float | None:
+        """What computing these stages of ``plan`` takes here, if it was measured."""
+        if not stages:
+            return 0.0
+        device = device_name(plan.settings.numeric.device)
+        per_chunk = seconds_per_chunk(self._earlier.speeds, cost_digest(plan), device)
+        if per_chunk is None:
+            return None
+        return per_chunk * sum(len(plan.timeline.window(stage)) for stage in stages) / plan.timeline.window_size
 
     def _left_to_compute(self, plan: RowPlan, missing: Sequence[int]) -> tuple[list[int], list[str]]:
         """Those of the ``missing`` stages that no earlier row computes, and a sentence for each row that does."""
@@ -244,6 +259,12 @@ class _EarlierRuns:
             for row in run.rows.values():
                 found.setdefault(_first_stage(row), []).append((run, row.job_id))
         return found
+
+    @cached_property
+    def speeds(self) -> tuple[Speed, ...]:
+        """What their drivers measured. One small object each."""
+        reports = (read_progress(self._store, run.record.run_id) for run in self._runs)
+        return tuple(speed for report in reports if report is not None for speed in report.speeds)
 
     @cached_property
     def _runs(self) -> list[_EarlierRun]:

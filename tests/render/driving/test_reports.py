@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from runs import MakeRun, by_progress
 
-from magi_ray.events import Inspected, RowInventory, Task, TaskDone, TaskKind
+from magi_ray.events import Inspected, RowInventory, StepDone, Task, TaskDone, TaskKind
 from magi_ray.render.artifacts.provenance import device_name
 from magi_ray.render.driving.local import render_locally
 from magi_ray.render.driving.progress import Phase, RunProgress
 from magi_ray.render.driving.reports import RunReports, read_progress
+from magi_ray.render.driving.scheduler import RunState
 from magi_ray.render.runs.record import Run
 from magi_ray.storage import keys
 from magi_ray.storage.local import LocalStore
@@ -173,6 +174,36 @@ def test_writing_progress_takes_no_more_than_a_share_of_the_time(make_run: MakeR
             reports.write_if_due()
             now += 0.25
         assert at_most * 0.7 <= len(written) <= at_most
+
+
+def test_what_a_driver_measured_outlasts_drivers_that_had_nothing_to_denoise(make_run: MakeRun) -> None:
+    now = 0.0
+
+    class OtherTime(System):
+        def clock(self) -> float:
+            return now
+
+    store = MemoryStore()
+    run = make_run(store, ROWS)
+    rows = [RowInventory(job_id=job_id, priority=0, num_stages=5, num_chunks=2) for job_id in run.plans]
+    reports = RunReports(store, run, rows, earlier={}, encoder="ffmpeg 7, x264 164", system=OtherTime())
+    for step in (1, 2):
+        now += 30
+        reports.note(StepDone(job_id="b", stage=0, step=step, steps=2, device="H200"))
+    content = json.loads(store.get(keys.run_progress(run.run_id)))
+    # Of 2 chunks in a window of 4 an eighth was computed in 30 s, and 15/8 + 1 are left.
+    numbers = content["elapsed_s"], content["left_s"], content["video_seconds_per_hour"]
+    assert numbers == (60.0, round(30 * 8 * (2 + 1 - 2 / 8), 1), 15.0)
+    measured = read_progress(store, run.run_id)
+    assert measured is not None
+    assert [(speed.device, speed.chunks, speed.seconds) for speed in measured.speeds] == [("H200", 1 / 8, 30.0)]
+
+    now += 1000
+    RunReports(store, run, rows, earlier={}, system=OtherTime()).close(RunState.DONE)
+    after = read_progress(store, run.run_id)
+    assert after is not None
+    assert (after.speeds, after.encoder) == (measured.speeds, "ffmpeg 7, x264 164")
+    assert after.progress.times == measured.progress.times
 
 
 def test_chunks_that_turned_out_lost_are_not_counted_twice() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,9 @@ from runs import MakeRun
 from magi_ray.errors import NumericError
 from magi_ray.events import StageCommitted, StepDone
 from magi_ray.media.encoder import encoder_identity, find_ffmpeg
+from magi_ray.render.artifacts.provenance import device_name
 from magi_ray.render.driving.local import render_locally
+from magi_ray.render.driving.pace import Speed, cost_digest
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.plans.takes import add_take
 from magi_ray.render.runs.record import Run, open_run
@@ -100,8 +103,29 @@ def test_what_was_never_rendered_is_new_and_costs_every_stage(make_run: MakeRun,
     # 4 chunks in windows of 4 are 7 stages, of 8 / 4 steps each.
     assert found["a"] == Forecast(
         job_id="a", what="render", reasons=("0 of 7 stages are there: the run stopped before its end",),
-        frames=96, stages=7, stages_left=7, forwards_left=14,
+        frames=96, stages=7, stages_left=7, forwards_left=14, left_s=None,
     )  # fmt: skip
+
+
+def test_the_time_of_a_plan_comes_from_earlier_runs_of_such_rows_on_this_kind_of_device(make_run: MakeRun) -> None:
+    store = MemoryStore()
+    earlier = make_run(store, ROWS[2:])
+    here = Speed(settings=cost_digest(earlier.plans["c"]), device=device_name("cpu"), chunks=2, seconds=80)
+    others = here.model_copy(update={"device": "NVIDIA H200"}), here.model_copy(update={"settings": "0" * 64})
+
+    def measured(*speeds: Speed) -> None:
+        content = {"run_id": earlier.run_id, "videos": [], "running": False, "speeds": [s.model_dump() for s in speeds]}
+        store.put(keys.run_progress(earlier.run_id), json.dumps(content).encode())
+
+    large = {"job_id": "large", "prompt": "sea", "width": 64}
+    run = make_run(store, [{**ROW, "fps": 12, "seed": 5}, ROWS[1], large])
+    measured(*others)
+    assert {row.left_s for row in told(store, run).values()} == {None}, "other settings, another device"
+    measured(here, *others)
+    found = told(store, run)
+    assert (found["a"].left_s, found["b"].left_s, found["large"].left_s) == (4 * 40, 2 * 40, None)
+    assert not render_locally(store, make_run(store, ROWS[1:2])).failed
+    assert told(store, run)["b"].left_s == 0, "its stages are there"
 
 
 def test_a_store_that_is_not_there_yet_holds_nothing(make_run: MakeRun) -> None:
