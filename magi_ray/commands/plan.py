@@ -10,7 +10,7 @@ import click
 
 from magi_ray.commands.console import command_line, counted, print_json, print_table, say, say_next
 from magi_ray.commands.inputs import require_manifest
-from magi_ray.commands.options import example, json_option, settings_options, store_option
+from magi_ray.commands.options import example, json_option, settings_options, skip_invalid_option, store_option
 from magi_ray.commands.stores import store_to_write
 from magi_ray.settings import Settings
 from magi_ray.storage.store import Store
@@ -23,30 +23,36 @@ if TYPE_CHECKING:
 @click.argument("manifest", type=click.Path(path_type=Path))
 @store_option
 @settings_options
+@skip_invalid_option
 @json_option
 @click.pass_obj
-def plan(typed: list[str], manifest: Path, store_uri: str, settings: Settings, as_json: bool) -> None:
+def plan(
+    typed: list[str], manifest: Path, store_uri: str, settings: Settings, skip_invalid: bool, as_json: bool
+) -> None:
     """Show what `submit` would do with each row of MANIFEST, and why. Counts the forwards that it would cost; writes
     nothing."""
-    store, run, _ = prepared(typed, manifest, store_uri, settings)
+    store, run, _ = prepared(typed, manifest, store_uri, settings, skip_invalid=skip_invalid)
     show_plan(typed, store, run, as_json=as_json)
 
 
 def prepared(
-    typed: list[str], manifest: Path, store_uri: str, settings: Settings
+    typed: list[str], manifest: Path, store_uri: str, settings: Settings, *, skip_invalid: bool
 ) -> tuple[Store, Run, dict[str, Path]]:
     """The store, the run that ``manifest`` asks for, and the media it needs, by sha256. Nothing is written."""
-    from magi_ray.manifest import Defaults, read_manifest
+    from magi_ray.manifest import Defaults, explain, read_manifest
 
     require_manifest(manifest, typed)
     # Rows first: this takes a moment, the rest loads torch.
-    checked = read_manifest(manifest, Defaults.of(settings))
+    checked = read_manifest(manifest, Defaults.of(settings), strict=False)
     store = store_to_write(store_uri)
     from magi_ray.render.runs.submission import prepare
 
-    run, files = prepare(checked, name=str(manifest), settings=settings)
+    run, files = prepare(checked, name=str(manifest), settings=settings, store=store, skip_invalid=skip_invalid)
     for note in run.manifest.notes:
         say(f"note: {note}", style="yellow")
+    if run.record.problems:
+        say(f"{counted(run.record.left_out, 'row')} left out:", style="yellow")
+        say(explain(run.record.problems))
     return store, run, files
 
 
@@ -63,7 +69,8 @@ def show_plan(typed: list[str], store: Store, run: Run, *, as_json: bool) -> Non
     following = command_line(["submit", *typed[1:]], without=["--json", "--dry-run"])
     if as_json:
         totals = {"stages_left": stages, "forwards_left": forwards, "next_command": following}
-        print_json({"run_id": run.run_id, "videos": [asdict(row) for row in rows]} | totals)
+        problems = [asdict(problem) for problem in run.record.problems]
+        print_json({"run_id": run.run_id, "videos": [asdict(row) for row in rows], "problems": problems} | totals)
     else:
         print_table(plan_table(rows))
     say(f"Run {run.run_id}: {counted(stages, 'stage')} to render, {counted(forwards, 'forward')}. Nothing was written.")

@@ -17,6 +17,7 @@ from magi_ray.commands.options import (
     render_options,
     run_options,
     settings_options,
+    skip_invalid_option,
     store_option,
 )
 from magi_ray.commands.plan import prepared, show_plan
@@ -30,6 +31,7 @@ from magi_ray.settings import Settings
 @store_option
 @settings_options
 @render_options
+@skip_invalid_option
 @no_wait_option
 @click.option("--dry-run", is_flag=True, help="Check everything and show what would be rendered; write nothing.")
 @json_option
@@ -40,6 +42,7 @@ def submit(
     store_uri: str,
     settings: Settings,
     options: RenderOptions,
+    skip_invalid: bool,
     no_wait: bool,
     dry_run: bool,
     as_json: bool,
@@ -48,7 +51,7 @@ def submit(
 
     A background process renders and this one follows it. Ctrl-C leaves it running; `magi-ray watch` follows it again.
     """
-    store, run, files = prepared(typed, manifest, store_uri, settings)
+    store, run, files = prepared(typed, manifest, store_uri, settings, skip_invalid=skip_invalid)
     if dry_run:
         show_plan(typed, store, run, as_json=as_json)
         return

@@ -37,22 +37,25 @@ _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
     """What rules need besides the row's cells. number: the row's, from 1.  base: where relative media paths start,
-    absolute."""
+    absolute.  stored: the row was submitted before: bounds that are newer than it do not apply."""
 
     defaults: Defaults
     base: Path
     media_must_exist: bool
+    stored: bool = False
     number: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Broken:
-    """A rule that a cell breaks. value: as shown, None for the cell's.  column: None for the cell's own."""
+    """A rule that a cell breaks. value: as shown, None for the cell's.  column: None for the cell's own.
+    missing: a file that the cell names is not there."""
 
     rule: str
     remedy: str
     value: str | None = None
     column: str | None = None
+    missing: bool = False
 
 
 Rule = Callable[[Any, Context], Iterable[Broken]]
@@ -153,15 +156,16 @@ def _can_be_read(written: str, context: Context) -> Iterator[Broken]:
         rule = f"names the machine {url.netloc}, but only files of this one are read"
         yield Broken(rule=rule, remedy="write file:///absolute/path")
     elif scheme != "s3" and context.media_must_exist:
-        yield from _is_a_file(Path(location(written, context.base)))
+        yield from is_a_file(Path(location(written, context.base)))
 
 
-def _is_a_file(path: Path) -> Iterator[Broken]:
+def is_a_file(path: Path) -> Iterator[Broken]:
+    """Why ``path`` is no file that can be read, if it is none."""
     try:
         if not S_ISREG(path.stat().st_mode):
             yield Broken(rule="is not a file", remedy="write the path of a file")
     except (FileNotFoundError, NotADirectoryError):
-        yield Broken(rule="does not exist", remedy=f"put the file at {path}, or correct the path")
+        yield Broken(rule="does not exist", remedy=f"put the file at {path}, or correct the path", missing=True)
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else exc
         yield Broken(rule=f"cannot be read ({reason})", remedy="correct the path")
@@ -368,15 +372,26 @@ _TYPES: Mapping[pa.DataType, str] = {
 _UNUSABLE = object()  # of no column's type
 
 
-def check(
-    rows: Iterable[Mapping[str, Any]], context: Context | None, *, unusable: Collection[str] = ()
-) -> tuple[list[Cells], list[Problem]]:
-    """The cells of the rows without problems, and the problems of the others.
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """Rows by number, from 1. cells: of those without problems.  unfit: of the others, without what is wrong.
+    written: the others as they were written."""
+
+    cells: dict[int, Cells]
+    unfit: dict[int, Cells]
+    written: dict[int, Mapping[str, Any]]
+    problems: list[Problem]
+
+
+def check(rows: Iterable[Mapping[str, Any]], context: Context | None, *, unusable: Collection[str] = ()) -> Checked:
+    """Checks every row.
 
     context: its number is ignored; None checks types only.  unusable: columns with problems already reported; nothing
     more is reported of them, nor of what depends on them.
     """
-    cells: list[Cells] = []
+    cells: dict[int, Cells] = {}
+    unfit: dict[int, Cells] = {}
+    written: dict[int, Mapping[str, Any]] = {}
     problems: list[Problem] = []
     first: dict[str, int] = {}
     order = {column: place for place, column in enumerate(COLUMNS)}
@@ -405,11 +420,15 @@ def check(
             rule, remedy = f"is the job_id of row {first[job_id]} too", "give every row a name of its own"
             found.append(_problem(number, job_id, "job_id", shown(job_id), rule, remedy))
         if not found:
-            cells.append(valid)
+            cells[number] = valid
+        else:
+            wrong = {problem.column for problem in found}
+            unfit[number] = Cells.model_validate({column: row[column] for column in row.keys() - wrong - hidden.keys()})
+            written[number] = row
         problems += sorted(
             (problem for problem in found if problem.column not in unusable), key=lambda problem: order[problem.column]
         )
-    return cells, problems
+    return Checked(cells=cells, unfit=unfit, written=written, problems=problems)
 
 
 def _problems(error: ValidationError, number: int, row: Mapping[str, Any]) -> Iterator[Problem]:
@@ -441,8 +460,9 @@ def _problem(row: int, job_id: object, column: str, value: str, rule: str, remed
     return Problem(row=row, job_id=name, column=column, value=value, rule=rule, remedy=remedy)
 
 
-def notes(cells: Sequence[Cells], unknown: Iterable[str]) -> Iterator[str]:
-    """Notes on what is allowed but probably not meant. unknown: the columns that magi-ray does not know."""
+def notes(cells: Mapping[int, Cells], unknown: Iterable[str]) -> Iterator[str]:
+    """Notes on what is allowed but probably not meant. cells: by row.  unknown: the columns that magi-ray does not
+    know."""
     for name in unknown:
         close = difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.7)
         if close:
@@ -451,14 +471,11 @@ def notes(cells: Sequence[Cells], unknown: Iterable[str]) -> Iterator[str]:
         what = "an image or a clip" if column == "fit" else "a clip"
         idle = [
             number
-            for number, row in enumerate(cells, 1)
+            for number, row in cells.items()
             if getattr(row, column) and row.video is None and (column != "fit" or row.image is None)
         ]
         if idle:
             yield f"Row {_first(idle)} says {column}, which counts only where a video begins from {what}."
-    remote = [number for number, row in enumerate(cells, 1) if _scheme(row.image or row.video or "") == "s3"]
-    if remote:
-        yield f"Row {_first(remote)} begins from an s3:// URI, which is read only when it is submitted."
 
 
 def _first(numbers: Sequence[int]) -> str:
