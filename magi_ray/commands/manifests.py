@@ -50,6 +50,7 @@ def build(typed: list[str], rows: Path, out: Path, no_check: bool, settings: Set
 def validate(typed: list[str], path: Path, media: bool, settings: Settings, as_json: bool) -> None:
     """Check every row of MANIFEST and the media it names, as `submit` does; exit code 3 if any is invalid."""
     from magi_ray.manifest import Defaults, read_manifest, require_valid
+    from magi_ray.render.runs.captions import notes_on_prompts
 
     require_manifest(path, typed)
     content: dict[str, Any] = {"manifest": str(path), "valid": False, "rows": 0, "problems": [], "notes": []}
@@ -59,8 +60,9 @@ def validate(typed: list[str], path: Path, media: bool, settings: Settings, as_j
             from magi_ray.render.runs.submission import look_at_media
 
             checked = look_at_media(checked).manifest
-        content |= {"rows": checked.table.num_rows, "notes": checked.notes, "valid": not checked.problems}
-        for note in checked.notes:
+        notes = [*checked.notes, *notes_on_prompts(checked.rows, settings)]
+        content |= {"rows": checked.table.num_rows, "notes": notes, "valid": not checked.problems}
+        for note in notes:
             say(f"note: {note}", style="yellow")
         require_valid(checked, str(path))
     except ManifestError as exc:

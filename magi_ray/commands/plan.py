@@ -11,12 +11,15 @@ import click
 from magi_ray.commands.console import command_line, counted, print_json, print_table, say, say_next
 from magi_ray.commands.inputs import require_manifest
 from magi_ray.commands.options import example, json_option, settings_options, skip_invalid_option, store_option
-from magi_ray.commands.stores import store_to_write
+from magi_ray.commands.stores import free_bytes, store_to_write
+from magi_ray.errors import InputError
 from magi_ray.settings import Settings
 from magi_ray.storage.store import Store
 
 if TYPE_CHECKING:
+    from magi_ray.render.plans.space import Space
     from magi_ray.render.runs.record import Run
+    from magi_ray.render.upkeep.forecast import Forecast
 
 
 @click.command(epilog=example("magi-ray plan manifests/quickstart.parquet --store ./magi-ray-store"))
@@ -58,20 +61,61 @@ def prepared(
 
 def show_plan(typed: list[str], store: Store, run: Run, *, as_json: bool) -> None:
     """A line per row, the totals, and the command that does it. ``typed``: `plan` or `submit --dry-run`."""
-    from magi_ray.media.encoder import encoder_identity, find_ffmpeg
-    from magi_ray.render.runs.record import with_takes
-    from magi_ray.render.upkeep.forecast import forecast
-    from magi_ray.report import plan_table
+    from magi_ray.report import in_bytes, plan_table
 
-    rows = forecast(store, with_takes(store, run), encoder_identity(find_ffmpeg()))
+    rows, space = _forecast(store, run)
+    free = free_bytes(store)
     stages = sum(row.stages_left for row in rows)
     forwards = sum(row.forwards_left for row in rows)
     following = command_line(["submit", *typed[1:]], without=["--json", "--dry-run"])
     if as_json:
-        totals = {"stages_left": stages, "forwards_left": forwards, "next_command": following}
+        totals = {
+            "stages_left": stages, "forwards_left": forwards, "store_bytes_left": space.total,
+            "store_bytes_free": free, "next_command": following,
+        }  # fmt: skip
         problems = [asdict(problem) for problem in run.record.problems]
         print_json({"run_id": run.run_id, "videos": [asdict(row) for row in rows], "problems": problems} | totals)
     else:
         print_table(plan_table(rows))
     say(f"Run {run.run_id}: {counted(stages, 'stage')} to render, {counted(forwards, 'forward')}. Nothing was written.")
+    has_free = "" if free is None else f", {in_bytes(free)} free"
+    say(
+        f"Store: about {in_bytes(space.total)} more{has_free}.",
+        style="" if free is None or space.total < free else "yellow",
+    )
     say_next(following)
+
+
+def _forecast(store: Store, run: Run) -> tuple[tuple[Forecast, ...], Space]:
+    """What is to be done for each row, and what the store is to take in all."""
+    from magi_ray.media.encoder import encoder_identity, find_ffmpeg
+    from magi_ray.render.plans.space import Space
+    from magi_ray.render.runs.record import with_takes
+    from magi_ray.render.upkeep.forecast import forecast
+
+    rows = forecast(store, with_takes(store, run), encoder_identity(find_ffmpeg()))
+    return rows, sum((row.space_left for row in rows), Space())
+
+
+def require_space(typed: list[str], store: Store, run: Run) -> None:
+    """Raises InputError when what is left of ``run`` surely takes more than the disk of a local store has; says so when
+    it probably does."""
+    from magi_ray.render.plans.space import whole_space
+
+    free = free_bytes(store)
+    # Looking at what is there already takes long, and is seldom needed.
+    if free is None or sum(whole_space(plan).total for plan in run.plans.values()) < free:
+        return
+    from magi_ray.report import in_bytes
+
+    _, space = _forecast(store, run)
+    told = f"about {in_bytes(space.total)} of the store, but {in_bytes(free)} are free"
+    if space.latents > free:
+        raise InputError(
+            f"Run {run.run_id} takes {told}.",
+            remedy="Free some space, name a store on another disk with --store, or submit fewer rows. "
+            "With --no-space-check it begins all the same.",
+            next_command=command_line(typed),
+        )
+    if space.total > free:
+        say(f"note: run {run.run_id} may take {told}.", style="yellow")

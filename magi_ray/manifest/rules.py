@@ -26,10 +26,23 @@ from magi_ray.manifest.messages import shown
 from magi_ray.manifest.parquet import COLUMNS, CONTROLS
 from magi_ray.manifest.rows import Defaults
 from magi_ray.settings import nearest, step_problems
-from magi_ray.timeline import FRAMES_PER_LATENT, LATENTS_PER_CHUNK, SIZE_MULTIPLE, chunks_for_seconds
+from magi_ray.timeline import (
+    FRAMES_PER_CHUNK,
+    FRAMES_PER_LATENT,
+    LATENTS_PER_CHUNK,
+    SIZE_MULTIPLE,
+    chunks_for_seconds,
+)
 
 MAX_FPS = 120
 MAX_SEED = 2**63 - 1
+# What is larger was hardly meant, and is told before a plan grows by it. They are not asked of runs that are stored.
+MAX_CHUNKS = 100_000  # 28 hours at 24 frames per second; each chunk is planned
+MAX_ENTRIES = 10_000
+MAX_PREFIX_FRAMES = 2_400
+MAX_STEPS = 1_000
+MAX_SIDE, MAX_AREA = 8_192, 4_096 * 2_304
+MAX_PRIORITY = 1_000_000
 _JOB_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -93,6 +106,16 @@ def _between(low: int, high: int, high_shown: str) -> Rule:
     return must(lambda value: low <= value <= high, rule, "use a number between them")
 
 
+def _at_most(limit: int, what: str, remedy: str) -> Rule:
+    """A bound that a row must keep when it is submitted."""
+
+    def rule(value: int, context: Context) -> Iterator[Broken]:
+        if value > limit and not context.stored:
+            yield Broken(rule=f"is more than {limit:,}, {what}", remedy=remedy)
+
+    return rule
+
+
 _is_described = must(lambda prompt: bool(prompt and prompt.strip()), "is blank", "describe what is to be seen")
 _is_a_start = must(lambda start: start is not None, "is not a number", "write the chunk at which it begins")
 _is_not_empty = must(bool, "is empty", "leave it null, or write how many chunks are seen")
@@ -110,6 +133,16 @@ _is_a_length = must(
     lambda seconds: math.isfinite(seconds) and seconds > 0, "is not a length", "write a number above 0, for example 2.5"
 )
 _is_some_chunks = must(lambda chunks: chunks >= 1, "is below 1", "write how many chunks of 24 frames to make")
+
+
+_most_chunks = _at_most(MAX_CHUNKS, "the most chunks of a video", "make several rows of it")
+_longest_prefix = _at_most(MAX_PREFIX_FRAMES, "the most frames of a clip in front of a video", "use fewer")
+
+
+def _is_a_priority(priority: int, context: Context) -> Iterator[Broken]:
+    if abs(priority) > MAX_PRIORITY and not context.stored:
+        rule = f"is not between -{MAX_PRIORITY:,} and {MAX_PRIORITY:,}"
+        yield Broken(rule=rule, remedy="use a number between them")
 
 
 def _is_a_name(job_id: str | None, context: Context) -> Iterator[Broken]:
@@ -194,13 +227,18 @@ def _one_of(*known: str) -> Rule:
 
 
 def _is_a_multiple(size: int, context: Context) -> Iterator[Broken]:
-    if size < SIZE_MULTIPLE or size % SIZE_MULTIPLE:
+    if size > MAX_SIDE and not context.stored:
+        yield Broken(rule=f"is more than {MAX_SIDE:,} pixels", remedy=f"use {MAX_SIDE} or less")
+    elif size < SIZE_MULTIPLE or size % SIZE_MULTIPLE:
         yield Broken(rule=f"is not a multiple of {SIZE_MULTIPLE}", remedy=nearest(max(size, 1)))
 
 
 def _fits_the_run(num_steps: int, context: Context) -> Iterator[Broken]:
     if num_steps < 1:
         yield Broken(rule="is below 1", remedy=f"use the run's {context.defaults.num_steps}")
+        return
+    if num_steps > MAX_STEPS and not context.stored:
+        yield Broken(rule=f"is more than {MAX_STEPS:,} steps", remedy=f"use the run's {context.defaults.num_steps}")
         return
     for problem in step_problems(num_steps, context.defaults.runtime):
         yield Broken(rule=problem.rule, remedy=problem.remedy)
@@ -284,7 +322,7 @@ def _ends_in_time(cells: Mapping[str, Any], context: Context) -> Iterator[Broken
         return
     if seconds is not None:
         fps = context.defaults.fps if cells["fps"] is None else cells["fps"]
-        if not (math.isfinite(seconds) and seconds > 0 and 1 <= fps <= MAX_FPS):
+        if not (math.isfinite(seconds * fps) and seconds > 0 and 1 <= fps <= MAX_FPS):
             return
         # How many frames a clip takes from its first chunk is known once it is read; at most all but one latent.
         taken = LATENTS_PER_CHUNK - 1 if cells["video"] is not None else 0
@@ -297,6 +335,36 @@ def _ends_in_time(cells: Mapping[str, Any], context: Context) -> Iterator[Broken
         yield Broken(column="schedule", value=f"start_chunk {last}", rule=rule, remedy=remedy)
 
 
+def _can_be_planned(cells: Mapping[str, Any], context: Context) -> Iterator[Broken]:
+    """A length in seconds, or that of the run, is no more chunks than a video may have. A num_chunks is asked alone."""
+    seconds = cells["seconds"]
+    fps = context.defaults.fps if cells["fps"] is None else cells["fps"]
+    if context.stored or not 1 <= fps <= MAX_FPS:
+        return
+    longest = MAX_CHUNKS * FRAMES_PER_CHUNK
+    if seconds is not None:
+        if math.isfinite(seconds) and seconds * fps > longest:
+            rule = f"is {seconds * fps:,.6g} frames at {fps} fps, but a video has at most {longest:,}"
+            remedy = f"use {longest // fps} or less, or several rows"
+            yield Broken(column="seconds", value=shown(seconds), rule=rule, remedy=remedy)
+    elif cells["num_chunks"] is None and context.defaults.num_chunks > MAX_CHUNKS:
+        rule = f"is left to the run's {context.defaults.num_chunks:,} chunks, but a video has at most {MAX_CHUNKS:,}"
+        yield Broken(column="num_chunks", value="", rule=rule, remedy="set a smaller num_frames, or num_chunks here")
+
+
+def _is_no_poster(cells: Mapping[str, Any], context: Context) -> Iterator[Broken]:
+    """The picture is no larger than a video may be."""
+    own = {name: cells[name] for name in ("width", "height") if cells[name] is not None}
+    size = {"width": context.defaults.width, "height": context.defaults.height} | own
+    if not own or context.stored or max(size.values()) > MAX_SIDE:  # told of the side
+        return
+    area = size["width"] * size["height"]
+    if area > MAX_AREA:
+        column = max(own, key=lambda name: own[name])
+        rule = f"makes {size['width']}×{size['height']}, {area:,} pixels, but a frame has at most {MAX_AREA:,}"
+        yield Broken(column=column, value=shown(own[column]), rule=rule, remedy="use a smaller size")
+
+
 # Each with the cells it needs.
 _COMPARED: Sequence[tuple[Collection[str], CellsRule]] = (
     (("prompt", "schedule"), _captions),
@@ -305,6 +373,8 @@ _COMPARED: Sequence[tuple[Collection[str], CellsRule]] = (
     (("schedule", "video", "seconds", "num_chunks", "fps"), _ends_in_time),
     (("image", "video"), _not_beside("image", "video", "a row begins from one or the other")),
     (("seconds", "num_chunks"), _not_beside("seconds", "num_chunks")),
+    (("seconds", "num_chunks", "fps"), _can_be_planned),
+    (("width", "height"), _is_no_poster),
 )
 
 
@@ -313,6 +383,19 @@ _COMPARED: Sequence[tuple[Collection[str], CellsRule]] = (
 Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Medium = Annotated[str, rules(_can_be_read)]
 Size = Annotated[Int, rules(_is_a_multiple)]
+
+
+def _few_entries(schedule: Any, info: ValidationInfo) -> Any:
+    """Refuses a schedule by its length, before its entries are looked at one by one."""
+    if info.context is not None and not info.context.stored and isinstance(schedule, list):
+        count = len(schedule)
+        if count > MAX_ENTRIES:
+            rule = f"has {count:,} entries, but a schedule has at most {MAX_ENTRIES:,}"
+            broken = Broken(value="", rule=rule, remedy="write an entry only where something changes")
+            raise PydanticCustomError("rules", "rules are broken", {"cell": [], "broken": [broken]})
+    return schedule
+
+
 # Arrow has a map as pairs, in which a key may come twice.
 Tags = Annotated[
     list[tuple[str, str | None]],
@@ -343,19 +426,19 @@ class Cells(BaseModel):
     image: Medium | None = None
     video: Medium | None = None
     prefix_from: Annotated[str, rules(_one_of("start", "end"))] | None = None
-    prefix_frames: Annotated[Int, rules(_holds_a_latent)] | None = None
+    prefix_frames: Annotated[Int, rules(_holds_a_latent, _longest_prefix)] | None = None
     fit: Annotated[str, rules(_one_of("crop", "pad", "fit"))] | None = None
     include_prefix: bool | None = None
     seconds: Annotated[float, rules(_is_a_length)] | None = None
-    num_chunks: Annotated[Int, rules(_is_some_chunks)] | None = None
+    num_chunks: Annotated[Int, rules(_is_some_chunks, _most_chunks)] | None = None
     width: Size | None = None
     height: Size | None = None
     fps: Annotated[Int, rules(_between(1, MAX_FPS, str(MAX_FPS)))] | None = None
     seed: Annotated[Int, rules(_between(0, MAX_SEED, "2^63 - 1"))] | None = None
     num_steps: Annotated[Int, rules(_fits_the_run)] | None = None
-    priority: Int | None = None
+    priority: Annotated[Int, rules(_is_a_priority)] | None = None
     tags: Tags | None = None
-    schedule: list[Entry] | None = None
+    schedule: Annotated[list[Entry] | None, BeforeValidator(_few_entries)] = None
 
 
 # Columns that override for one row a field of the run's PrefixSettings.
@@ -404,7 +487,7 @@ def check(rows: Iterable[Mapping[str, Any]], context: Context | None, *, unusabl
             valid = Cells.model_validate(row, context=context and replace(context, number=number))
         except ValidationError as exc:
             found += _problems(exc, number, row)
-            for column in _mistyped(exc):
+            for column in _mistyped(exc) | _too_long(exc):
                 typed.pop(column, None)
         for column in hidden:
             typed.pop(column, None)
@@ -453,6 +536,12 @@ def _mistyped(error: ValidationError) -> set[str]:
     """Columns whose cell has a wrong type."""
     faults = error.errors(include_url=False, include_input=False)
     return {str(fault["loc"][0]) for fault in faults if fault["type"] != "rules"}
+
+
+def _too_long(error: ValidationError) -> set[str]:
+    """The schedule, if its entries were not looked at."""
+    faults = error.errors(include_url=False, include_input=False)
+    return {"schedule" for fault in faults if fault["loc"] == ("schedule",) and fault["type"] == "rules"}
 
 
 def _problem(row: int, job_id: object, column: str, value: str, rule: str, remedy: str) -> Problem:

@@ -22,6 +22,7 @@ from magi_ray.media.reader import count_frames, read_image
 from magi_ray.render.artifacts.videos import read_video_record
 from magi_ray.render.plans.identity import run_digest
 from magi_ray.render.plans.row_plan import Media
+from magi_ray.render.runs.captions import notes_on_prompts
 from magi_ray.render.runs.media import MediaFiles
 from magi_ray.render.runs.record import Run, RunRecord, all_runs, read_run, read_run_record
 from magi_ray.render.runs.weights import make_weights, weight_digests
@@ -52,6 +53,7 @@ def prepare(
     from magi_ray.render.runs import memory, preflight
 
     make_weights(settings)
+    manifest = replace(manifest, notes=(*manifest.notes, *notes_on_prompts(manifest.rows, settings)))
     # Before the digests, which read every byte: a shard cut short is found in a second.
     preflight.check(settings)
     digests = weight_digests(settings)

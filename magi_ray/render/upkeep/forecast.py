@@ -22,6 +22,7 @@ from magi_ray.render.driving.inventory import take_inventory_of_run
 from magi_ray.render.driving.reports import read_failures
 from magi_ray.render.plans.differences import segment_changes, stage_changes, stages_shared
 from magi_ray.render.plans.row_plan import RowPlan, plan_row
+from magi_ray.render.plans.space import Space, inputs_space, stages_space, video_space
 from magi_ray.render.plans.takes import read_takes
 from magi_ray.render.runs.record import Run, RunRecord, read_run
 from magi_ray.storage import keys
@@ -43,6 +44,7 @@ class Forecast:
     reasons: a sentence each.  frames: of the finished video.
     stages_left: to compute; a stage that several rows share counts for the first of them.
     forwards_left: the denoising steps of these stages, without passes over clean chunks.
+    space_left: what the store is to take for the row.
     """
 
     job_id: str
@@ -52,6 +54,7 @@ class Forecast:
     stages: int
     stages_left: int
     forwards_left: int
+    space_left: Space
 
 
 def forecast(store: Store, run: Run, encoder: str) -> tuple[Forecast, ...]:
@@ -95,6 +98,7 @@ class _Forecaster:
         self._earlier = _EarlierRuns(store)
         self._failures = read_failures(store, run.run_id)
         self._computed_for: dict[str, str] = {}  # stage key: job_id
+        self._embedded: set[str] = set()  # keys of captions that an earlier row embeds
 
     def row(self, found: RowInventory, row: Row) -> Forecast:
         """The forecast of ``row``, of which the store holds ``found``."""
@@ -122,7 +126,19 @@ class _Forecaster:
             stages=found.num_stages,
             stages_left=len(left),
             forwards_left=len(left) * plan.forwards_per_stage,
+            space_left=Space() if what == "leave failed" else self._space_left(found, plan, left),
         )
+
+    def _space_left(self, found: RowInventory, plan: RowPlan, left: Sequence[int]) -> Space:
+        if found.published:
+            return Space()
+        space = stages_space(plan, left) + video_space(plan, found.num_chunks - len(found.segments_done))
+        if left and not found.embedded:
+            captions = dict(zip(plan.caption_digests, plan.captions, strict=True))
+            # A prefix that several rows share counts for each of them: it is small.
+            space += inputs_space(plan, [text for key, text in captions.items() if key not in self._embedded])
+            self._embedded |= captions.keys()
+        return space
 
     def _left_to_compute(self, plan: RowPlan, missing: Sequence[int]) -> tuple[list[int], list[str]]:
         """Those of the ``missing`` stages that no earlier row computes, and a sentence for each row that does."""
