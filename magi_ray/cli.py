@@ -99,12 +99,12 @@ def _explain(error: MagiRayError, typed: Sequence[str]) -> None:
     else:
         remedy, following = error.remedy, error.next_command or again
     if "--json" in typed:
+        problems = error.problems if isinstance(error, InputError) else ()
         content: dict[str, Any] = {
-            "kind": type(error).__name__, "message": error.message, "remedy": remedy, "next_command": following
+            "kind": type(error).__name__, "message": error.message, "remedy": remedy, "next_command": following,
+            "problems": [asdict(problem) for problem in problems],
         }  # fmt: skip
-        if isinstance(error, ManifestError):
-            content["problems"] = [asdict(problem) for problem in error.problems]
-        print_json({"error": content})
+        print_json({"error": content} | (error.json_beside if isinstance(error, ManifestError) else {}))
     first, *rest = error.message.splitlines() or [""]
     say(f"Error: {first}", style="red")
     for line in [*rest, *remedy.splitlines()]:

@@ -6,6 +6,7 @@ MagiRayError
 │   ├── SettingsError         a config, preset or job file is wrong
 │   ├── WeightsError          files of the network are missing, damaged or do not fit the config
 │   ├── MediaError            an image or video cannot be read, or ffmpeg is missing
+│   │   └── MediaMissing      there is no such file or object
 │   └── RunNotFound           no such run in this store
 ├── StoreError                the store failed; trying again may help                   (class "store")
 │   ├── ObjectMissing         there is no object under that key
@@ -71,11 +72,6 @@ def _rebuild(kind: type[MagiRayError], fields: dict[str, Any]) -> MagiRayError:
     return error
 
 
-class InputError(MagiRayError):
-    exit_code = 2
-    failure_class = FailureClass.INPUT
-
-
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """One broken rule in a manifest. ``row`` counts from 1; 0 means the file as a whole. ``value``: as it is shown."""
@@ -88,6 +84,14 @@ class Problem:
     remedy: str
 
 
+class InputError(MagiRayError):
+    """``problems``: each thing that is wrong, where they are told one by one."""
+
+    exit_code = 2
+    failure_class = FailureClass.INPUT
+    problems: tuple[Problem, ...] = ()
+
+
 class ManifestError(InputError):
     """Some rows are invalid. ``problems`` holds every one of them, in row order."""
 
@@ -96,6 +100,7 @@ class ManifestError(InputError):
     def __init__(self, message: str, problems: Sequence[Problem], *, remedy: str = "", next_command: str = "") -> None:
         super().__init__(message, remedy=remedy, next_command=next_command)
         self.problems = tuple(problems)
+        self.json_beside: dict[str, Any] = {}  # what --json prints beside the error
 
 
 class SettingsError(InputError): ...
@@ -116,6 +121,9 @@ class MediaError(InputError):
     def about(cls, file: object, reason: str, *, remedy: str = "") -> Self:
         """The error "``file`` ``reason``."; ``file``: a path, an address or another name for it."""
         return cls(f"{file} {reason}.", reason=reason, remedy=remedy)
+
+
+class MediaMissing(MediaError): ...
 
 
 class RunNotFound(InputError): ...

@@ -86,4 +86,6 @@ def as_options() -> Iterator[None]:
             f"--{problem.column.replace('_', '-')}: {problem.value} {problem.rule}; {problem.remedy}"
             for problem in exc.problems
         ]
-        raise InputError("\n".join(lines)) from exc
+        error = InputError("\n".join(lines))
+        error.problems = exc.problems
+        raise error from exc

@@ -11,6 +11,7 @@ import click
 from magi_ray.commands import console
 from magi_ray.commands.console import counted, print_json, print_table, say, say_next, stderr
 from magi_ray.commands.options import example, json_option, run_argument, store_option
+from magi_ray.commands.outcome import say_left_out
 from magi_ray.commands.stores import StoredRun, open_named_run, store_to_read
 from magi_ray.render.driving.progress import Phase
 from magi_ray.storage import keys
@@ -102,9 +103,11 @@ def _say_at_rest(stored: StoredRun, found: RunStatus) -> int:
     videos = len(found.progress.videos)
     left = videos - found.progress.count(Phase.DONE)
     failed = found.progress.count(Phase.FAILED)
+    if found.problems:
+        say_left_out(stored.run)
     if not left:
         say(f"All videos are done: {stored.store.uri.rstrip('/')}/{keys.videos(stored.run_id)}")
-        return 0
+        return console.FAILED_ROWS if found.problems else 0
     if failed == left or found.state == "broken":
         ended = "Finished" if failed == left else "Stopped"
         others = f", {counted(left - failed, 'other')} not done" if left > failed else ""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
 from magi_ray.commands.console import command_line, counted, print_json, print_table, say, say_next
 from magi_ray.commands.inputs import SOURCES, require_file, require_manifest
 from magi_ray.commands.options import example, json_option, settings_options
+from magi_ray.errors import ManifestError
 from magi_ray.settings import Settings
 
 
@@ -40,21 +43,36 @@ def build(typed: list[str], rows: Path, out: Path, no_check: bool, settings: Set
 
 @manifest.command(epilog=example("magi-ray manifest validate manifests/quickstart.parquet"))
 @click.argument("path", metavar="MANIFEST", type=click.Path(path_type=Path))
+@click.option("--media/--no-media", default=True, help="Open the images and clips too; the default.")
 @settings_options
 @json_option
 @click.pass_obj
-def validate(typed: list[str], path: Path, settings: Settings, as_json: bool) -> None:
-    """Check every row of MANIFEST; exit code 3 if any is invalid."""
-    from magi_ray.manifest import Defaults, read_manifest
+def validate(typed: list[str], path: Path, media: bool, settings: Settings, as_json: bool) -> None:
+    """Check every row of MANIFEST and the media it names, as `submit` does; exit code 3 if any is invalid."""
+    from magi_ray.manifest import Defaults, read_manifest, require_valid
+    from magi_ray.render.runs.captions import notes_on_prompts
 
     require_manifest(path, typed)
-    checked = read_manifest(path, Defaults.of(settings))
-    for note in checked.notes:
-        say(f"note: {note}", style="yellow")
+    content: dict[str, Any] = {"manifest": str(path), "valid": False, "rows": 0, "problems": [], "notes": []}
+    try:
+        checked = read_manifest(path, Defaults.of(settings), strict=False)
+        if media:
+            from magi_ray.render.runs.submission import look_at_media
+
+            checked = look_at_media(checked).manifest
+        notes = [*checked.notes, *notes_on_prompts(checked.rows, settings)]
+        content |= {"rows": checked.table.num_rows, "notes": notes, "valid": not checked.problems}
+        for note in notes:
+            say(f"note: {note}", style="yellow")
+        require_valid(checked, str(path))
+    except ManifestError as exc:
+        exc.json_beside = content | {"problems": [asdict(problem) for problem in exc.problems]}
+        raise
     if as_json:
-        print_json({"manifest": str(path), "rows": len(checked.rows), "notes": checked.notes})
-    say(f"{path}: {counted(len(checked.rows), 'row')}, all valid.")
-    say_next(command_line(["submit", *typed[2:]], without=["--json"]))
+        print_json(content)
+    opened = "" if media else " Media were not opened."
+    say(f"{path}: {counted(len(checked.rows), 'row')}, all valid.{opened}")
+    say_next(command_line(["submit", *typed[2:]], without=["--json", "--media", "--no-media"]))
 
 
 @manifest.command(epilog=example("magi-ray manifest show manifests/quickstart.parquet"))

@@ -39,6 +39,11 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")(command)
 
 
+def skip_invalid_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    help_text = "Leave out rows with problems, render the others, and end with exit code 4."
+    return click.option("--skip-invalid", is_flag=True, help=help_text)(command)
+
+
 def no_wait_option(command: Callable[..., Any]) -> Callable[..., Any]:
     help_text = "Return as soon as the background process has started rendering."
     return click.option("--no-wait", is_flag=True, help=help_text)(command)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +14,9 @@ from magi_ray.commands.stores import StoredRun
 from magi_ray.drivers.status_file import DriverExit
 from magi_ray.render.driving.reports import RunResult
 from magi_ray.storage import keys
+
+if TYPE_CHECKING:
+    from magi_ray.render.runs.record import Run
 
 
 def report_exit(
@@ -45,6 +49,7 @@ def report_exit(
                 "state": result.state,
                 "videos": videos,
                 "failed": [{"job_id": f.job_id, "class": f.failure, "message": f.message} for f in result.failed],
+                "problems": [asdict(problem) for problem in stored.run.record.problems],
                 "stages_rendered": result.stages_rendered,
                 "stages_reused": result.stages_reused,
                 "seconds": round(ended.seconds, 1),
@@ -67,6 +72,8 @@ def report_exit(
             say("Stopped: more rows failed than --max-failed-rows allows.")
         case _ if result.failed:
             code, next_command = FAILED_ROWS, retry
+        case _ if stored.run.record.problems:
+            code, next_command = FAILED_ROWS, stored.command("status")
         case _:
             if stored.store.uri.startswith("s3:"):
                 say_next(stored.command("fetch"))
@@ -89,3 +96,14 @@ def _say_result(stored: StoredRun, result: RunResult, seconds: float) -> None:
         say(f"{failure.job_id} failed ({failure.failure}, {failure.kind}): {first}", style="red")
         for line in rest:
             say(f"  {line}")
+    if stored.run.record.problems:
+        say_left_out(stored.run)
+
+
+def say_left_out(run: Run) -> None:
+    """Say which rows were left out at submission, and what to do about it."""
+    from magi_ray.manifest import explain
+
+    say(f"{counted(run.record.left_out, 'row')} left out as invalid:", style="red")
+    say(explain(run.record.problems))
+    say(f"Correct them in {run.record.name} and submit it again: only what is new is rendered.")

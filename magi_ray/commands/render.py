@@ -52,13 +52,12 @@ def render(
     require_place(out, typed)
     begin = {"image": None if image is None else str(image), "video": None if video is None else str(video)}
     row = {"job_id": "video", "prompt": prompt} | begin | values
-    with as_options():
-        manifest = manifest_of([row], Defaults.of(settings), base=Path.cwd(), name="the options of render")
+    manifest = manifest_of([row], Defaults.of(settings), base=Path.cwd(), strict=False)
     store = store_to_write(store_uri)
     from magi_ray.render.runs.submission import prepare
 
     with as_options():
-        run, files = prepare(manifest, name=out.name, settings=settings)
+        run, files = prepare(manifest, name=out.name, settings=settings, store=store)
     stored = StoredRun(store=store, store_uri=store_uri, run=run)
     if create_run(stored, files):
         warn_of_made_weights(settings)

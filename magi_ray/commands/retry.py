@@ -10,8 +10,10 @@ import click
 
 from magi_ray.commands.console import counted, print_json, say, say_next
 from magi_ray.commands.options import RenderOptions, example, json_option, no_wait_option, run_options
+from magi_ray.commands.outcome import say_left_out
 from magi_ray.commands.stores import StoredRun, open_named_run
 from magi_ray.errors import InputError, Superseded
+from magi_ray.manifest import explain
 
 
 @click.command(epilog=example("magi-ray retry quickstart --failed"))
@@ -55,6 +57,8 @@ def retry(
             if as_json:
                 print_json({"run_id": stored.run_id, "retried": 0})
             say(f"No row of run {stored.run_id} has failed.")
+            if stored.run.record.problems:
+                say_left_out(stored.run)
             say_next(stored.command("status" if stored.all_published() else "resume"))
             return
         options = replace(options, retry_failed=True)
@@ -67,6 +71,13 @@ def require_row(stored: StoredRun, job_id: str) -> None:
     rows = list(stored.run.plans)
     if job_id in rows:
         return
+    problems = [problem for problem in stored.run.record.problems if problem.job_id == job_id]
+    if problems:
+        raise InputError(
+            f"{job_id} was left out when run {stored.run_id} was submitted:\n{explain(problems)}",
+            remedy=f"Correct it in {stored.run.record.name} and submit it again: only what is new is rendered.",
+            next_command=stored.command("status"),
+        )
     near = difflib.get_close_matches(job_id, rows, n=1, cutoff=0.4)
     raise InputError(
         f"Run {stored.run_id} has no row {job_id!r}.",

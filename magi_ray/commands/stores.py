@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
+import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,16 @@ def store_to_write(uri: str) -> Store:
                 remedy="Choose another folder with --store.",
             )
     return store
+
+
+def free_bytes(store: Store) -> int | None:
+    """What the disk of a local store has left; None for a bucket, and where it cannot be told."""
+    if not isinstance(store, LocalStore):
+        return None
+    above = next(folder for folder in (store.root, *store.root.parents) if folder.exists())
+    with suppress(OSError):
+        return shutil.disk_usage(above).free
+    return None
 
 
 def _require_folder(root: Path) -> None:

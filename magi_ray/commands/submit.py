@@ -17,9 +17,10 @@ from magi_ray.commands.options import (
     render_options,
     run_options,
     settings_options,
+    skip_invalid_option,
     store_option,
 )
-from magi_ray.commands.plan import prepared, show_plan
+from magi_ray.commands.plan import prepared, require_space, show_plan
 from magi_ray.commands.stores import StoredRun, open_named_run
 from magi_ray.render.driving import requests
 from magi_ray.settings import Settings
@@ -30,7 +31,11 @@ from magi_ray.settings import Settings
 @store_option
 @settings_options
 @render_options
+@skip_invalid_option
 @no_wait_option
+@click.option(
+    "--space-check/--no-space-check", default=True, help="Compare the run with the space of a local store; the default."
+)
 @click.option("--dry-run", is_flag=True, help="Check everything and show what would be rendered; write nothing.")
 @json_option
 @click.pass_obj
@@ -40,18 +45,22 @@ def submit(
     store_uri: str,
     settings: Settings,
     options: RenderOptions,
+    skip_invalid: bool,
     no_wait: bool,
     dry_run: bool,
+    space_check: bool,
     as_json: bool,
 ) -> None:
     """Render every row of MANIFEST into a video. What exists already is not rendered again.
 
     A background process renders and this one follows it. Ctrl-C leaves it running; `magi-ray watch` follows it again.
     """
-    store, run, files = prepared(typed, manifest, store_uri, settings)
+    store, run, files = prepared(typed, manifest, store_uri, settings, skip_invalid=skip_invalid)
     if dry_run:
         show_plan(typed, store, run, as_json=as_json)
         return
+    if space_check:
+        require_space(typed, store, run)
     from magi_ray.commands.background import render_in_background
     from magi_ray.render.runs.record import read_run, with_takes
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from pyarrow import BufferReader, parquet
 
 from magi_ray.drivers.driver_monitor import Driver, find_driver
+from magi_ray.errors import Problem
 from magi_ray.render.driving import requests
 from magi_ray.render.driving.inventory import take_inventory_of_run
 from magi_ray.render.driving.progress import Phase, RunProgress
@@ -26,15 +27,17 @@ _AT_REST: dict[requests.Request, State] = {"pause": "paused", "cancel": "cancell
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """``driver``: the process that renders the run now, if any."""
+    """``driver``: the process that renders the run now, if any.  ``problems``: of the rows that were left out."""
 
     progress: RunProgress
     state: State
     driver: Driver | None
+    problems: tuple[Problem, ...]
 
     def as_json(self) -> dict[str, Any]:
         driver = None if self.driver is None else self.driver.as_json()
-        return self.progress.as_json() | {"state": self.state, "driver": driver}
+        problems = [asdict(problem) for problem in self.problems]
+        return self.progress.as_json() | {"state": self.state, "driver": driver, "problems": problems}
 
 
 def run_status(store: Store, run: Run, driver: Driver | None) -> RunStatus:
@@ -46,7 +49,7 @@ def run_status(store: Store, run: Run, driver: Driver | None) -> RunStatus:
         progress = _progress_at_rest(store, run, reported)
     all_done = progress.count(Phase.DONE) == len(progress.videos)
     state = state_of(store, run.run_id, driver, reported, all_done=all_done)
-    return RunStatus(progress=progress, state=state, driver=driver)
+    return RunStatus(progress=progress, state=state, driver=driver, problems=run.record.problems)
 
 
 def run_summary(store: Store, run_id: str) -> dict[str, Any]:
@@ -56,13 +59,14 @@ def run_summary(store: Store, run_id: str) -> dict[str, Any]:
     folder = keys.videos(run_id)
     done = {key.removeprefix(folder).removesuffix(".json") for key in store.list(folder) if key.endswith(".json")}
     driver, reported = find_driver(store, run_id), read_progress(store, run_id)
+    left_out = len({problem["row"] for problem in record.get("problems", ())})
     return {
         "run_id": run_id,
         "submitted": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["created_unix"])),
         "videos": videos,
         "done": len(done),
-        "failed": len(set(read_failures(store, run_id)) - done),
-        "state": state_of(store, run_id, driver, reported, all_done=len(done) == videos),
+        "failed": len(set(read_failures(store, run_id)) - done) + left_out,
+        "state": state_of(store, run_id, driver, reported, all_done=len(done) + left_out == videos),
         "settings": record["settings"]["name"],
     }
 

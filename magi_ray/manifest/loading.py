@@ -16,14 +16,15 @@ from magi_ray.manifest import parquet, sources
 from magi_ray.manifest.messages import file_error, manifest_error
 from magi_ray.manifest.parquet import COLUMNS, CONTROLS, SCHEMA, VERSION
 from magi_ray.manifest.rows import Caption, Defaults, Manifest, Row, plain
-from magi_ray.manifest.rules import PREFIX_COLUMNS, Cells, Context, Entry, check, location, notes
+from magi_ray.manifest.rules import PREFIX_COLUMNS, Cells, Checked, Context, Entry, check, location, notes
 from magi_ray.settings import AS_THE_RUN, ChunkControl, PrefixSettings
 
 
-def read_manifest(path: Path, defaults: Defaults) -> Manifest:
+def read_manifest(path: Path, defaults: Defaults, *, strict: bool = True) -> Manifest:
     """The manifest at ``path``; relative media paths start from its folder.
 
-    Raises ManifestError, which carries every problem of every row.
+    strict: raises ManifestError, which carries every problem of every row. Otherwise only for what is no table:
+    other problems are in the manifest, and whether media exist is left to ``render.runs.submission``.
     """
     name = str(path)
     try:
@@ -31,32 +32,54 @@ def read_manifest(path: Path, defaults: Defaults) -> Manifest:
     except OSError as exc:
         reason = "does not exist" if isinstance(exc, FileNotFoundError) else f"cannot be read ({exc.strerror})"
         raise file_error(name, reason, "give the path of a Parquet manifest") from exc
-    context = _context(defaults, path.parent)
-    return _of_table(parquet.decode(data, name), context, name=name, next_command=f"magi-ray manifest validate {path}")
+    manifest = _of_table(parquet.decode(data, name), _context(defaults, path.parent, media_must_exist=strict))
+    if strict:
+        require_valid(manifest, name, next_command=f"magi-ray manifest validate {path}")
+    return manifest
 
 
 def parse_manifest(
-    data: bytes, defaults: Defaults, *, base: Path, name: str, media_must_exist: bool = True
+    data: bytes, defaults: Defaults, *, base: Path, name: str, stored: bool = False, left_out: Sequence[Problem] = ()
 ) -> Manifest:
     """The manifest in ``data``, the bytes of a Parquet file. ``base``: where relative media paths start.
-    ``name``: what errors call it. ``media_must_exist=False`` is for a run that is resumed: its rows were checked
-    when it was submitted, and a file that is gone by now fails one row only.
+    ``name``: what errors call it. ``stored`` is for a run that is resumed: its rows were checked when it was submitted,
+    and a file that is gone by now fails one row only. left_out: the problems that rows were left out for then.
 
-    Raises ManifestError, which carries every problem of every row.
+    Raises ManifestError, which carries every problem of every other row.
     """
-    context = _context(defaults, base, media_must_exist=media_must_exist)
-    return _of_table(parquet.decode(data, name), context, name=name)
+    context = _context(defaults, base, media_must_exist=not stored, stored=stored)
+    manifest = _of_table(parquet.decode(data, name), context)
+    known = {problem.row for problem in left_out}
+    require_valid(replace(manifest, problems=tuple(p for p in manifest.problems if p.row not in known)), name)
+    return replace(manifest, problems=()).without(left_out)
 
 
 def manifest_of(
-    rows: Sequence[Mapping[str, Any]], defaults: Defaults, *, base: Path, name: str = "the rows"
+    rows: Sequence[Mapping[str, Any]], defaults: Defaults, *, base: Path, name: str = "the rows", strict: bool = True
 ) -> Manifest:
-    """The manifest made of ``rows``, dicts of plain values with keys as in ``COLUMNS``. Raises ManifestError."""
-    context = _context(defaults, base)
-    cells, table, problems = _checked(rows, context)
-    if problems:
-        raise manifest_error(name, problems, rows=len(rows))
-    return _manifest(cells, table, context)
+    """The manifest made of ``rows``, dicts of plain values with keys as in ``COLUMNS``. strict: as ``read_manifest``.
+
+    Raises ManifestError.
+    """
+    context = _context(defaults, base, media_must_exist=strict)
+    checked, table = _checked(rows, context)
+    manifest = _manifest(checked, table, context)
+    if strict:
+        require_valid(manifest, name)
+    return manifest
+
+
+def require_valid(manifest: Manifest, name: str, *, next_command: str = "") -> None:
+    """Raises ManifestError with every problem of ``manifest``, which messages call ``name``, if it has any."""
+    if not manifest.problems:
+        return
+    error = manifest_error(name, manifest.problems, rows=manifest.table.num_rows, next_command=next_command)
+    if manifest.rows:
+        good = len(manifest.rows)
+        error.remedy = (
+            f"Correct the rows, then run the command again; or render the other {good} now: submit --skip-invalid."
+        )
+    raise error
 
 
 def write_manifest(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -64,9 +87,9 @@ def write_manifest(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     Raises ManifestError: a value has the wrong type. InputError: the file cannot be written.
     """
-    _, table, problems = _checked(rows, None)
-    if problems:
-        raise manifest_error("the rows", problems, rows=len(rows))
+    checked, table = _checked(rows, None)
+    if checked.problems:
+        raise manifest_error("the rows", checked.problems, rows=len(rows))
     parquet.write(table, path)
 
 
@@ -83,11 +106,11 @@ def build_manifest(source: Path, out: Path, *, defaults: Defaults | None) -> int
     if out.suffix != ".parquet":
         raise InputError(f"{out} does not end in .parquet.", remedy="Name the manifest to write, e.g. -o rows.parquet.")
     lines, rows = sources.load(source)
-    _, table, problems = _checked(rows, None if defaults is None else _context(defaults, out.parent))
-    if problems:
+    checked, table = _checked(rows, None if defaults is None else _context(defaults, out.parent))
+    if checked.problems:
         located = [
             replace(found, rule=f"{found.rule} ({source.name}:{lines[found.row - 1]})") if found.row else found
-            for found in problems
+            for found in checked.problems
         ]
         again = f"magi-ray manifest build {source} -o {out}"
         raise manifest_error(str(source), located, rows=len(rows), next_command=again)
@@ -95,30 +118,27 @@ def build_manifest(source: Path, out: Path, *, defaults: Defaults | None) -> int
     return len(rows)
 
 
-def _context(defaults: Defaults, base: Path, *, media_must_exist: bool = True) -> Context:
-    return Context(defaults=defaults, base=base.absolute(), media_must_exist=media_must_exist)
+def _context(defaults: Defaults, base: Path, *, media_must_exist: bool = True, stored: bool = False) -> Context:
+    return Context(defaults=defaults, base=base.absolute(), media_must_exist=media_must_exist, stored=stored)
 
 
-def _checked(rows: Sequence[Mapping[str, Any]], context: Context | None) -> tuple[list[Cells], pa.Table, list[Problem]]:
-    """The cells and the table of plain rows, and their problems. Without a context only types are checked."""
+def _checked(rows: Sequence[Mapping[str, Any]], context: Context | None) -> tuple[Checked, pa.Table]:
+    """The checked cells and the table of plain rows. Without a context only types are checked."""
     problems = [] if context is None else list(_missing(len(rows), {name for row in rows for name in row}))
-    cells, broken = check(rows, context, unusable={problem.column for problem in problems})
-    table, unfit = parquet.tabulate(rows, skip={problem.column for problem in broken})
-    return cells, table, [*problems, *unfit, *broken]
+    checked = check(rows, context, unusable={problem.column for problem in problems})
+    table, unfit = parquet.tabulate(rows, skip={problem.column for problem in checked.problems})
+    return replace(checked, problems=[*problems, *unfit, *checked.problems]), table
 
 
-def _of_table(table: pa.Table, context: Context, *, name: str, next_command: str = "") -> Manifest:
-    """The manifest in ``table``. Raises ManifestError."""
+def _of_table(table: pa.Table, context: Context) -> Manifest:
+    """The manifest in ``table``, with its problems."""
     problems = [*parquet.table_problems(table), *_missing(table.num_rows, set(table.column_names))]
     unusable = {problem.column for problem in problems if problem.column in COLUMNS}
     names = [column for column in COLUMNS if column in table.column_names and column not in unusable]
     columns = [parquet.plain_values(table.column(column)) for column in names]
     rows = (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
-    cells, broken = check(rows, context, unusable=unusable)
-    problems += broken
-    if problems:
-        raise manifest_error(name, problems, rows=table.num_rows, next_command=next_command)
-    return _manifest(cells, table, context)
+    checked = check(rows, context, unusable=unusable)
+    return _manifest(replace(checked, problems=[*problems, *checked.problems]), table, context)
 
 
 def _missing(rows: int, columns: set[str]) -> Iterator[Problem]:
@@ -128,18 +148,31 @@ def _missing(rows: int, columns: set[str]) -> Iterator[Problem]:
         yield Problem(column="job_id", rule="the column is missing", remedy="give every row a name of its own")
 
 
-def _manifest(cells: Sequence[Cells], table: pa.Table, context: Context) -> Manifest:
-    """The manifest of ``cells``, which break no rule; ``table`` holds the unknown columns."""
-    unknown = {name: parquet.plain_values(table.column(name)) for name in parquet.unknown_columns(table)}
-    rows = [
-        _row(index + 1, written, {name: values[index] for name, values in unknown.items()}, context)
-        for index, written in enumerate(cells)
-    ]
-    return Manifest(rows=tuple(rows), digest=_digest(rows, cells), table=table, notes=tuple(notes(cells, unknown)))
+def _manifest(checked: Checked, table: pa.Table, context: Context) -> Manifest:
+    """The manifest of ``checked`` rows; ``table`` holds the unknown columns."""
+    usable = all(problem.row for problem in checked.problems)
+    names = parquet.unknown_columns(table) if usable else []
+    unknown = {name: parquet.plain_values(table.column(name)) for name in names}
+
+    def rows(cells: Mapping[int, Cells]) -> tuple[Row, ...]:
+        return tuple(
+            _row(number, written, {name: values[number - 1] for name, values in unknown.items()}, context)
+            for number, written in cells.items()
+        )
+
+    manifest = Manifest(
+        rows=rows(checked.cells),
+        unfit=rows(checked.unfit),
+        problems=(),
+        digest="",
+        table=table,
+        notes=tuple(notes(checked.cells, unknown)),
+    )
+    return replace(manifest, digest=_digest(manifest, checked)).without(checked.problems)
 
 
 def _row(number: int, cells: Cells, extra: dict[str, Any], context: Context) -> Row:
-    """The row of ``cells`` that break no rule."""
+    """The row of ``cells`` that break no rule. Those of an unfit row may lack a name and captions."""
     defaults = context.defaults
 
     def chosen(own: int | None, default: int) -> int:
@@ -148,10 +181,9 @@ def _row(number: int, cells: Cells, extra: dict[str, Any], context: Context) -> 
     written = cells.video if cells.image is None else cells.image
     prefix_cells = {field: getattr(cells, column) for column, field in PREFIX_COLUMNS.items()}
     own = {field: value for field, value in prefix_cells.items() if value is not None}
-    assert cells.job_id is not None
     return Row(
         number=number,
-        job_id=cells.job_id,
+        job_id=cells.job_id or "",
         captions=_captions(cells),
         image=cells.image,
         video=cells.video,
@@ -172,8 +204,7 @@ def _row(number: int, cells: Cells, extra: dict[str, Any], context: Context) -> 
 
 def _captions(cells: Cells) -> tuple[Caption, ...]:
     if cells.schedule is None:
-        assert cells.prompt is not None
-        return (Caption(start_chunk=0, prompt=cells.prompt),)
+        return (Caption(start_chunk=0, prompt=cells.prompt or ""),)
     return tuple(_caption(entry) for entry in cells.schedule)
 
 
@@ -185,17 +216,19 @@ def _caption(entry: Entry) -> Caption:
     return Caption(start_chunk=entry.start_chunk, prompt=entry.prompt, control=control)
 
 
-def _digest(rows: Sequence[Row], cells: Sequence[Cells]) -> str:
-    """See ``Manifest.digest``. ``cells``: the values as written, without the run's defaults."""
-    content = []
-    for row, written in zip(rows, cells, strict=True):
+def _digest(manifest: Manifest, checked: Checked) -> str:
+    """See ``Manifest.digest``. ``checked``: the values as written, without the run's defaults."""
+    whole: dict[int, dict[str, Any]] = {}
+    for row in manifest.rows:
         captions = [
             [caption.start_chunk, caption.prompt, *filter(None, [caption.control.model_dump(exclude_none=True)])]
             for caption in row.captions
         ]
         own = {"prompt": captions, "schedule": None, "priority": row.priority, "tags": row.tags}
-        whole = {**vars(written), **row.extra, **own}
-        content.append({key: value for key, value in whole.items() if value is not None})
+        whole[row.number] = {**vars(checked.cells[row.number]), **row.extra, **own}
+    for row in manifest.unfit:
+        whole[row.number] = {**checked.written[row.number], **row.extra}
+    content = [{key: value for key, value in whole[n].items() if value is not None} for n in sorted(whole)]
     canonical = json.dumps(
         {"schema": SCHEMA, "version": VERSION, "rows": content},
         sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=plain,

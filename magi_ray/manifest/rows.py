@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import pyarrow as pa
 
+from magi_ray.errors import Problem
 from magi_ray.manifest.parquet import encode, unknown_columns
 from magi_ray.settings import AS_THE_RUN, ChunkControl, Frozen, PrefixSettings, RuntimeConfig, Settings
 from magi_ray.timeline import FRAMES_PER_LATENT, LATENTS_PER_CHUNK, chunks_for_seconds
@@ -91,25 +93,39 @@ class Defaults(Frozen):
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A manifest without problems.
+    """A manifest. Where problems are allowed for, rows with problems are left out.
 
+    rows: those without problems.  unfit: the others, as far as they can be read; their media can still be looked at.
+    problems: what the others were left out for, in row order. One of row 0 is of the whole table: no row is left then.
     digest: sha256 (hex) over the rows as written, without the run's defaults, in order: job_id, captions (a prompt is a
     schedule of one) and every other value that is not null, unknown columns included. The file's bytes and the order of
     its columns do not count. Of media only the written paths count; their contents are hashed with the prefix of each
-    video.
-    table: the whole table with its own types, so that unknown columns stay unchanged.
+    video. Rows that break a rule count as they were written.
+    table: the whole table with its own types, so that unknown columns stay unchanged; row n is its line n.
     notes: what is allowed but probably not meant, a sentence each.
     """
 
     rows: tuple[Row, ...]
+    unfit: tuple[Row, ...]
+    problems: tuple[Problem, ...]
     digest: str
     table: pa.Table
     notes: tuple[str, ...]
 
+    def without(self, problems: Sequence[Problem]) -> Self:
+        """This manifest with ``problems`` too, and without the rows that have them."""
+        bad = {problem.row for problem in problems}
+        return replace(
+            self,
+            rows=() if 0 in bad else tuple(row for row in self.rows if row.number not in bad),
+            problems=tuple(sorted((*self.problems, *problems), key=lambda problem: problem.row)),
+        )
+
     @property
     def unknown(self) -> pa.Table:
-        """The columns that magi-ray does not know, with their types; a line for each row."""
-        return self.table.select(unknown_columns(self.table))
+        """The columns that magi-ray does not know, with their types; a line for each of ``rows``."""
+        unknown = self.table.select(unknown_columns(self.table))
+        return unknown if len(self.rows) == unknown.num_rows else unknown.take([row.number - 1 for row in self.rows])
 
     def parquet(self) -> bytes:
         """The bytes of the Parquet file that a run keeps."""

@@ -26,10 +26,23 @@ from magi_ray.manifest.messages import shown
 from magi_ray.manifest.parquet import COLUMNS, CONTROLS
 from magi_ray.manifest.rows import Defaults
 from magi_ray.settings import nearest, step_problems
-from magi_ray.timeline import FRAMES_PER_LATENT, LATENTS_PER_CHUNK, SIZE_MULTIPLE, chunks_for_seconds
+from magi_ray.timeline import (
+    FRAMES_PER_CHUNK,
+    FRAMES_PER_LATENT,
+    LATENTS_PER_CHUNK,
+    SIZE_MULTIPLE,
+    chunks_for_seconds,
+)
 
 MAX_FPS = 120
 MAX_SEED = 2**63 - 1
+# What is larger was hardly meant, and is told before a plan grows by it. They are not asked of runs that are stored.
+MAX_CHUNKS = 100_000  # 28 hours at 24 frames per second; each chunk is planned
+MAX_ENTRIES = 10_000
+MAX_PREFIX_FRAMES = 2_400
+MAX_STEPS = 1_000
+MAX_SIDE, MAX_AREA = 8_192, 4_096 * 2_304
+MAX_PRIORITY = 1_000_000
 _JOB_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -37,22 +50,25 @@ _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
     """What rules need besides the row's cells. number: the row's, from 1.  base: where relative media paths start,
-    absolute."""
+    absolute.  stored: the row was submitted before: bounds that are newer than it do not apply."""
 
     defaults: Defaults
     base: Path
     media_must_exist: bool
+    stored: bool = False
     number: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Broken:
-    """A rule that a cell breaks. value: as shown, None for the cell's.  column: None for the cell's own."""
+    """A rule that a cell breaks. value: as shown, None for the cell's.  column: None for the cell's own.
+    missing: a file that the cell names is not there."""
 
     rule: str
     remedy: str
     value: str | None = None
     column: str | None = None
+    missing: bool = False
 
 
 Rule = Callable[[Any, Context], Iterable[Broken]]
@@ -90,6 +106,16 @@ def _between(low: int, high: int, high_shown: str) -> Rule:
     return must(lambda value: low <= value <= high, rule, "use a number between them")
 
 
+def _at_most(limit: int, what: str, remedy: str) -> Rule:
+    """A bound that a row must keep when it is submitted."""
+
+    def rule(value: int, context: Context) -> Iterator[Broken]:
+        if value > limit and not context.stored:
+            yield Broken(rule=f"is more than {limit:,}, {what}", remedy=remedy)
+
+    return rule
+
+
 _is_described = must(lambda prompt: bool(prompt and prompt.strip()), "is blank", "describe what is to be seen")
 _is_a_start = must(lambda start: start is not None, "is not a number", "write the chunk at which it begins")
 _is_not_empty = must(bool, "is empty", "leave it null, or write how many chunks are seen")
@@ -107,6 +133,16 @@ _is_a_length = must(
     lambda seconds: math.isfinite(seconds) and seconds > 0, "is not a length", "write a number above 0, for example 2.5"
 )
 _is_some_chunks = must(lambda chunks: chunks >= 1, "is below 1", "write how many chunks of 24 frames to make")
+
+
+_most_chunks = _at_most(MAX_CHUNKS, "the most chunks of a video", "make several rows of it")
+_longest_prefix = _at_most(MAX_PREFIX_FRAMES, "the most frames of a clip in front of a video", "use fewer")
+
+
+def _is_a_priority(priority: int, context: Context) -> Iterator[Broken]:
+    if abs(priority) > MAX_PRIORITY and not context.stored:
+        rule = f"is not between -{MAX_PRIORITY:,} and {MAX_PRIORITY:,}"
+        yield Broken(rule=rule, remedy="use a number between them")
 
 
 def _is_a_name(job_id: str | None, context: Context) -> Iterator[Broken]:
@@ -153,15 +189,16 @@ def _can_be_read(written: str, context: Context) -> Iterator[Broken]:
         rule = f"names the machine {url.netloc}, but only files of this one are read"
         yield Broken(rule=rule, remedy="write file:///absolute/path")
     elif scheme != "s3" and context.media_must_exist:
-        yield from _is_a_file(Path(location(written, context.base)))
+        yield from is_a_file(Path(location(written, context.base)))
 
 
-def _is_a_file(path: Path) -> Iterator[Broken]:
+def is_a_file(path: Path) -> Iterator[Broken]:
+    """Why ``path`` is no file that can be read, if it is none."""
     try:
         if not S_ISREG(path.stat().st_mode):
             yield Broken(rule="is not a file", remedy="write the path of a file")
     except (FileNotFoundError, NotADirectoryError):
-        yield Broken(rule="does not exist", remedy=f"put the file at {path}, or correct the path")
+        yield Broken(rule="does not exist", remedy=f"put the file at {path}, or correct the path", missing=True)
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else exc
         yield Broken(rule=f"cannot be read ({reason})", remedy="correct the path")
@@ -190,13 +227,18 @@ def _one_of(*known: str) -> Rule:
 
 
 def _is_a_multiple(size: int, context: Context) -> Iterator[Broken]:
-    if size < SIZE_MULTIPLE or size % SIZE_MULTIPLE:
+    if size > MAX_SIDE and not context.stored:
+        yield Broken(rule=f"is more than {MAX_SIDE:,} pixels", remedy=f"use {MAX_SIDE} or less")
+    elif size < SIZE_MULTIPLE or size % SIZE_MULTIPLE:
         yield Broken(rule=f"is not a multiple of {SIZE_MULTIPLE}", remedy=nearest(max(size, 1)))
 
 
 def _fits_the_run(num_steps: int, context: Context) -> Iterator[Broken]:
     if num_steps < 1:
         yield Broken(rule="is below 1", remedy=f"use the run's {context.defaults.num_steps}")
+        return
+    if num_steps > MAX_STEPS and not context.stored:
+        yield Broken(rule=f"is more than {MAX_STEPS:,} steps", remedy=f"use the run's {context.defaults.num_steps}")
         return
     for problem in step_problems(num_steps, context.defaults.runtime):
         yield Broken(rule=problem.rule, remedy=problem.remedy)
@@ -280,7 +322,7 @@ def _ends_in_time(cells: Mapping[str, Any], context: Context) -> Iterator[Broken
         return
     if seconds is not None:
         fps = context.defaults.fps if cells["fps"] is None else cells["fps"]
-        if not (math.isfinite(seconds) and seconds > 0 and 1 <= fps <= MAX_FPS):
+        if not (math.isfinite(seconds * fps) and seconds > 0 and 1 <= fps <= MAX_FPS):
             return
         # How many frames a clip takes from its first chunk is known once it is read; at most all but one latent.
         taken = LATENTS_PER_CHUNK - 1 if cells["video"] is not None else 0
@@ -293,6 +335,36 @@ def _ends_in_time(cells: Mapping[str, Any], context: Context) -> Iterator[Broken
         yield Broken(column="schedule", value=f"start_chunk {last}", rule=rule, remedy=remedy)
 
 
+def _can_be_planned(cells: Mapping[str, Any], context: Context) -> Iterator[Broken]:
+    """A length in seconds, or that of the run, is no more chunks than a video may have. A num_chunks is asked alone."""
+    seconds = cells["seconds"]
+    fps = context.defaults.fps if cells["fps"] is None else cells["fps"]
+    if context.stored or not 1 <= fps <= MAX_FPS:
+        return
+    longest = MAX_CHUNKS * FRAMES_PER_CHUNK
+    if seconds is not None:
+        if math.isfinite(seconds) and seconds * fps > longest:
+            rule = f"is {seconds * fps:,.6g} frames at {fps} fps, but a video has at most {longest:,}"
+            remedy = f"use {longest // fps} or less, or several rows"
+            yield Broken(column="seconds", value=shown(seconds), rule=rule, remedy=remedy)
+    elif cells["num_chunks"] is None and context.defaults.num_chunks > MAX_CHUNKS:
+        rule = f"is left to the run's {context.defaults.num_chunks:,} chunks, but a video has at most {MAX_CHUNKS:,}"
+        yield Broken(column="num_chunks", value="", rule=rule, remedy="set a smaller num_frames, or num_chunks here")
+
+
+def _is_no_poster(cells: Mapping[str, Any], context: Context) -> Iterator[Broken]:
+    """The picture is no larger than a video may be."""
+    own = {name: cells[name] for name in ("width", "height") if cells[name] is not None}
+    size = {"width": context.defaults.width, "height": context.defaults.height} | own
+    if not own or context.stored or max(size.values()) > MAX_SIDE:  # told of the side
+        return
+    area = size["width"] * size["height"]
+    if area > MAX_AREA:
+        column = max(own, key=lambda name: own[name])
+        rule = f"makes {size['width']}×{size['height']}, {area:,} pixels, but a frame has at most {MAX_AREA:,}"
+        yield Broken(column=column, value=shown(own[column]), rule=rule, remedy="use a smaller size")
+
+
 # Each with the cells it needs.
 _COMPARED: Sequence[tuple[Collection[str], CellsRule]] = (
     (("prompt", "schedule"), _captions),
@@ -301,6 +373,8 @@ _COMPARED: Sequence[tuple[Collection[str], CellsRule]] = (
     (("schedule", "video", "seconds", "num_chunks", "fps"), _ends_in_time),
     (("image", "video"), _not_beside("image", "video", "a row begins from one or the other")),
     (("seconds", "num_chunks"), _not_beside("seconds", "num_chunks")),
+    (("seconds", "num_chunks", "fps"), _can_be_planned),
+    (("width", "height"), _is_no_poster),
 )
 
 
@@ -309,6 +383,19 @@ _COMPARED: Sequence[tuple[Collection[str], CellsRule]] = (
 Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Medium = Annotated[str, rules(_can_be_read)]
 Size = Annotated[Int, rules(_is_a_multiple)]
+
+
+def _few_entries(schedule: Any, info: ValidationInfo) -> Any:
+    """Refuses a schedule by its length, before its entries are looked at one by one."""
+    if info.context is not None and not info.context.stored and isinstance(schedule, list):
+        count = len(schedule)
+        if count > MAX_ENTRIES:
+            rule = f"has {count:,} entries, but a schedule has at most {MAX_ENTRIES:,}"
+            broken = Broken(value="", rule=rule, remedy="write an entry only where something changes")
+            raise PydanticCustomError("rules", "rules are broken", {"cell": [], "broken": [broken]})
+    return schedule
+
+
 # Arrow has a map as pairs, in which a key may come twice.
 Tags = Annotated[
     list[tuple[str, str | None]],
@@ -339,19 +426,19 @@ class Cells(BaseModel):
     image: Medium | None = None
     video: Medium | None = None
     prefix_from: Annotated[str, rules(_one_of("start", "end"))] | None = None
-    prefix_frames: Annotated[Int, rules(_holds_a_latent)] | None = None
+    prefix_frames: Annotated[Int, rules(_holds_a_latent, _longest_prefix)] | None = None
     fit: Annotated[str, rules(_one_of("crop", "pad", "fit"))] | None = None
     include_prefix: bool | None = None
     seconds: Annotated[float, rules(_is_a_length)] | None = None
-    num_chunks: Annotated[Int, rules(_is_some_chunks)] | None = None
+    num_chunks: Annotated[Int, rules(_is_some_chunks, _most_chunks)] | None = None
     width: Size | None = None
     height: Size | None = None
     fps: Annotated[Int, rules(_between(1, MAX_FPS, str(MAX_FPS)))] | None = None
     seed: Annotated[Int, rules(_between(0, MAX_SEED, "2^63 - 1"))] | None = None
     num_steps: Annotated[Int, rules(_fits_the_run)] | None = None
-    priority: Int | None = None
+    priority: Annotated[Int, rules(_is_a_priority)] | None = None
     tags: Tags | None = None
-    schedule: list[Entry] | None = None
+    schedule: Annotated[list[Entry] | None, BeforeValidator(_few_entries)] = None
 
 
 # Columns that override for one row a field of the run's PrefixSettings.
@@ -368,15 +455,26 @@ _TYPES: Mapping[pa.DataType, str] = {
 _UNUSABLE = object()  # of no column's type
 
 
-def check(
-    rows: Iterable[Mapping[str, Any]], context: Context | None, *, unusable: Collection[str] = ()
-) -> tuple[list[Cells], list[Problem]]:
-    """The cells of the rows without problems, and the problems of the others.
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """Rows by number, from 1. cells: of those without problems.  unfit: of the others, without what is wrong.
+    written: the others as they were written."""
+
+    cells: dict[int, Cells]
+    unfit: dict[int, Cells]
+    written: dict[int, Mapping[str, Any]]
+    problems: list[Problem]
+
+
+def check(rows: Iterable[Mapping[str, Any]], context: Context | None, *, unusable: Collection[str] = ()) -> Checked:
+    """Checks every row.
 
     context: its number is ignored; None checks types only.  unusable: columns with problems already reported; nothing
     more is reported of them, nor of what depends on them.
     """
-    cells: list[Cells] = []
+    cells: dict[int, Cells] = {}
+    unfit: dict[int, Cells] = {}
+    written: dict[int, Mapping[str, Any]] = {}
     problems: list[Problem] = []
     first: dict[str, int] = {}
     order = {column: place for place, column in enumerate(COLUMNS)}
@@ -389,7 +487,7 @@ def check(
             valid = Cells.model_validate(row, context=context and replace(context, number=number))
         except ValidationError as exc:
             found += _problems(exc, number, row)
-            for column in _mistyped(exc):
+            for column in _mistyped(exc) | _too_long(exc):
                 typed.pop(column, None)
         for column in hidden:
             typed.pop(column, None)
@@ -405,11 +503,15 @@ def check(
             rule, remedy = f"is the job_id of row {first[job_id]} too", "give every row a name of its own"
             found.append(_problem(number, job_id, "job_id", shown(job_id), rule, remedy))
         if not found:
-            cells.append(valid)
+            cells[number] = valid
+        else:
+            wrong = {problem.column for problem in found}
+            unfit[number] = Cells.model_validate({column: row[column] for column in row.keys() - wrong - hidden.keys()})
+            written[number] = row
         problems += sorted(
             (problem for problem in found if problem.column not in unusable), key=lambda problem: order[problem.column]
         )
-    return cells, problems
+    return Checked(cells=cells, unfit=unfit, written=written, problems=problems)
 
 
 def _problems(error: ValidationError, number: int, row: Mapping[str, Any]) -> Iterator[Problem]:
@@ -436,13 +538,20 @@ def _mistyped(error: ValidationError) -> set[str]:
     return {str(fault["loc"][0]) for fault in faults if fault["type"] != "rules"}
 
 
+def _too_long(error: ValidationError) -> set[str]:
+    """The schedule, if its entries were not looked at."""
+    faults = error.errors(include_url=False, include_input=False)
+    return {"schedule" for fault in faults if fault["loc"] == ("schedule",) and fault["type"] == "rules"}
+
+
 def _problem(row: int, job_id: object, column: str, value: str, rule: str, remedy: str) -> Problem:
     name = job_id if isinstance(job_id, str) else ""
     return Problem(row=row, job_id=name, column=column, value=value, rule=rule, remedy=remedy)
 
 
-def notes(cells: Sequence[Cells], unknown: Iterable[str]) -> Iterator[str]:
-    """Notes on what is allowed but probably not meant. unknown: the columns that magi-ray does not know."""
+def notes(cells: Mapping[int, Cells], unknown: Iterable[str]) -> Iterator[str]:
+    """Notes on what is allowed but probably not meant. cells: by row.  unknown: the columns that magi-ray does not
+    know."""
     for name in unknown:
         close = difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.7)
         if close:
@@ -451,14 +560,11 @@ def notes(cells: Sequence[Cells], unknown: Iterable[str]) -> Iterator[str]:
         what = "an image or a clip" if column == "fit" else "a clip"
         idle = [
             number
-            for number, row in enumerate(cells, 1)
+            for number, row in cells.items()
             if getattr(row, column) and row.video is None and (column != "fit" or row.image is None)
         ]
         if idle:
             yield f"Row {_first(idle)} says {column}, which counts only where a video begins from {what}."
-    remote = [number for number, row in enumerate(cells, 1) if _scheme(row.image or row.video or "") == "s3"]
-    if remote:
-        yield f"Row {_first(remote)} begins from an s3:// URI, which is read only when it is submitted."
 
 
 def _first(numbers: Sequence[int]) -> str:

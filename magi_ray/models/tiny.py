@@ -23,7 +23,7 @@ from magi_ray.models.dit.model import DiT
 from magi_ray.models.files import COMPRESSED, INDEX, SINGLE, published_folder
 from magi_ray.models.fp8 import E4M3, E4M3_MAX
 from magi_ray.models.text.special_tokens import OTHER_TOKENS
-from magi_ray.models.text.t5 import T5_NAME, TOKENIZER_FILE
+from magi_ray.models.text.tokens import T5_NAME, TOKENIZER_FILE
 from magi_ray.models.tiny_text import t5_config, t5_weights, train_tokenizer
 from magi_ray.models.tiny_weights import VAE_CONFIG, Array, Draw, dit_weights, unfit, vae_config_json, vae_weights
 from magi_ray.models.vae.model import VAE, WEIGHTS_FILE

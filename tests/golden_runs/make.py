@@ -49,7 +49,8 @@ class Killed(BaseException):
 def write_clip(path: Path) -> None:
     """Three seconds of a test picture with a tone."""
     picture, tone = "testsrc2=size=48x32:rate=24:duration=3", "sine=frequency=440:duration=3"
-    command = ["-f", "lavfi", "-i", picture, "-f", "lavfi", "-i", tone, "-b:a", "32k", "-fflags", "+bitexact", str(path)]
+    inputs = ["-f", "lavfi", "-i", picture, "-f", "lavfi", "-i", tone]
+    command = [*inputs, "-b:a", "32k", "-fflags", "+bitexact", str(path)]
     subprocess.run([find_ffmpeg(), "-loglevel", "error", *command], check=True)
 
 

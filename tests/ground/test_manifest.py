@@ -286,11 +286,10 @@ def test_a_path_that_no_file_can_have_is_one_row_s_problem(written: str, reason:
     assert complaint(image=written).endswith(f"cannot be read ({reason}); correct the path")
 
 
-def test_an_s3_uri_is_taken_for_its_form_and_noted() -> None:
+def test_an_s3_uri_is_taken_for_its_form() -> None:
     manifest = of(CAT | {"image": "s3://bucket/folder/cat.png"})
 
     assert manifest.rows[0].prefix_location == "s3://bucket/folder/cat.png"
-    assert manifest.notes == ("Row 1 begins from an s3:// URI, which is read only when it is submitted.",)
 
 
 def test_a_resumed_run_reads_its_rows_although_a_picture_has_gone(tmp_path: Path) -> None:
@@ -299,7 +298,7 @@ def test_a_resumed_run_reads_its_rows_although_a_picture_has_gone(tmp_path: Path
     kept = of(CAT | {"image": "cat.png"}, base=tmp_path)
     picture.unlink()
 
-    again = parse_manifest(kept.parquet(), DEFAULTS, base=tmp_path, name="run", media_must_exist=False)
+    again = parse_manifest(kept.parquet(), DEFAULTS, base=tmp_path, name="run", stored=True)
 
     assert again.rows == kept.rows
     assert again.digest == kept.digest

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from magi_ray.errors import WeightsError
 from magi_ray.models.text.prompt import clean_caption
-from magi_ray.models.text.t5 import T5_NAME, TOKENIZER_FILE, TextEncoder, load_t5
+from magi_ray.models.text.t5 import TextEncoder, load_t5
+from magi_ray.models.text.tokens import T5_NAME, TOKENIZER_FILE
 
 CAPTIONS = ["a cat walks through the snow", "", 'two children at night: "cinematic", 35mm!', "ünïcödé ☃☃ 日本"]
 

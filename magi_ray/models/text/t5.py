@@ -14,9 +14,8 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from magi_ray.errors import WeightsError
+from magi_ray.models.text.tokens import T5_NAME, TOKENIZER_FILE
 
-T5_NAME = "t5-v1_1-xxl"
-TOKENIZER_FILE = "spiece.model"
 # A full T5 may lie in the folder; only its encoder is read.
 _DECODER_KEYS = ("decoder.", "lm_head.")
 # T5 adds 100 sentinels to the tokenizer's file and rounds up to a multiple of 128. A file that lacks more was cut off,

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from magi_ray.errors import FailureClass, MagiRayError, ObjectMissing
 from magi_ray.events import Event, Inspected, RowInventory, Task, TaskDone, TaskKind
-from magi_ray.manifest import Row
+from magi_ray.manifest import Row, explain
 from magi_ray.render.artifacts.videos import published_video, read_video_record
 from magi_ray.render.driving.pace import Pace, Speed
 from magi_ray.render.driving.progress import Phase, RunProgress
@@ -43,9 +43,11 @@ _RESULTS = pa.schema(
      ("forwards_reused", pa.int64()), ("stages", pa.int64()), ("stages_reused", pa.int64()), ("error", pa.string())]
 )  # fmt: skip
 # task and index: what failed (decode 3: chunk 3).  stage: the first affected, none if finishing failed.  log: its file.
+# A row that was left out at submission has a line for each problem: no task, but the column that is wrong.
 _ERRORS = pa.schema(
     [("job_id", pa.string()), ("class", pa.string()), ("message", pa.string()), ("task", pa.string()),
-     ("index", pa.int64()), ("stage", pa.int64()), ("attempts", pa.int64()), ("log", pa.string())]
+     ("index", pa.int64()), ("stage", pa.int64()), ("attempts", pa.int64()), ("log", pa.string()),
+     ("row", pa.int64()), ("column", pa.string())]
 )  # fmt: skip
 
 
@@ -149,7 +151,7 @@ class RunReports:
         )
 
     def _write_errors(self) -> None:
-        failures = [
+        failures: list[dict[str, Any]] = [
             {
                 "job_id": failed.job_id,
                 "class": failed.failure,
@@ -159,8 +161,20 @@ class RunReports:
                 "stage": failed.stage,
                 "attempts": failed.attempts,
                 "log": failed.log,
+                "row": self._run.plans[failed.job_id].row,
             }
             for failed in self._failed.values()
+        ]
+        failures += [
+            {
+                "job_id": problem.job_id,
+                "class": FailureClass.INPUT,
+                "message": explain([problem]),
+                "attempts": 0,
+                "row": problem.row,
+                "column": problem.column,
+            }
+            for problem in self._run.record.problems
         ]
         self._store.put(keys.run_errors(self._run.run_id), _parquet(pa.Table.from_pylist(failures, schema=_ERRORS)))
         self._errors_written = True
@@ -248,7 +262,8 @@ def read_progress(store: Store, run_id: str) -> ReportedProgress | None:
 
 
 def read_failures(store: Store, run_id: str) -> dict[str, RowFailed]:
-    """The rows that failed, by job_id, as far as they were reported."""
+    """The rows that failed, by job_id, as far as they were reported. Those left out at submission are in the run's
+    record."""
     try:
         data = pa.BufferReader(store.get(keys.run_errors(run_id)))
         # Not `pq.read_table`: its threads may outlive Python, which then aborts (one exit in 30 on a busy machine).
@@ -267,6 +282,7 @@ def read_failures(store: Store, run_id: str) -> dict[str, RowFailed]:
             log=line.get("log") or "",
         )
         for line in table.to_pylist()
+        if line["task"] is not None
     }
 
 

@@ -7,7 +7,7 @@ Priority, tags, output path, host, retries and our own version are not part of i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -151,9 +151,16 @@ def segment_pre_image(
     }
 
 
-def run_digest(manifest_digest: str, media: Mapping[str, str], settings: Settings, digests: Digests) -> str:
+def run_digest(
+    manifest_digest: str,
+    media: Mapping[str, str],
+    settings: Settings,
+    digests: Digests,
+    *,
+    left_out: Sequence[int] = (),
+) -> str:
     """Two submissions with the same digest are the same run: rows, contents of their media (sha256 by job_id), settings
-    and weights."""
+    and weights. left_out: the rows that are not rendered."""
     # Where weights lie and how many workers there are may differ between machines.
     values = settings.model_dump(mode="json", exclude=set(RunSettings.model_fields))
     for paths in ("load", "t5_pretrained", "vae_pretrained"):
@@ -162,4 +169,4 @@ def run_digest(manifest_digest: str, media: Mapping[str, str], settings: Setting
     if settings.black_frames != "fail":
         values["black_frames"] = settings.black_frames
     inputs = {"manifest": manifest_digest, "media": dict(media), "settings": values, "digests": asdict(digests)}
-    return digest({"format": FORMAT} | inputs)
+    return digest({"format": FORMAT} | inputs | ({"left_out": list(left_out)} if left_out else {}))

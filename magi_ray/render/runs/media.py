@@ -7,7 +7,8 @@ import tempfile
 import weakref
 from pathlib import Path
 
-from magi_ray.errors import InputError, MediaError, ObjectMissing, StoreError, StoreUnavailable
+from magi_ray.errors import InputError, MediaError, MediaMissing, ObjectMissing, StoreError, StoreUnavailable
+from magi_ray.manifest.rules import is_a_file
 from magi_ray.storage.opening import open_object
 from magi_ray.storage.store import Store
 
@@ -24,10 +25,14 @@ class MediaFiles(dict[str, Path]):
     def fetch(self, location: str) -> Path:
         """The file at ``location``: a path, or s3://bucket/key, which is downloaded once, from any bucket.
 
-        Raises MediaError if the object does not exist or may not be read; StoreUnavailable, OSError.
+        Raises MediaMissing; MediaError if it is no file or may not be read; StoreUnavailable, OSError.
         """
         if not location.lower().startswith("s3://"):
-            return Path(location)
+            path = Path(location)
+            for broken in is_a_file(path):
+                error = MediaMissing if broken.missing else MediaError
+                raise error.about(path, broken.rule, remedy=broken.remedy)
+            return path
         if location not in self._fetched:
             try:
                 self._fetched[location] = self._download(location)
@@ -35,7 +40,7 @@ class MediaFiles(dict[str, Path]):
                 raise
             except ObjectMissing:
                 remedy = "upload it, or correct the address"
-                self._fetched[location] = MediaError.about(location, "does not exist", remedy=remedy)
+                self._fetched[location] = MediaMissing.about(location, "does not exist", remedy=remedy)
             except (InputError, StoreError) as exc:
                 reason = f"cannot be read ({exc.message})"
                 self._fetched[location] = MediaError.about(location, reason, remedy=exc.remedy)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from magi_ray.errors import ManifestError, ObjectDamaged, ObjectMissing, RunNotFound
+from magi_ray.errors import ManifestError, ObjectDamaged, ObjectMissing, Problem, RunNotFound
 from magi_ray.manifest import Defaults, Manifest, parse_manifest
 from magi_ray.render.plans.identity import Digests
 from magi_ray.render.plans.row_plan import Media, RowPlan, plan_rows
@@ -21,12 +21,12 @@ from magi_ray.storage import keys
 from magi_ray.storage.records import read_record, require_readable
 from magi_ray.storage.store import Store
 
-FORMAT = 2
+FORMAT = 3
 
 
 class RunRecord(Frozen):
     """``run.json``. name: of the manifest.  manifest_sha256: of the store's copy; format 1 did not have it.
-    media: what rows begin from, by job_id."""
+    media: what rows begin from, by job_id.  problems: of the rows that were left out; new in format 3."""
 
     format: int = FORMAT
     run_id: str
@@ -38,6 +38,12 @@ class RunRecord(Frozen):
     settings: Settings
     digests: Digests
     media: dict[str, Media]
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def left_out(self) -> int:
+        """How many rows were left out."""
+        return len({problem.row for problem in self.problems})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,15 +98,16 @@ def read_run(store: Store, run_id: str) -> tuple[RunRecord, Manifest]:
             remedy=f"It holds {', '.join(known[-5:])}." if known else "It holds no runs.",
             next_command=f"magi-ray list --store {store.uri}",
         ) from exc
-    require_readable(f"Run {run_id}", content["format"], FORMAT)
     try:
-        record = RunRecord.model_validate(content)
+        record = _record(run_id, content)
         data = store.get(keys.run_manifest(run_id))
         sha256 = hashlib.sha256(data).hexdigest()
         if record.manifest_sha256 not in (None, sha256):
             raise _damaged(store, run_id, f"its manifest has sha256 {sha256}, not {record.manifest_sha256}")
         defaults = Defaults.of(record.settings)
-        manifest = parse_manifest(data, defaults, base=Path("/"), name=record.name, media_must_exist=False)
+        manifest = parse_manifest(
+            data, defaults, base=Path("/"), name=record.name, stored=True, left_out=record.problems
+        )
     except ObjectMissing as exc:
         raise _damaged(store, run_id, "its manifest is gone") from exc
     except (ManifestError, ValidationError) as exc:
@@ -108,6 +115,12 @@ def read_run(store: Store, run_id: str) -> tuple[RunRecord, Manifest]:
             raise
         raise _damaged(store, run_id, "its record or manifest cannot be read") from exc
     return record, manifest
+
+
+def read_run_record(store: Store, run_id: str) -> RunRecord:
+    """``run.json`` alone. Raises ObjectMissing, ObjectDamaged; InputError when a newer magi-ray wrote it;
+    ValidationError for a damaged one of format 1."""
+    return _record(run_id, _content(store, run_id))
 
 
 def all_runs(store: Store) -> tuple[list[str], list[str]]:
@@ -120,6 +133,11 @@ def all_runs(store: Store) -> tuple[list[str], list[str]]:
         except (ObjectDamaged, ObjectMissing):
             damaged.append(run_id)
     return sorted(created, key=lambda run_id: created[run_id]), damaged
+
+
+def _record(run_id: str, content: dict[str, Any]) -> RunRecord:
+    require_readable(f"Run {run_id}", content["format"], FORMAT)
+    return RunRecord.model_validate(content)
 
 
 def _content(store: Store, run_id: str) -> dict[str, Any]:

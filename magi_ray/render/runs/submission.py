@@ -1,27 +1,30 @@
 """Submission: ``prepare`` checks everything that can be checked before anything is written; ``create`` writes the run
-with its own copy of the manifest, settings and media."""
+with its own copy of the manifest, settings and media. ``look_at_media`` is the part of it that needs no torch."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from magi_ray.errors import MediaError, ObjectDamaged, Problem
-from magi_ray.manifest import Manifest, Row
-from magi_ray.manifest.messages import manifest_error
+from pydantic import ValidationError
+
+from magi_ray.errors import InputError, MediaError, MediaMissing, ObjectDamaged, ObjectMissing, Problem
+from magi_ray.manifest import Manifest, Row, require_valid
+from magi_ray.manifest.messages import shown
 from magi_ray.media.reader import count_frames, read_image
+from magi_ray.render.artifacts.videos import read_video_record
 from magi_ray.render.plans.identity import run_digest
 from magi_ray.render.plans.row_plan import Media
-from magi_ray.render.runs import memory, preflight
+from magi_ray.render.runs.captions import notes_on_prompts
 from magi_ray.render.runs.media import MediaFiles
-from magi_ray.render.runs.record import Run, RunRecord, read_run
+from magi_ray.render.runs.record import Run, RunRecord, all_runs, read_run, read_run_record
 from magi_ray.render.runs.weights import make_weights, weight_digests
 from magi_ray.settings import Settings
 from magi_ray.storage import keys
@@ -30,21 +33,33 @@ from magi_ray.storage.store import Store
 from magi_ray.timeline import FRAMES_PER_LATENT
 
 
-def prepare(manifest: Manifest, *, name: str, settings: Settings) -> tuple[Run, MediaFiles]:
+def prepare(
+    manifest: Manifest, *, name: str, settings: Settings, store: Store | None = None, skip_invalid: bool = False
+) -> tuple[Run, MediaFiles]:
     """The run of ``manifest``, which was checked against these ``settings``, and the media files it needs.
 
-    name: of the manifest.  Writes nothing but made weights, and copies of media in S3 for as long as the MediaFiles
-    exist.
-    Raises ManifestError with every row whose media cannot be used; SettingsError, WeightsError, MediaError as
+    name: of the manifest.  store: where an earlier run of it may have media that are gone by now.
+    skip_invalid: leave out rows with problems, as long as there is another one.
+    Writes nothing but made weights, and copies of media in S3 for as long as the MediaFiles exist.
+    Raises ManifestError with every problem of rows and their media; SettingsError, WeightsError, MediaError as
     ``preflight.check`` and ``memory.require``; StoreUnavailable when media cannot be downloaded now.
     """
-    media, files, notes = _inspect_media(manifest, name)
-    manifest = replace(manifest, notes=(*manifest.notes, *notes))
+    kept = {} if store is None else {"kept": _kept_by_earlier_runs(store, manifest, settings)}
+    looked = look_at_media(manifest, **kept)
+    manifest, media, files = looked.manifest, looked.media, looked.files
+    if not (skip_invalid and manifest.rows):
+        require_valid(manifest, name)
+    # Imported here: a wrong manifest is told before torch would have been loaded.
+    from magi_ray.render.runs import memory, preflight
+
     make_weights(settings)
+    manifest = replace(manifest, notes=(*manifest.notes, *notes_on_prompts(manifest.rows, settings)))
     # Before the digests, which read every byte: a shard cut short is found in a second.
     preflight.check(settings)
     digests = weight_digests(settings)
-    digest = run_digest(manifest.digest, {job: medium.sha256 for job, medium in media.items()}, settings, digests)
+    left_out = tuple(dict.fromkeys(problem.row for problem in manifest.problems))
+    of_media = {job: medium.sha256 for job, medium in media.items()}
+    digest = run_digest(manifest.digest, of_media, settings, digests, left_out=left_out)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).stem).strip(".-")[:40] or "run"
     record = RunRecord(
         run_id=f"{stem}-{digest[:10]}",
@@ -56,6 +71,7 @@ def prepare(manifest: Manifest, *, name: str, settings: Settings) -> tuple[Run, 
         settings=settings,
         digests=digests,
         media=media,
+        problems=manifest.problems,
     )
     run = Run.planned(record, manifest, takes={})
     memory.require(run.plans.values(), memory.available(settings))
@@ -90,14 +106,33 @@ def create(store: Store, run: Run, files: Mapping[str, Path]) -> bool:
     return created
 
 
-def _inspect_media(manifest: Manifest, name: str) -> tuple[dict[str, Media], MediaFiles, list[str]]:
-    """What rows begin from, by job_id, each opened once so that an unreadable file is found now; the files by sha256;
-    and notes. Raises ManifestError, StoreUnavailable."""
+@dataclass(frozen=True, kw_only=True)
+class Looked:
+    """manifest: without the rows whose media cannot be used; with their problems, and notes.  media: of its rows, by
+    job_id.  files: those that a run is to keep."""
+
+    manifest: Manifest
+    media: dict[str, Media]
+    files: MediaFiles
+
+
+Kept = Callable[[Sequence[Row], Mapping[str, Media]], Mapping[str, tuple[Media, str]]]
+"""(rows whose files are gone, the media of the others by job_id) → by job_id: what the row began from in an earlier
+run, and the id of that run."""
+
+
+def look_at_media(manifest: Manifest, kept: Kept = lambda gone, media: {}) -> Looked:
+    """Opens what rows begin from, so that an unreadable file is found now; also that of rows with other problems.
+
+    kept: asked once, if files are gone.  Raises StoreUnavailable.
+    """
     media: dict[str, Media] = {}
     files = MediaFiles()
     notes: list[str] = []
     problems: list[Problem] = []
-    for row in manifest.rows:
+    gone: dict[str, tuple[Row, Problem]] = {}
+    fit = {row.number for row in manifest.rows}
+    for row in sorted((*manifest.rows, *manifest.unfit), key=lambda row: row.number):
         if row.prefix_location is None:
             continue
         try:
@@ -105,23 +140,65 @@ def _inspect_media(manifest: Manifest, name: str) -> tuple[dict[str, Media], Med
             found, note = _inspect(row, path)
         except MediaError as exc:
             # The reason alone: the value names the file, and a download's own name means nothing.
-            problems.append(_problem(row, _kind(row), row.image or row.video, exc.reason, exc.remedy))
+            problem = _problem(row, _kind(row), shown(row.image or row.video), exc.reason, exc.remedy)
+            if isinstance(exc, MediaMissing) and row.number in fit:
+                gone[row.job_id] = row, problem
+            else:
+                problems.append(problem)
             continue
         except OSError as exc:
             rule = f"cannot be read ({exc.strerror})"
-            problems.append(_problem(row, _kind(row), row.image or row.video, rule, "give a readable file"))
+            problems.append(_problem(row, _kind(row), shown(row.image or row.video), rule, "give a readable file"))
             continue
-        # How many chunks follow a clip is known only with the clip's length.
-        last, chunks = row.captions[-1].start_chunk, row.chunks(found.latents)
-        if last >= chunks:
-            rule = f"is beyond the video's last chunk, {chunks - 1}"
-            problems.append(_problem(row, "schedule", last, rule, "make the video longer or leave that caption out"))
-        media[row.job_id] = found
-        files[found.sha256] = path
-        notes += [note] if note else []
-    if problems:
-        raise manifest_error(name, problems, next_command=f"magi-ray manifest validate {name}")
-    return media, files, notes
+        if row.number in fit:
+            problems += _captions_that_never_begin(row, found)
+            media[row.job_id] = found
+            files[found.sha256] = path
+            notes += [note] if note else []
+    earlier = kept([row for row, _ in gone.values()], media) if gone else {}
+    for job_id, (row, problem) in gone.items():
+        if job_id not in earlier:
+            problems.append(problem)
+            continue
+        media[job_id], run_id = earlier[job_id]
+        notes.append(f"Row {row.number}: its {_kind(row)} {problem.value} is gone; run {run_id} has it as submitted.")
+    manifest = replace(manifest, notes=(*manifest.notes, *notes)).without(problems)
+    media = {row.job_id: media[row.job_id] for row in manifest.rows if row.job_id in media}
+    return Looked(manifest=manifest, media=media, files=files)
+
+
+def _captions_that_never_begin(row: Row, found: Media) -> Iterator[Problem]:
+    # How many chunks follow a clip is known only with the clip's length.
+    last, chunks = row.captions[-1].start_chunk, row.chunks(found.latents)
+    if last >= chunks:
+        rule = f"is beyond the video's last chunk, {chunks - 1}"
+        yield _problem(row, "schedule", str(last), rule, "make the video longer or leave that caption out")
+
+
+def _kept_by_earlier_runs(store: Store, manifest: Manifest, settings: Settings) -> Kept:
+    """What rows began from when the same rows were submitted before, with these settings and weights. It counts as
+    long as the store keeps the file, or nothing is left to do with it, since the row of that very run is published."""
+
+    def kept(gone: Sequence[Row], media: Mapping[str, Media]) -> dict[str, tuple[Media, str]]:
+        make_weights(settings)
+        wanted = run_digest(manifest.digest, {}, settings, weight_digests(settings))
+        found: dict[str, tuple[Media, str]] = {}
+        for run_id in reversed(all_runs(store)[0]):
+            with suppress(InputError, ObjectDamaged, ObjectMissing, ValidationError):
+                record = read_run_record(store, run_id)
+                if run_digest(record.manifest_digest, {}, record.settings, record.digests) != wanted:
+                    continue
+                same_run = media.items() <= record.media.items()
+                for row in gone:
+                    medium = record.media.get(row.job_id)
+                    if medium is None or row.job_id in found:
+                        continue
+                    published = same_run and read_video_record(store, run_id, row.job_id) is not None
+                    if published or store.exists(keys.media(medium.sha256)):
+                        found[row.job_id] = medium, run_id
+        return found
+
+    return kept
 
 
 def _inspect(row: Row, path: Path) -> tuple[Media, str]:
@@ -148,5 +225,5 @@ def _kind(row: Row) -> Literal["image", "video"]:
     return "image" if row.image is not None else "video"
 
 
-def _problem(row: Row, column: str, value: object, rule: str, remedy: str) -> Problem:
-    return Problem(row=row.number, job_id=row.job_id, column=column, value=str(value), rule=rule, remedy=remedy)
+def _problem(row: Row, column: str, value: str, rule: str, remedy: str) -> Problem:
+    return Problem(row=row.number, job_id=row.job_id, column=column, value=value, rule=rule, remedy=remedy)

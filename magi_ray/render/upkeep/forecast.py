@@ -24,6 +24,7 @@ from magi_ray.render.driving.pace import Speed, cost_digest, seconds_per_chunk
 from magi_ray.render.driving.reports import read_failures, read_progress
 from magi_ray.render.plans.differences import segment_changes, stage_changes, stages_shared
 from magi_ray.render.plans.row_plan import RowPlan, plan_row
+from magi_ray.render.plans.space import Space, inputs_space, stages_space, video_space
 from magi_ray.render.plans.takes import read_takes
 from magi_ray.render.runs.record import Run, RunRecord, read_run
 from magi_ray.storage import keys
@@ -46,6 +47,7 @@ class Forecast:
     stages_left: to compute; a stage that several rows share counts for the first of them.
     forwards_left: the denoising steps of these stages, without passes over clean chunks.
     left_s: what these stages will take, going by earlier runs of such rows on this kind of device; None without any.
+    space_left: what the store is to take for the row.
     """
 
     job_id: str
@@ -56,6 +58,7 @@ class Forecast:
     stages_left: int
     forwards_left: int
     left_s: float | None
+    space_left: Space
 
 
 def forecast(store: Store, run: Run, encoder: str) -> tuple[Forecast, ...]:
@@ -99,6 +102,7 @@ class _Forecaster:
         self._earlier = _EarlierRuns(store)
         self._failures = read_failures(store, run.run_id)
         self._computed_for: dict[str, str] = {}  # stage key: job_id
+        self._embedded: set[str] = set()  # keys of captions that an earlier row embeds
 
     def row(self, found: RowInventory, row: Row) -> Forecast:
         """The forecast of ``row``, of which the store holds ``found``."""
@@ -127,6 +131,7 @@ class _Forecaster:
             stages_left=len(left),
             forwards_left=len(left) * plan.forwards_per_stage,
             left_s=self._seconds(plan, left),
+            space_left=Space() if what == "leave failed" else self._space_left(found, plan, left),
         )
 
     def _seconds(self, plan: RowPlan, stages: Sequence[int]) -> float | None:
@@ -138,6 +143,17 @@ class _Forecaster:
         if per_chunk is None:
             return None
         return per_chunk * sum(len(plan.timeline.window(stage)) for stage in stages) / plan.timeline.window_size
+
+    def _space_left(self, found: RowInventory, plan: RowPlan, left: Sequence[int]) -> Space:
+        if found.published:
+            return Space()
+        space = stages_space(plan, left) + video_space(plan, found.num_chunks - len(found.segments_done))
+        if left and not found.embedded:
+            captions = dict(zip(plan.caption_digests, plan.captions, strict=True))
+            # A prefix that several rows share counts for each of them: it is small.
+            space += inputs_space(plan, [text for key, text in captions.items() if key not in self._embedded])
+            self._embedded |= captions.keys()
+        return space
 
     def _left_to_compute(self, plan: RowPlan, missing: Sequence[int]) -> tuple[list[int], list[str]]:
         """Those of the ``missing`` stages that no earlier row computes, and a sentence for each row that does."""

@@ -21,7 +21,7 @@ from magi_ray.media.reader import read_video
 from magi_ray.render.artifacts.latents import load_clean_chunk
 from magi_ray.render.artifacts.prefix import prefix_pixels
 from magi_ray.render.driving.local import render_locally
-from magi_ray.render.runs.record import all_runs, open_run
+from magi_ray.render.runs.record import FORMAT, all_runs, open_run
 from magi_ray.render.runs.submission import create
 from magi_ray.render.runs.weights import require_same_weights
 from magi_ray.settings import Settings, WeightPaths, override
@@ -198,8 +198,8 @@ def test_a_run_of_a_newer_format_is_refused(make_run: MakeRun) -> None:
     store = MemoryStore()
     run = make_run(store, [TEXT])
     key = keys.run_record(run.run_id)
-    store.put(key, record_bytes(read_record(store.get(key)) | {"format": 3}))
-    with pytest.raises(InputError, match="has format 3, but this magi-ray reads up to 2"):
+    store.put(key, record_bytes(read_record(store.get(key)) | {"format": FORMAT + 1}))
+    with pytest.raises(InputError, match=r"has format .*, but this magi-ray reads up to"):
         open_run(store, run.run_id)
 
 
