@@ -16,7 +16,7 @@ from typing import Literal
 from magi_ray.errors import MediaError, ObjectDamaged, Problem
 from magi_ray.manifest import Manifest, Row
 from magi_ray.manifest.messages import manifest_error
-from magi_ray.media.reader import count_frames, read_image
+from magi_ray.media.reader import count_frames, inspect_clip, inspect_image
 from magi_ray.render.plans.identity import run_digest
 from magi_ray.render.plans.row_plan import Media
 from magi_ray.render.runs import memory, preflight
@@ -102,6 +102,7 @@ def _inspect_media(manifest: Manifest, name: str) -> tuple[dict[str, Media], Med
             continue
         try:
             path = files.fetch(row.prefix_location)
+            notes += _shown(row, path)
             found, note = _inspect(row, path)
         except MediaError as exc:
             # The reason alone: the value names the file, and a download's own name means nothing.
@@ -127,9 +128,7 @@ def _inspect_media(manifest: Manifest, name: str) -> tuple[dict[str, Media], Med
 def _inspect(row: Row, path: Path) -> tuple[Media, str]:
     """What the row begins from, and a note on it or "". Raises MediaError, OSError."""
     latents, note = 1, ""
-    if row.image is not None:
-        read_image(path, width=row.width, height=row.height, fit=row.prefix.fit)
-    else:
+    if row.image is None:
         wanted = row.prefix.max_frames
         frames = count_frames(path, fps=row.fps, max_frames=wanted)
         latents = frames // FRAMES_PER_LATENT
@@ -142,6 +141,13 @@ def _inspect(row: Row, path: Path) -> tuple[Media, str]:
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return Media(kind=_kind(row), sha256=sha256, latents=latents), note
+
+
+def _shown(row: Row, path: Path) -> list[str]:
+    """Notes on how the image or the clip is shown. Raises MediaError, OSError."""
+    if row.image is None:
+        return [f"Row {row.number}'s clip {note}." for note in inspect_clip(path).notes]
+    return [f"Row {row.number}'s image {note}." for note in inspect_image(path).notes]
 
 
 def _kind(row: Row) -> Literal["image", "video"]:
