@@ -1,4 +1,4 @@
-"""Reads images and videos with PyAV: their pixels at a given size and rate.
+"""Reads images and clips as players show them, at a given size and rate.
 
 Pixels come as uint8 RGB in 0…255. The same file gives the same pixels on every machine: swscale runs in its
 bit-exact mode on one thread.
@@ -6,10 +6,10 @@ bit-exact mode on one thread.
 
 from __future__ import annotations
 
-import os
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -17,44 +17,31 @@ from typing import Literal
 
 import av
 import numpy as np
-import numpy.typing as npt
 from av.container import InputContainer
 from av.video.frame import VideoFrame
-from av.video.reformatter import Interpolation
 from av.video.stream import VideoStream
 
-from magi_ray.errors import MediaError
-from magi_ray.media.pictures import open_picture, shown_picture_size
+from magi_ray.media.bounds import check_gap, check_length, unreadable
+from magi_ray.media.frames import FrameConverter, open_video, scaled, shown_frames
+from magi_ray.media.pictures import Pixels, open_picture, shown_picture, shown_picture_size
+
+__all__ = [
+    "ClipPart", "Fit", "Inspection", "Pixels", "count_frames", "inspect_clip", "inspect_image", "open_video",
+    "read_image", "read_video", "shown_size",
+]  # fmt: skip
 
 Fit = Literal["crop", "pad", "fit"]
 ClipPart = Literal["start", "end"]
-Pixels = npt.NDArray[np.uint8]
-
-_SCALING = (
-    Interpolation.LANCZOS
-    | Interpolation.ACCURATE_RND
-    | Interpolation.FULL_CHR_H_INT
-    | Interpolation.FULL_CHR_H_INP
-    | Interpolation.BITEXACT
-)
 
 
-@contextmanager
-def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The file and its first video stream (an image is a video of one frame). Raises MediaError, also for PyAV's
-    errors in the block inside."""
-    try:
-        # Opened by number and so without a name: a name like "a%02d.png" or "x:y.mp4" means something to ffmpeg.
-        with open(os.open(path, os.O_RDONLY), "rb") as file, av.open(file, "r") as container:  # noqa: PTH123
-            if not container.streams.video:
-                kinds = ", ".join(stream.type for stream in container.streams) or "nothing"
-                raise _unreadable(path, f"it holds {kinds}, but no picture")
-            stream = container.streams.video[0]
-            # Not by frames: errors in the last few frames would then go unreported.
-            stream.thread_type = "SLICE"
-            yield container, stream
-    except (av.FFmpegError, OSError) as exc:
-        raise _unreadable(path, exc.strerror or str(exc)) from exc
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What a player shows.  width, height: as shown, with square pixels.  notes: what was done to it, each a predicate
+    without its subject, the file ("is interlaced; it is deinterlaced")."""
+
+    width: int
+    height: int
+    notes: tuple[str, ...]
 
 
 def shown_size(path: Path) -> tuple[int, int]:
@@ -62,19 +49,34 @@ def shown_size(path: Path) -> tuple[int, int]:
 
     Raises MediaError.
     """
-    try:
-        with open_picture(path) as picture:
-            if picture is not None:
-                return shown_picture_size(picture)
-    except OSError as exc:
-        raise _unreadable(path, exc.strerror or str(exc)) from exc
+    with open_picture(path) as picture:
+        if picture is not None:
+            return shown_picture_size(picture)
     with open_video(path) as (container, stream):
         _, _, frame = next(_timed(path, container, stream))
-        width, height = frame.width, frame.height
-        aspect = stream.sample_aspect_ratio or Fraction(1)
-        # Players never shrink: the side with the shorter pixels is enlarged.
-        width, height = (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
-        return (height, width) if frame.rotation % 180 else (width, height)
+        return FrameConverter(path, stream).size(frame)
+
+
+def inspect_image(path: Path) -> Inspection:
+    """Decodes all of the picture (of a clip: its first frame). Raises MediaError."""
+    pixels, _, notes = _image(path)
+    del pixels
+    width, height = shown_size(path)
+    return Inspection(width=width, height=height, notes=notes)
+
+
+def inspect_clip(path: Path) -> Inspection:
+    """Reads all of the clip, but decodes only its first frame. Raises MediaError, also for one with too many frames or
+    seconds, or a frame that is shown for too long."""
+    _check_times(path)
+    with open_video(path) as (container, stream):
+        # Not from shown_frames: a deinterlaced frame does not say what it was.
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise unreadable(path, "it has no frames")
+        converter = FrameConverter(path, stream)
+        width, height = converter.size(frame)
+        return Inspection(width=width, height=height, notes=converter.notes(frame))
 
 
 def read_image(path: Path, *, width: int, height: int, fit: Fit) -> Pixels:
@@ -82,9 +84,8 @@ def read_image(path: Path, *, width: int, height: int, fit: Fit) -> Pixels:
 
     Raises MediaError.
     """
-    with open_video(path) as (container, stream):
-        _, _, frame = next(_timed(path, container, stream))
-        return _scaled(frame, width=width, height=height, fit=fit)
+    pixels, aspect, _ = _image(path)
+    return _fitted(pixels, aspect, width=width, height=height, fit=fit)
 
 
 def read_video(path: Path, *, width: int, height: int, fps: int, max_frames: int, part: ClipPart, fit: Fit) -> Pixels:
@@ -97,7 +98,10 @@ def read_video(path: Path, *, width: int, height: int, fps: int, max_frames: int
     with open_video(path) as (container, stream):
         frames = _resampled(_timed(path, container, stream), fps)
         chosen: Iterable[VideoFrame] = islice(frames, max_frames) if part == "start" else deque(frames, max_frames)
-        return np.stack([_scaled(frame, width=width, height=height, fit=fit) for frame in chosen])
+        show = FrameConverter(path, stream)
+        return np.stack(
+            [_fitted(show.pixels(frame), show.aspect(frame), width=width, height=height, fit=fit) for frame in chosen]
+        )
 
 
 def count_frames(path: Path, *, fps: int, max_frames: int) -> int:
@@ -106,25 +110,62 @@ def count_frames(path: Path, *, fps: int, max_frames: int) -> int:
         return sum(1 for _ in islice(_resampled(_timed(path, container, stream), fps), max_frames))
 
 
+def _image(path: Path) -> tuple[Pixels, Fraction, tuple[str, ...]]:
+    """uint8 [H, W, 3], width by height of a pixel, and notes. Raises MediaError."""
+    with open_picture(path) as picture:
+        if picture is not None:
+            pixels, notes = shown_picture(path, picture)
+            return pixels, Fraction(1), notes
+    with open_video(path) as (container, stream):
+        _, _, frame = next(_timed(path, container, stream))
+        show = FrameConverter(path, stream)
+        return show.pixels(frame), show.aspect(frame), ("is a clip; its first frame is taken", *show.notes(frame))
+
+
+def _check_times(path: Path) -> None:
+    """Raises MediaError for a clip with too many frames or seconds, or a frame that is shown for too long."""
+    with open_video(path) as (container, stream):
+        tick = stream.time_base or Fraction(1)
+        times = array("q")
+        for packet in container.demux(stream):
+            time = packet.dts if packet.pts is None else packet.pts
+            if time is None:
+                continue
+            times.append(time)
+            length = (time - times[0]) * tick
+            check_length(path, float(length), len(times))
+            if packet.duration:
+                check_gap(path, float(packet.duration * tick), float(length))
+    ordered = np.sort(np.frombuffer(times, np.int64))
+    if len(ordered) > 1:
+        gaps = np.diff(ordered)
+        longest = int(gaps.argmax())
+        check_gap(path, float(gaps[longest] * tick), float((ordered[longest] - ordered[0]) * tick))
+
+
 def _timed(
     path: Path, container: InputContainer, stream: VideoStream
 ) -> Iterator[tuple[Fraction, Fraction, VideoFrame]]:
     """Every frame, after the seconds from the first frame's begin at which it begins and ends."""
     rate = stream.average_rate or stream.guessed_rate or Fraction(24)
     tick = stream.time_base or 1 / rate
-    start, count = Fraction(0), 0
+    start = before = Fraction(0)
+    count = 0
     try:
-        for frame in container.decode(stream):
-            # Some formats (raw streams, single pictures) carry no times.
+        for frame in shown_frames(container, stream):
+            tick = frame.time_base or tick
+            # Some formats (raw streams) carry no times.
             begin = count / rate if frame.pts is None else frame.pts * tick
             start = start if count else begin
             length = frame.duration * tick if frame.duration else 1 / rate
-            yield begin - start, begin - start + length, frame
+            check_gap(path, float(max(begin - start - before, length)), float(before))
+            before = begin - start
+            yield before, before + length, frame
             count += 1
     except av.FFmpegError as exc:
-        raise _unreadable(path, f"it is damaged after {count} frames ({exc.strerror})") from exc
+        raise unreadable(path, f"it is damaged after {count} frames ({exc.strerror})") from exc
     if not count:
-        raise _unreadable(path, "it has no frames")
+        raise unreadable(path, "it has no frames")
 
 
 def _resampled(timed: Iterable[tuple[Fraction, Fraction, VideoFrame]], fps: int) -> Iterator[VideoFrame]:
@@ -141,26 +182,21 @@ def _resampled(timed: Iterable[tuple[Fraction, Fraction, VideoFrame]], fps: int)
         count += 1
 
 
-def _scaled(frame: VideoFrame, *, width: int, height: int, fit: Fit) -> Pixels:
-    """uint8 [height, width, 3]."""
-    pixels = _rgb(frame, frame.width, frame.height)
+def _fitted(pixels: Pixels, aspect: Fraction, *, width: int, height: int, fit: Fit) -> Pixels:
+    """uint8 [height, width, 3] of [H, W, 3] with pixels that are ``aspect`` times as wide as high."""
+    h, w = pixels.shape[:2]
     if fit == "crop":
-        pixels = _centre(pixels, *_inscribed((frame.height, frame.width), (height, width)))
-    inner = _inscribed((height, width), pixels.shape[:2]) if fit == "pad" else (height, width)
-    scaled = _rgb(VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24"), inner[1], inner[0])
+        pixels = _centre(pixels, *_inscribed((h, w), (height, width / aspect)))
+    inner = _inscribed((height, width), (h, w * aspect)) if fit == "pad" else (height, width)
+    resized = scaled(pixels, inner[1], inner[0])
     if inner == (height, width):
-        return scaled
+        return resized
     canvas = np.zeros((height, width, 3), dtype=np.uint8)
-    _centre(canvas, *inner)[:] = scaled
+    _centre(canvas, *inner)[:] = resized
     return canvas
 
 
-def _rgb(frame: VideoFrame, width: int, height: int) -> Pixels:
-    rgb = frame.reformat(width, height, "rgb24", interpolation=_SCALING, threads=1)
-    return rgb.to_ndarray().astype(np.uint8, copy=False)
-
-
-def _inscribed(outer: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
+def _inscribed(outer: tuple[int, int], shape: tuple[int, int | Fraction]) -> tuple[int, int]:
     """The largest (height, width) inside ``outer`` with the aspect ratio of ``shape``, at least one pixel."""
     (outer_h, outer_w), (h, w) = outer, shape
     if outer_w * h > outer_h * w:
@@ -172,12 +208,3 @@ def _centre(pixels: Pixels, height: int, width: int) -> Pixels:
     """The middle ``height`` × ``width`` of ``pixels``, as a view."""
     top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
     return pixels[top : top + height, left : left + width]
-
-
-def _unreadable(path: Path, what: str) -> MediaError:
-    return MediaError.about(
-        path,
-        f"cannot be read: {what}",
-        remedy="Images may be PNG, JPEG or WebP; a video that is not read can be converted: "
-        "ffmpeg -i IN -c:v libx264 -pix_fmt yuv420p OUT.mp4",
-    )

@@ -120,9 +120,10 @@ def test_the_number_of_frames_is_known_without_reading_their_pixels(clip: Path, 
         assert counted == len(_values(clip, fps=fps, max_frames=max_frames, part=part)) == min(fps, max_frames)
 
 
-def test_a_picture_is_a_video_of_one_frame(tmp_path: Path) -> None:
+def test_a_picture_in_place_of_a_clip_is_told_from_one(tmp_path: Path) -> None:
     write_png(tmp_path / "a.png", grey([77])[0])
-    assert _values(tmp_path / "a.png", fps=24) == [77]
+    with pytest.raises(MediaError, match=r"a.png cannot be read: it is a picture \(PNG\), not a clip"):
+        count_frames(tmp_path / "a.png", fps=24, max_frames=1)
 
 
 def test_memory_does_not_grow_with_the_length_of_the_clip(tmp_path: Path, ffmpeg: Path) -> None:

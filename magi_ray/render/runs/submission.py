@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from magi_ray.errors import InputError, MediaError, MediaMissing, ObjectDamaged, ObjectMissing, Problem
 from magi_ray.manifest import Manifest, Row, require_valid
 from magi_ray.manifest.messages import shown
-from magi_ray.media.reader import count_frames, read_image
+from magi_ray.media.reader import count_frames, inspect_clip, inspect_image
 from magi_ray.render.artifacts.videos import read_video_record
 from magi_ray.render.plans.identity import run_digest
 from magi_ray.render.plans.row_plan import Media
@@ -137,6 +137,7 @@ def look_at_media(manifest: Manifest, kept: Kept = lambda gone, media: {}) -> Lo
             continue
         try:
             path = files.fetch(row.prefix_location)
+            notes += _shown(row, path)
             found, note = _inspect(row, path)
         except MediaError as exc:
             # The reason alone: the value names the file, and a download's own name means nothing.
@@ -204,9 +205,7 @@ def _kept_by_earlier_runs(store: Store, manifest: Manifest, settings: Settings) 
 def _inspect(row: Row, path: Path) -> tuple[Media, str]:
     """What the row begins from, and a note on it or "". Raises MediaError, OSError."""
     latents, note = 1, ""
-    if row.image is not None:
-        read_image(path, width=row.width, height=row.height, fit=row.prefix.fit)
-    else:
+    if row.image is None:
         wanted = row.prefix.max_frames
         frames = count_frames(path, fps=row.fps, max_frames=wanted)
         latents = frames // FRAMES_PER_LATENT
@@ -219,6 +218,13 @@ def _inspect(row: Row, path: Path) -> tuple[Media, str]:
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return Media(kind=_kind(row), sha256=sha256, latents=latents), note
+
+
+def _shown(row: Row, path: Path) -> list[str]:
+    """Notes on how the image or the clip is shown. Raises MediaError, OSError."""
+    if row.image is None:
+        return [f"Row {row.number}'s clip {note}." for note in inspect_clip(path).notes]
+    return [f"Row {row.number}'s image {note}." for note in inspect_image(path).notes]
 
 
 def _kind(row: Row) -> Literal["image", "video"]:
