@@ -97,7 +97,7 @@ def _report(
     from magi_ray.render.driving.reports import read_failures
 
     missing = [job for job in asked if job not in paths]
-    failures = {job: failed for job, failed in read_failures(stored.store, stored.run_id).items() if job in missing}
+    failures = read_failures(stored.store, stored.run_id, missing)
     bad = dict(damaged) | {job: (failed.message.splitlines() or [""])[0] for job, failed in failures.items()}
     waiting = [job for job in missing if job not in bad]
     following = None

@@ -59,7 +59,7 @@ def _close(stored: StoredRun, state: RunState) -> RunResult:
 
     # The segments of published videos are not looked up, so that a done run needs no ffmpeg.
     encoder = None if state is RunState.DONE else encoder_identity(find_ffmpeg())
-    earlier = read_failures(stored.store, stored.run_id)
+    earlier = read_failures(stored.store, stored.run_id, stored.run.plans)
     rows = [
         replace(row, failed=row.job_id in earlier and not row.published)
         for row in take_inventory_of_run(stored.store, stored.run, encoder)
@@ -69,7 +69,7 @@ def _close(stored: StoredRun, state: RunState) -> RunResult:
 
 def _drive(stored: StoredRun, options: RenderOptions, on_dashboard: Callable[[str], None]) -> RunResult:
     """With Ray or without it, as ``options`` say."""
-    failed = read_failures(stored.store, stored.run_id) if options.retry_failed else {}
+    failed = read_failures(stored.store, stored.run_id, stored.run.plans) if options.retry_failed else {}
     drive_options = DriveOptions(
         take_over=options.take_over, retry=frozenset({*options.retry, *failed}), max_failed_rows=options.max_failed_rows
     )

@@ -13,6 +13,7 @@ from magi_ray.commands.console import counted, print_json, print_table, say, say
 from magi_ray.commands.options import example, json_option, run_argument, store_option
 from magi_ray.commands.outcome import say_left_out
 from magi_ray.commands.stores import StoredRun, open_named_run, store_to_read
+from magi_ray.errors import ObjectDamaged
 from magi_ray.render.driving.progress import Phase
 from magi_ray.storage import keys
 
@@ -59,15 +60,20 @@ def list_command(store_uri: str, as_json: bool) -> None:
 
     store = store_to_read(store_uri)
     readable, damaged = all_runs(store)
-    runs = [run_summary(store, run_id) for run_id in readable]
+    runs = []
+    for run_id in readable:
+        try:
+            runs.append(run_summary(store, run_id))
+        except ObjectDamaged as exc:
+            damaged[run_id] = exc.message
     if as_json:
         print_json({"runs": runs, "damaged": damaged})
     elif runs:
         print_table(runs_table(runs))
     else:
         say(f"The store at {store.uri} holds no runs.")
-    for run_id in damaged:
-        say(f"Run {run_id} is damaged: its record cannot be read. Submit its manifest again to mend it.", style="red")
+    for run_id, what in damaged.items():
+        say(f"Run {run_id} is damaged: {what}. `magi-ray verify {run_id}` says what mends it.", style="red")
     if not runs and not as_json:
         say_next("magi-ray submit --help")
 

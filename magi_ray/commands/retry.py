@@ -52,7 +52,7 @@ def retry(
     if from_chunk is not None:
         stored = _with_take(stored, job_ids[0], from_chunk, options.weights)
     elif not job_ids:
-        count = len(read_failures(stored.store, stored.run_id))
+        count = len(read_failures(stored.store, stored.run_id, stored.run.plans))
         if not count:
             if as_json:
                 print_json({"run_id": stored.run_id, "retried": 0})

@@ -55,7 +55,7 @@ def verify(names: tuple[str, ...], store_uri: str, as_json: bool) -> None:
         say(f"note: {note}", style="yellow")
     read = f"{counted(found.objects, 'object')}, {in_bytes(found.bytes)}"
     if not found.damages:
-        say(f"All is as it was committed: {read}.")
+        say(f"All {'that is there ' if found.notes else ''}is as it was committed: {read}.")
         return
     say(f"Error: of {read}, {len(found.damages)} {'is' if len(found.damages) == 1 else 'are'} damaged.", style="red")
     for remedy in dict.fromkeys(damage.remedy for damage in found.damages if damage.remedy):

@@ -6,10 +6,10 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from pyarrow import BufferReader, parquet
+from pyarrow import ArrowException, BufferReader, parquet
 
 from magi_ray.drivers.driver_monitor import Driver, find_driver
-from magi_ray.errors import Problem
+from magi_ray.errors import ObjectDamaged, ObjectMissing, Problem
 from magi_ray.render.driving import requests
 from magi_ray.render.driving.inventory import take_inventory_of_run
 from magi_ray.render.driving.progress import Phase, RunProgress
@@ -53,21 +53,28 @@ def run_status(store: Store, run: Run, driver: Driver | None) -> RunStatus:
 
 
 def run_summary(store: Store, run_id: str) -> dict[str, Any]:
-    """A run in one line, without its plans: a video counts as done if its record, written last, exists."""
+    """A run in one line, without its plans: a video counts as done if its record, written last, exists.
+
+    Raises ObjectDamaged if its record or manifest cannot be read.
+    """
     record = read_record(store.get(keys.run_record(run_id)))
-    videos = parquet.read_metadata(BufferReader(store.get(keys.run_manifest(run_id)))).num_rows
-    folder = keys.videos(run_id)
-    done = {key.removeprefix(folder).removesuffix(".json") for key in store.list(folder) if key.endswith(".json")}
+    try:
+        manifest = parquet.ParquetFile(BufferReader(store.get(keys.run_manifest(run_id))))
+        jobs = set(manifest.read(["job_id"], use_threads=False)["job_id"].to_pylist())
+        submitted, settings = float(record["created_unix"]), str(record["settings"]["name"])
+    except (ObjectMissing, OSError, ArrowException, KeyError, TypeError, ValueError) as exc:
+        raise ObjectDamaged("its manifest is gone" if isinstance(exc, ObjectMissing) else "it cannot be read") from exc
+    done = jobs & {keys.job_of(key) for key in store.list(keys.videos(run_id)) if key.endswith(".json")}
     driver, reported = find_driver(store, run_id), read_progress(store, run_id)
     left_out = len({problem["row"] for problem in record.get("problems", ())})
     return {
         "run_id": run_id,
-        "submitted": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["created_unix"])),
-        "videos": videos,
+        "submitted": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(submitted)),
+        "videos": len(jobs),
         "done": len(done),
-        "failed": len(set(read_failures(store, run_id)) - done) + left_out,
-        "state": state_of(store, run_id, driver, reported, all_done=len(done) + left_out == videos),
-        "settings": record["settings"]["name"],
+        "failed": len(read_failures(store, run_id, jobs - done)) + left_out,
+        "state": state_of(store, run_id, driver, reported, all_done=done == jobs),
+        "settings": settings,
     }
 
 
@@ -105,7 +112,7 @@ def _progress_at_rest(store: Store, run: Run, reported: ReportedProgress | None)
         if video.phase is not Phase.DONE and video.job_id in before:
             clean = max(0, video.stages_done - (video.stages - video.chunks))
             video.chunks_done = min(clean, before[video.job_id].chunks_done)
-    for job_id, failure in read_failures(store, run.run_id).items():
+    for job_id, failure in read_failures(store, run.run_id, run.plans).items():
         if progress.videos[job_id].phase is not Phase.DONE:
             progress.note(failure)
     return progress

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
-
 from magi_ray.settings import Frozen
 from magi_ray.storage import keys
 from magi_ray.storage.leases import BEAT_S, TTL_S, Lease, acquire, until_free
@@ -56,4 +54,4 @@ def superseded(store: Store, run_id: str, number: int) -> bool:
 
 
 def _highest(store: Store, run_id: str) -> int:
-    return max((int(PurePosixPath(key).stem) for key in store.list(keys.epochs(run_id))), default=0)
+    return max(filter(None, map(keys.number_of, store.list(keys.epochs(run_id)))), default=0)

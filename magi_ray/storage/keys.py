@@ -64,6 +64,35 @@ COMMITS: Mapping[CommitKind, CommitLayout] = {
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PART = re.compile(r"[A-Za-z0-9._=-]{1,255}")
 
+_SPREAD_NAME = r"(?P<two>[0-9a-f]{2})/(?P=two)[0-9a-f]{62}"
+_RUN_FOLDER = r"runs/(?P<run>[^/]+)/"
+# Every kind of object and what its name looks like: the tree above. Whatever fits none is another program's.
+KINDS: Mapping[str, re.Pattern[str]] = {
+    name: re.compile(pattern)
+    for name, pattern in [
+        *((f"{kind} commit", rf"{of.folder}/{_SPREAD_NAME}/commit\.json") for kind, of in COMMITS.items()),
+        *(
+            (f"{kind} {role}", rf"{of.folder}/{_SPREAD_NAME}/{role}-[^/]+\.{of.suffix}")
+            for kind, of in COMMITS.items()
+            for role in sorted(of.roles)
+        ),
+        ("media", rf"media/{_SPREAD_NAME}"),
+        ("probe", r"probes/[^/.].*"),
+        ("run record", _RUN_FOLDER + r"run\.json"),
+        ("manifest", _RUN_FOLDER + r"manifest\.parquet"),
+        ("epoch", _RUN_FOLDER + r"epoch/(?P<number>[0-9]{6,18})\.json"),
+        ("run lease", _RUN_FOLDER + r"lease\.json"),
+        ("request", _RUN_FOLDER + r"wanted\.json"),
+        ("row lease", _RUN_FOLDER + r"jobs/[^/]+/lease\.json"),
+        ("take", _RUN_FOLDER + r"takes/(?P<number>[0-9]{4,18})\.json"),
+        ("progress", _RUN_FOLDER + r"progress\.json"),
+        ("results", _RUN_FOLDER + r"results\.parquet"),
+        ("errors", _RUN_FOLDER + r"errors\.parquet"),
+        ("video", _RUN_FOLDER + r"videos/(?P<job>[^/]+)\.mp4"),
+        ("video record", _RUN_FOLDER + r"videos/(?P<job>[^/]+)\.json"),
+    ]
+}
+
 RUNS = "runs/"
 MEDIA = "media/"
 PROBES = "probes/"
@@ -103,14 +132,32 @@ def commit(kind: CommitKind, key: str) -> str:
 def commit_of(name: str) -> str:
     """The key of the commit that the object ``name`` belongs to; '' for what other programs put there."""
     parts = name.split("/")
-    return parts[2] if len(parts) == 4 and _SHA256.fullmatch(parts[2]) else ""
+    return parts[2] if len(parts) == 4 and kind_of(name) else ""
+
+
+def kind_of(name: str) -> str:
+    """Which of ``KINDS`` the object ``name`` is of; '' for what other programs put there."""
+    return next((kind for kind, pattern in KINDS.items() if pattern.fullmatch(name)), "")
 
 
 def run_of(name: str) -> str:
     """The run whose folder the object ``name`` is in; '' for what other programs put there, and for a manifest: a run
     with nothing else is being submitted, or its submission died."""
-    run_id, _, rest = name.removeprefix(RUNS).partition("/")
-    return run_id if rest not in ("", "manifest.parquet") else ""
+    if name.startswith(RUNS) and kind_of(name) not in ("", "manifest"):
+        return name.split("/")[1]
+    return ""
+
+
+def number_of(name: str) -> int | None:
+    """The number of an epoch or take; None for what other programs put there."""
+    found = KINDS["epoch"].fullmatch(name) or KINDS["take"].fullmatch(name)
+    return int(found["number"]) if found else None
+
+
+def job_of(name: str) -> str:
+    """The row whose video or video's record ``name`` is; '' for what other programs put there."""
+    found = KINDS["video"].fullmatch(name) or KINDS["video record"].fullmatch(name)
+    return found["job"] if found else ""
 
 
 def payload_name(kind: CommitKind, role: str, write_id: str) -> str:

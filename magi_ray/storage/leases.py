@@ -9,15 +9,14 @@ successful swap began TTL_S ago, which is before anybody else may take it. Wall 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from magi_ray.errors import MagiRayError, ObjectMissing, StoreError, StoreUnavailable, Superseded
+from magi_ray.errors import MagiRayError, ObjectDamaged, ObjectMissing, StoreError, Superseded
 from magi_ray.settings import Frozen
-from magi_ray.storage.records import canonical_json, new_write_id, require_readable
+from magi_ray.storage.records import canonical_json, json_object, new_write_id, require_readable
 from magi_ray.storage.retrying import SHUTDOWN_PATIENCE_S, with_patience
 from magi_ray.storage.store import Store
 from magi_ray.system import Flag, Owner, System
@@ -164,11 +163,11 @@ class Lease:
         raise self._lost
 
     def release(self) -> None:
-        """Let go, unless it is lost already. Where the store is out of reach the lease expires by itself."""
+        """Let go, unless it is lost already. Where the store is out of reach or full it expires by itself."""
         # Not ours from here on, since nobody knows when the swap will land.
         lost, self._lost = self._lost, Superseded(f"{self.key} was released.")
         self._store = with_patience(self._store, SHUTDOWN_PATIENCE_S)
-        with contextlib.suppress(StoreUnavailable):
+        with contextlib.suppress(StoreError):
             while lost is None:
                 free = self._record.model_copy(update={"holder": None, "write_id": new_write_id()})
                 if self._store.swap(self.key, _serialise(free), self._version) is not None:
@@ -281,8 +280,8 @@ def _serialise(record: LeaseRecord) -> bytes:
 def _parse(data: bytes) -> LeaseRecord | None:
     """None for bytes that are no record."""
     try:
-        body = json.loads(data)
+        body = json_object(data)
         require_readable("A lease", body["version"], FORMAT_VERSION)
         return LeaseRecord.model_validate(body)
-    except (ValueError, KeyError, TypeError, ValidationError):
+    except (ObjectDamaged, KeyError, TypeError, ValidationError):
         return None

@@ -102,26 +102,35 @@ def read_record(data: bytes) -> dict[str, Any]:
 
     Format 1 had no seal, so altered bytes may go unseen in it.
     """
-    with suppress(ValueError, RecursionError):
-        content = json.loads(data)
-        if isinstance(content, dict) and content.get("format") == 1 and "seal" not in content:
+    with suppress(ObjectDamaged):
+        content = json_object(data)
+        if content.get("format") == 1 and "seal" not in content:
             return content
     return _unsealed(data, field="seal", indent=1)
 
 
 def _unsealed(data: bytes, *, field: str, indent: int | None) -> dict[str, Any]:
     try:
-        content = json.loads(data)
+        content = json_object(data)
         body = {name: value for name, value in content.items() if name != field}
         recorded, found = content[field], digest(body)
         written = _json(content, indent=indent)
-    except (ValueError, KeyError, AttributeError, RecursionError) as exc:
+    except (ValueError, KeyError, ObjectDamaged, RecursionError) as exc:
         raise ObjectDamaged(f"its {len(data)} bytes are no record with a digest of its own") from exc
     if recorded != found:
         raise ObjectDamaged(f"its content has sha256 {found}, but says that it has {recorded}")
     if written != data:
         raise ObjectDamaged(f"its {len(data)} bytes are not spelled as they were written")
     return body
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """The JSON object in ``data``, which has no digest. Raises ObjectDamaged for bytes that hold none."""
+    with suppress(ValueError, RecursionError):
+        content = json.loads(data)
+        if isinstance(content, dict):
+            return content
+    raise ObjectDamaged(f"its {len(data)} bytes are no JSON object")
 
 
 def require_readable(what: str, found: int, up_to: int) -> None:
@@ -196,7 +205,10 @@ def read_commit(store: Store, kind: CommitKind, key: str) -> Commit | None:
         commit = Commit.model_validate(body)
     except (ObjectMissing, ObjectDamaged, KeyError, TypeError, ValidationError):
         return None
-    return commit if (commit.kind, commit.key) == (kind, key) else None
+    folder = keys.commit_folder(kind, key)
+    names = {role: keys.kind_of(folder + payload.name) for role, payload in commit.payloads.items()}
+    ours = all(found == f"{kind} {role}" for role, found in names.items())
+    return commit if ours and (commit.kind, commit.key) == (kind, key) else None
 
 
 def verified_commit(store: Store, kind: CommitKind, key: str) -> Commit | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -95,3 +96,23 @@ class Store(Protocol):
     def sweep(self, name: str) -> None:
         """Removes one of ``leftovers``, if it is still there."""
         ...
+
+
+def delete_command(store: Store, key: str) -> str:
+    """What to type to delete one object by hand."""
+    return _by_hand(("rm",), ("aws", "s3", "rm"), _address(store, key))
+
+
+def move_command(store: Store, folder: str, target: str = "") -> str:
+    """What to type to move everything below ``folder`` to the folder ``target``; '': out of the store."""
+    here = folder.rstrip("/").rpartition("/")[2]
+    there = _address(store, target) if target else f"./{here}"
+    return _by_hand(("mv",), ("aws", "s3", "mv", "--recursive"), _address(store, folder), there)
+
+
+def _address(store: Store, key: str) -> str:
+    return f"{store.uri.rstrip('/')}/{key}".rstrip("/")
+
+
+def _by_hand(local: Sequence[str], bucket: Sequence[str], *addresses: str) -> str:
+    return shlex.join([*(bucket if addresses[0].startswith("s3://") else local), *addresses])

@@ -60,7 +60,7 @@ class Driver:
         store = simulation.client(process)
         silence_s = simulation.silence_s
         try:
-            failures = read_failures(store, simulation.run.run_id) if self.retry else {}
+            failures = read_failures(store, simulation.run.run_id, simulation.run.plans) if self.retry else {}
             self.result = render(
                 store,
                 simulation.run,

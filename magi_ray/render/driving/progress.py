@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from magi_ray.events import Event, Inspected, RowInventory, StageCommitted, StepDone, TaskDone, TaskKind
 from magi_ray.render.driving.scheduler import Command, RowFailed, RunTask
 
@@ -138,10 +140,7 @@ class RunProgress:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> RunProgress:
-        known = {field.name for field in fields(VideoProgress)}
-        videos = [
-            VideoProgress(**({k: v for k, v in video.items() if k in known} | {"phase": Phase(video["phase"])}))
-            for video in content["videos"]
-        ]
+        """Raises ValueError, KeyError for what ``as_json`` did not write."""
+        videos = TypeAdapter(list[VideoProgress]).validate_python(content["videos"])
         times = Times(**{field.name: content.get(field.name) for field in fields(Times)})
         return cls(content["run_id"], {video.job_id: video for video in videos}, times)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from magi_ray.errors import FailureClass, MagiRayError, ObjectMissing
+from magi_ray.errors import FailureClass, MagiRayError, ObjectDamaged, ObjectMissing
 from magi_ray.events import Event, Inspected, RowInventory, Task, TaskDone, TaskKind
 from magi_ray.manifest import Row, explain
 from magi_ray.render.artifacts.videos import published_video, read_video_record
@@ -25,6 +25,7 @@ from magi_ray.render.driving.scheduler import Command, RowFailed, RunState
 from magi_ray.render.runs.record import Run
 from magi_ray.storage import keys
 from magi_ray.storage.opening import object_uri
+from magi_ray.storage.records import json_object
 from magi_ray.storage.retrying import SHUTDOWN_PATIENCE_S, with_patience
 from magi_ray.storage.store import Store
 from magi_ray.system import System
@@ -248,42 +249,44 @@ class ReportedProgress:
 def read_progress(store: Store, run_id: str) -> ReportedProgress | None:
     """None when the run never was rendered, or the report cannot be read."""
     try:
-        content = json.loads(store.get(keys.run_progress(run_id)))
+        content = json_object(store.get(keys.run_progress(run_id)))
+        if content["run_id"] != run_id:
+            return None
         # Before there were states, a driver only said whether it was running.
         state = content.get("state", "rendering" if content["running"] else "stopped")
         return ReportedProgress(
             progress=RunProgress.from_json(content),
-            state=state,
+            state=str(state),
             encoder=content.get("encoder"),
             speeds=tuple(Speed.model_validate(speed) for speed in content.get("speeds", ())),
         )
-    except (ObjectMissing, ValueError, KeyError, TypeError, AttributeError):
+    except (ObjectMissing, ObjectDamaged, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def read_failures(store: Store, run_id: str) -> dict[str, RowFailed]:
-    """The rows that failed, by job_id, as far as they were reported. Those left out at submission are in the run's
-    record."""
+def read_failures(store: Store, run_id: str, jobs: Collection[str]) -> dict[str, RowFailed]:
+    """The rows that failed, by job_id, as far as they were reported. jobs: of the run; others are not its rows. Those
+    left out at submission are in the run's record."""
     try:
         data = pa.BufferReader(store.get(keys.run_errors(run_id)))
         # Not `pq.read_table`: its threads may outlive Python, which then aborts (one exit in 30 on a busy machine).
         table = pq.ParquetFile(data, page_checksum_verification=True).read(use_threads=False)
-    except (ObjectMissing, OSError, pa.ArrowException):
-        return {}  # derived: without it the rows are tried again
-    return {
-        line["job_id"]: RowFailed(
-            job_id=line["job_id"],
-            kind=TaskKind(line["task"]),
-            index=line["index"],
-            stage=line.get("stage"),
-            failure=FailureClass(line["class"]),
-            message=line["message"],
-            attempts=line["attempts"],
-            log=line.get("log") or "",
-        )
-        for line in table.to_pylist()
-        if line["task"] is not None
-    }
+        return {
+            line["job_id"]: RowFailed(
+                job_id=line["job_id"],
+                kind=TaskKind(line["task"]),
+                index=int(line["index"]),
+                stage=line.get("stage"),
+                failure=FailureClass(line["class"]),
+                message=str(line["message"]),
+                attempts=int(line["attempts"]),
+                log=line.get("log") or "",
+            )
+            for line in table.to_pylist()
+            if line["task"] is not None and line["job_id"] in jobs
+        }
+    except (ObjectMissing, OSError, KeyError, TypeError, ValueError, pa.ArrowException):
+        return {}  # derived: without it, or with another table in its place, the rows are tried again
 
 
 def _parquet(table: pa.Table) -> bytes:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
-from typing import Literal
+from typing import Literal, get_args
 
-from magi_ray.errors import ObjectMissing
+from magi_ray.errors import ObjectDamaged, ObjectMissing
 from magi_ray.storage import keys
-from magi_ray.storage.records import canonical_json, new_write_id
+from magi_ray.storage.records import canonical_json, json_object, new_write_id
 from magi_ray.storage.store import Store
 
 Request = Literal["pause", "cancel"]
@@ -23,10 +22,10 @@ def request(store: Store, run_id: str, what: Request) -> None:
 def requested(store: Store, run_id: str) -> Request | None:
     """What is asked of ``run_id`` now."""
     try:
-        want = json.loads(store.get(keys.run_wanted(run_id))).get("want")
-    except (ObjectMissing, ValueError, AttributeError):
+        want = json_object(store.get(keys.run_wanted(run_id))).get("want")
+    except (ObjectMissing, ObjectDamaged):
         return None
-    return want if want in ("pause", "cancel") else None
+    return want if want in get_args(Request) else None
 
 
 def clear(store: Store, run_id: str) -> None:

@@ -121,7 +121,8 @@ def open_session(
     name: of this driver.  Raises Superseded, StoreError.
     """
     with lead(store, run.run_id, take_over=options.take_over, name=name, system=system) as leadership:
-        earlier = {job: failed for job, failed in read_failures(store, run.run_id).items() if job not in options.retry}
+        reported = read_failures(store, run.run_id, run.plans)
+        earlier = {job: failed for job, failed in reported.items() if job not in options.retry}
         found = _inventory(store, run, encoder, options.retry, leadership, timings, system)
         rows = [replace(row, failed=row.job_id in earlier and not row.published) for row in found]
         reports = RunReports(

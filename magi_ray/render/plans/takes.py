@@ -9,7 +9,7 @@ from __future__ import annotations
 from magi_ray.errors import InputError, ObjectDamaged
 from magi_ray.storage import keys
 from magi_ray.storage.records import new_write_id, require_readable, seal, unseal
-from magi_ray.storage.store import Store
+from magi_ray.storage.store import Store, delete_command
 
 FORMAT = 1
 
@@ -21,15 +21,17 @@ def read_takes(store: Store, run_id: str) -> dict[str, tuple[int, ...]]:
     """
     takes: dict[str, tuple[int, ...]] = {}
     for number in _numbers(store, run_id):
+        key = keys.take(run_id, number)
         try:
-            take = unseal(store.get(keys.take(run_id, number)))
-        except ObjectDamaged as exc:
+            take = unseal(store.get(key))
+            require_readable(f"Take {number} of run {run_id}", take["format"], FORMAT)
+            takes[take["job_id"]] = (*takes.get(take["job_id"], ()), int(take["from_chunk"]))
+        except (ObjectDamaged, KeyError, TypeError, ValueError) as exc:
             raise ObjectDamaged(
                 f"Take {number} of run {run_id} in {store.uri} is damaged.",
-                remedy=f"Delete {keys.take(run_id, number)} there and ask for the take again.",
+                remedy="Delete it; then ask for the take again, if it is still wanted.",
+                next_command=delete_command(store, key),
             ) from exc
-        require_readable(f"Take {number} of run {run_id}", take["format"], FORMAT)
-        takes[take["job_id"]] = (*takes.get(take["job_id"], ()), take["from_chunk"])
     return takes
 
 
@@ -52,5 +54,4 @@ def add_take(store: Store, run_id: str, job_id: str, from_chunk: int, *, num_chu
 
 
 def _numbers(store: Store, run_id: str) -> list[int]:
-    folder = keys.takes(run_id)
-    return sorted(int(key.removeprefix(folder).removesuffix(".json")) for key in store.list(folder))
+    return sorted(filter(None, map(keys.number_of, store.list(keys.takes(run_id)))))

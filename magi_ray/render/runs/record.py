@@ -19,9 +19,10 @@ from magi_ray.render.runs.weights import local_weights
 from magi_ray.settings import Frozen, Settings
 from magi_ray.storage import keys
 from magi_ray.storage.records import read_record, require_readable
-from magi_ray.storage.store import Store
+from magi_ray.storage.store import Store, move_command
 
 FORMAT = 3
+_IS_DAMAGED = " is damaged: "
 
 
 class RunRecord(Frozen):
@@ -69,13 +70,13 @@ class Run:
         return self.record.settings
 
 
-def open_run(store: Store, run_id: str, *, weights: Path | None = None) -> Run:
+def open_run(store: Store, run_id: str, *, weights: Path | None = None, copied: bool = False) -> Run:
     """The run ``run_id`` as it was submitted, with the takes asked for since.
 
-    weights: as for ``local_weights``.
+    weights: as for ``local_weights``.  copied: as for ``read_run``.
     Raises RunNotFound, ObjectDamaged, WeightsError, StoreError; InputError when a newer magi-ray wrote it.
     """
-    record, manifest = read_run(store, run_id)
+    record, manifest = read_run(store, run_id, copied=copied)
     settings = record.settings.model_copy(update={"weights": local_weights(record.settings, weights)})
     return Run.planned(record.model_copy(update={"settings": settings}), manifest, read_takes(store, run_id))
 
@@ -87,12 +88,17 @@ def with_takes(store: Store, run: Run) -> Run:
     return Run.planned(run.record, run.manifest, takes) if takes else run
 
 
-def read_run(store: Store, run_id: str) -> tuple[RunRecord, Manifest]:
-    """``open_run`` without planning its videos or looking for weights. Raises as it does."""
+def read_run(store: Store, run_id: str, *, copied: bool = False) -> tuple[RunRecord, Manifest]:
+    """``open_run`` without planning its videos or looking for weights. Raises as it does.
+
+    copied: read also a folder that is the copy of another run's.
+    """
     try:
-        content = _content(store, run_id)
+        content = read_content(store, run_id, copied=copied)
     except (ObjectMissing, ValueError) as exc:
-        known, _ = all_runs(store)
+        known, damaged = all_runs(store)
+        if run_id in damaged:
+            raise _damaged(store, run_id, damaged[run_id]) from exc
         raise RunNotFound(
             f"There is no run {run_id!r} in {store.uri}.",
             remedy=f"It holds {', '.join(known[-5:])}." if known else "It holds no runs.",
@@ -110,28 +116,32 @@ def read_run(store: Store, run_id: str) -> tuple[RunRecord, Manifest]:
         )
     except ObjectMissing as exc:
         raise _damaged(store, run_id, "its manifest is gone") from exc
-    except (ManifestError, ValidationError) as exc:
-        if content["format"] > 1:  # sealed, so these are the bytes that were written
+    except ValidationError as exc:
+        raise _damaged(store, run_id, "its record is not that of a run") from exc
+    except ManifestError as exc:
+        if record.manifest_sha256 is not None:  # so these are the bytes that were written
             raise
-        raise _damaged(store, run_id, "its record or manifest cannot be read") from exc
+        raise _damaged(store, run_id, "its manifest cannot be read") from exc
     return record, manifest
 
 
 def read_run_record(store: Store, run_id: str) -> RunRecord:
     """``run.json`` alone. Raises ObjectMissing, ObjectDamaged; InputError when a newer magi-ray wrote it;
     ValidationError for a damaged one of format 1."""
-    return _record(run_id, _content(store, run_id))
+    return _record(run_id, read_content(store, run_id))
 
 
-def all_runs(store: Store) -> tuple[list[str], list[str]]:
-    """Ids of all runs: those that can be read, oldest first, and those whose ``run.json`` is damaged or gone."""
+def all_runs(store: Store) -> tuple[list[str], dict[str, str]]:
+    """Ids of the runs whose ``run.json`` can be read, oldest first; of the others, what is wrong, by id."""
     created: dict[str, float] = {}
-    damaged = []
+    damaged: dict[str, str] = {}
     for run_id in dict.fromkeys(filter(None, map(keys.run_of, store.list(keys.RUNS)))):
         try:
-            created[run_id] = _content(store, run_id).get("created_unix", 0.0)
-        except (ObjectDamaged, ObjectMissing):
-            damaged.append(run_id)
+            created[run_id] = read_content(store, run_id)["created_unix"]
+        except ObjectMissing:
+            damaged[run_id] = "its run.json is gone"
+        except ObjectDamaged as exc:
+            damaged[run_id] = what_is_wrong(exc)
     return sorted(created, key=lambda run_id: created[run_id]), damaged
 
 
@@ -140,18 +150,42 @@ def _record(run_id: str, content: dict[str, Any]) -> RunRecord:
     return RunRecord.model_validate(content)
 
 
-def _content(store: Store, run_id: str) -> dict[str, Any]:
-    """``run.json``. Raises ObjectMissing, ObjectDamaged; ValueError for an id that no run can have."""
+def what_is_wrong(error: ObjectDamaged) -> str:
+    """What an error of this module says is wrong with a run, without naming run and store again."""
+    return error.message.partition(_IS_DAMAGED)[2].rstrip(".") or error.message
+
+
+def read_content(store: Store, run_id: str, *, copied: bool = False) -> dict[str, Any]:
+    """``run.json``. Raises ObjectMissing, ObjectDamaged; ValueError for an id that no run can have.
+
+    copied: as for ``read_run``.
+    """
     data = store.get(keys.run_record(run_id))
     try:
-        return read_record(data)
+        content = read_record(data)
     except ObjectDamaged as exc:
         raise _damaged(store, run_id, f"of its record, {exc.message}") from exc
+    named, kinds = content.get("run_id"), {"format": int, "created_unix": int | float, "run_id": str}
+    if not all(isinstance(content.get(name), kind) for name, kind in kinds.items()):
+        raise _damaged(store, run_id, "its run.json is not the record of a run")
+    if named != run_id and not copied:
+        raise _copied(store, run_id, str(named))
+    return content
+
+
+def _copied(store: Store, run_id: str, named: str) -> ObjectDamaged:
+    here = keys.run(run_id)
+    if keys.is_key(named) and not store.exists(keys.run_record(named)):
+        remedy, command = "Give the folder its name back.", move_command(store, here, keys.run(named))
+    else:
+        remedy, command = "Move the copy out of the store, or delete it.", move_command(store, here)
+    what = f"its run.json is that of run {named}: its folder was copied or renamed"
+    return ObjectDamaged(f"Run {run_id} in {store.uri}{_IS_DAMAGED}{what}.", remedy=remedy, next_command=command)
 
 
 def _damaged(store: Store, run_id: str, what: str) -> ObjectDamaged:
     return ObjectDamaged(
-        f"Run {run_id} in {store.uri} is damaged: {what}.",
+        f"Run {run_id} in {store.uri}{_IS_DAMAGED}{what}.",
         remedy="Submit its manifest again, with the same settings: that repairs it, and renders nothing twice.",
         next_command=f"magi-ray submit MANIFEST --store {store.uri}",
     )

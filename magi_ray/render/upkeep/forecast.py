@@ -100,7 +100,7 @@ class _Forecaster:
     def __init__(self, store: Store, run: Run, encoder: str) -> None:
         self._store, self._run, self._encoder = store, run, encoder
         self._earlier = _EarlierRuns(store)
-        self._failures = read_failures(store, run.run_id)
+        self._failures = read_failures(store, run.run_id, run.plans)
         self._computed_for: dict[str, str] = {}  # stage key: job_id
         self._embedded: set[str] = set()  # keys of captions that an earlier row embeds
 

@@ -102,7 +102,7 @@ class _Needed:
         self._refresh_if_due()
         if kind == "segment":
             # An unreadable stage does not say which segment belongs to it.
-            return found is not None and (self._unreadable_stage or found.pre_image["chunk"] in self._chunks)
+            return found is not None and (self._unreadable_stage or found.pre_image.get("chunk") in self._chunks)
         return key in self._keys[kind]
 
     def media(self, sha256: str) -> bool:
@@ -130,7 +130,7 @@ class _Needed:
         takes: dict[str, int] = {}
         for key in self._store.list(keys.RUNS):
             if run_id := keys.run_of(key):
-                takes[run_id] = takes.get(run_id, 0) + key.startswith(keys.takes(run_id))
+                takes[run_id] = takes.get(run_id, 0) + (keys.kind_of(key) == "take")
         for run_id in self._forget:
             if run_id not in takes:
                 raise RunNotFound(f"There is no run {run_id!r} in {self._store.uri}, so it cannot be forgotten.")
@@ -141,12 +141,12 @@ class _Needed:
 
     def _plan(self, run_id: str) -> None:
         try:
-            plans = open_run(self._store, run_id).plans.values()
+            plans = open_run(self._store, run_id, copied=True).plans.values()
         except (ObjectDamaged, RunNotFound) as exc:
             raise ObjectDamaged(
                 f"Run {run_id} cannot be read, so what it needs is not known, and nothing is deleted: {exc.message}",
-                remedy=f"Submit its manifest again, which repairs it; or give it up with --forget {run_id}.",
-                next_command=f"magi-ray submit MANIFEST --store {self._store.uri}",
+                remedy=f"{exc.remedy} Or give the run up with --forget {run_id}.",
+                next_command=exc.next_command,
             ) from exc
         for plan in plans:
             self._keys["stage"].update(plan.stage_keys)
@@ -158,9 +158,9 @@ class _Needed:
 
 def _commits(store: Store, kind: CommitKind, needed: _Needed, min_age_s: float) -> Iterator[Item]:
     """What is garbage among the commits of one kind and the objects beside them."""
-    for key, found in groupby(store.entries(keys.commits(kind)), lambda entry: keys.commit_of(entry.key)):
-        if not key:
-            continue
+    # Others' files first: one that lies among the objects of a commit would split its group.
+    ours = (entry for entry in store.entries(keys.commits(kind)) if keys.commit_of(entry.key))
+    for key, found in groupby(ours, lambda entry: keys.commit_of(entry.key)):
         entries = sorted(found, key=lambda entry: (entry.key != keys.commit(kind, key), entry.key))
         has_commit = entries[0].key == keys.commit(kind, key)
         commit = read_commit(store, kind, key) if has_commit else None
@@ -189,10 +189,11 @@ def _commits(store: Store, kind: CommitKind, needed: _Needed, min_age_s: float) 
 def _others(store: Store, needed: _Needed) -> Iterator[Item]:
     """What is garbage beside the commits, of any age."""
     for entry in store.entries(keys.MEDIA):
-        if not needed.media(entry.key.rpartition("/")[2]):
+        if keys.kind_of(entry.key) == "media" and not needed.media(entry.key.rpartition("/")[2]):
             yield _item(entry, "no run begins from this image or clip")
     for entry in store.entries(keys.PROBES):
-        yield _item(entry, "left behind by a check of the store")
+        if keys.kind_of(entry.key) == "probe":
+            yield _item(entry, "left behind by a check of the store")
     for entry in store.leftovers():
         yield _item(entry, "half written by a process that died", leftover=True)
 

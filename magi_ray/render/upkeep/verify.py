@@ -3,6 +3,7 @@ time, in memory or on disk."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -10,15 +11,16 @@ from functools import partial
 from itertools import groupby
 from typing import Literal
 
-from magi_ray.errors import InputError, MediaError, ObjectDamaged, ObjectMissing, StoreError
+from magi_ray.errors import InputError, MediaError, ObjectDamaged, ObjectMissing, RunNotFound, StoreError
 from magi_ray.media.encoder import encoder_identity, find_ffmpeg
 from magi_ray.render.artifacts.commits import segment_pre_image
-from magi_ray.render.artifacts.videos import read_video_record
-from magi_ray.render.runs.record import Run, all_runs, open_run
+from magi_ray.render.artifacts.videos import published, read_video_record
+from magi_ray.render.plans.row_plan import RowPlan
+from magi_ray.render.runs.record import Run, all_runs, open_run, read_content, read_run, what_is_wrong
 from magi_ray.storage import keys
 from magi_ray.storage.keys import CommitKind
 from magi_ray.storage.records import Payload, digest, measure, read_commit, read_record, unseal
-from magi_ray.storage.store import Store
+from magi_ray.storage.store import Store, delete_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +103,15 @@ class _Verifier:
         for kind in keys.COMMITS:
             self._all_commits(kind)
         for key in self._store.list(keys.MEDIA):
-            self._check_twice(key, self._media)
+            if keys.kind_of(key) == "media":
+                self._check_twice(key, self._media)
         for runs in all_runs(self._store):
             for run_id in runs:
-                self._run(run_id)
+                with suppress(RunNotFound):  # deleted meanwhile
+                    self._run(run_id)
 
     def run_and_its_needs(self, run_id: str) -> None:
-        self._run(run_id)
-        with suppress(ObjectDamaged):
-            run = open_run(self._store, run_id)
+        if (run := self._run(run_id)) is not None:
             for kind, key in dict.fromkeys((kind, key) for kind, key, _ in needs(self._store, run)):
                 if kind == "media":
                     self._check_twice(keys.media(key), self._media)
@@ -117,22 +119,73 @@ class _Verifier:
                     self._check_twice(keys.commit(kind, key), partial(self._commit, kind, key, set()))
 
     def _all_commits(self, kind: CommitKind) -> None:
-        for key, found in groupby(self._store.list(keys.commits(kind)), keys.commit_of):
-            if not key:
-                continue
+        for key, found in groupby(filter(keys.commit_of, self._store.list(keys.commits(kind))), keys.commit_of):
             payloads = set(found) - {keys.commit(kind, key)}
             named: set[str] = set()
             self._check_twice(keys.commit(kind, key), partial(self._commit, kind, key, named))
             self.report.loose += len(payloads - named)
 
-    def _run(self, run_id: str) -> None:
-        """The record, manifest, takes and videos of a run."""
+    def _run(self, run_id: str) -> Run | None:
+        """The record, manifest, takes and videos of a run, and whether what it needs is there. The run, if it can be
+        read."""
         self._check_twice(keys.run_record(run_id), partial(self._record, run_id))
         for key in self._store.list(keys.takes(run_id)):
-            self._check_twice(key, self._take)
+            if keys.kind_of(key) == "take":
+                self._check_twice(key, self._take)
+        run = None
+        try:
+            run = open_run(self._store, run_id)
+        except ObjectDamaged:
+            pass  # reported above
+        except RunNotFound:
+            raise
+        except InputError as exc:
+            self._note(f"Run {run_id} was not checked: {exc.message}")
         for key in self._store.list(keys.videos(run_id)):
-            if key.endswith(".json"):
+            if keys.kind_of(key) == "video record" and (run is None or keys.job_of(key) in run.plans):
                 self._check_twice(key, self._video)
+        if run is not None:
+            self._check_twice("", partial(self._gone, run))
+        return run
+
+    def _gone(self, run: Run, where: str) -> Iterator[Damage]:
+        """What rows of ``run`` need and had, but is not there any more. A row that is done needs nothing to be done:
+        for such rows there is a note, since `gc --forget` takes what they were made from."""
+        missed: dict[str, list[str]] = {}
+        unneeded: list[str] = []
+        for job_id, plan in run.plans.items():
+            done = published(self._store, run.run_id, plan) is not None
+            for key in self._gone_of(plan, done=done):
+                if done:
+                    unneeded.append(key)
+                else:
+                    missed.setdefault(key, []).append(job_id)
+        for key, jobs in missed.items():
+            needed_by = tuple((run.run_id, job_id) for job_id in jobs)
+            yield Damage(key=key, what="is missing, though it was there", needed_by=needed_by)
+        if unneeded := [key for key in dict.fromkeys(unneeded) if key not in missed]:
+            self._note(
+                f"Of run {run.run_id}, {len(unneeded)} objects that its finished videos were made from are gone, such "
+                f"as {unneeded[0]}. The videos are whole; a new take of them makes these again, but an image or clip "
+                "only comes back when the manifest is submitted again."
+            )
+
+    def _gone_of(self, plan: RowPlan, *, done: bool) -> Iterator[str]:
+        """What was there when the stages of ``plan`` that are in the store were computed, and is gone."""
+        if plan.media is not None and not self._store.exists(keys.media(plan.media.sha256)):
+            yield keys.media(plan.media.sha256)
+        last = len(plan.stage_keys) - 1
+        if not done:
+            there = [self._store.exists(keys.commit("stage", key)) for key in plan.stage_keys]
+            last = max((stage for stage, found in enumerate(there) if found), default=-1)
+            yield from (keys.commit("stage", plan.stage_keys[stage]) for stage in range(last) if not there[stage])
+        if last < 0:
+            return
+        if plan.prefix_digest is not None and not self._store.exists(keys.commit("prefix", plan.prefix_digest)):
+            yield keys.commit("prefix", plan.prefix_digest)
+        for text in dict.fromkeys(plan.caption_digests[: last + 1]):
+            if not self._store.exists(keys.commit("text", text)):
+                yield keys.commit("text", text)
 
     def _check_twice(self, where: str, check: Callable[[str], Iterator[Damage]]) -> None:
         """Report only what a second check finds too: what is written or deleted meanwhile may look damaged once."""
@@ -168,9 +221,15 @@ class _Verifier:
     def _record(self, run_id: str, where: str) -> Iterator[Damage]:
         manifest = keys.run_manifest(run_id)
         try:
-            record = read_record(self._get(where))
+            record = read_content(self._store, run_id)
+            self._get(where)
         except ObjectMissing:
             yield Damage(key=where, what="is missing")
+            return
+        except ObjectDamaged as exc:
+            yield Damage(
+                key=where, what=f"is damaged: {what_is_wrong(exc)}", remedy=exc.remedy, next_command=exc.next_command
+            )
             return
         try:
             found = measure(self._store, manifest)
@@ -192,10 +251,10 @@ class _Verifier:
         try:
             record = read_record(self._get(where))
             expected = Payload(name="", size=record["bytes"], sha256=record["sha256"])
-        except (KeyError, ValueError):  # of a format without a seal
+        except (KeyError, ValueError):  # of a format without a seal, or another record in its place
             yield Damage(key=where, what="has lost the digest of its video")
             return
-        if record["format"] == 1:
+        if record.get("format") == 1:
             self._note(f"{where} was written before records held digests: only its video could be checked.")
         yield from self._payload(where.removesuffix(".json") + ".mp4", expected)
 
@@ -235,14 +294,22 @@ def _damages(where: str, check: Callable[[str], Iterator[Damage]]) -> list[Damag
 def _with_remedies(store: Store, damages: Collection[Damage]) -> Iterator[Damage]:
     """``damages`` with who needs each and how to repair it. Called once, since it plans every run of the store."""
     needed_by = _rows_that_need(store, {_folder(damage.key) for damage in damages})
-    for damage in damages:
-        if damage.key.startswith(keys.RUNS):
+    for damage in sorted(damages, key=lambda damage: not damage.key.startswith(keys.MEDIA)):  # needed for the rest
+        rows = list(damage.needed_by)
+        if rows:
+            pass
+        elif damage.key.startswith(keys.RUNS):
             run_id, *rest = damage.key.removeprefix(keys.RUNS).split("/")
             rows = [(run_id, rest[1].rpartition(".")[0] if rest[0] == "videos" else "")]
         else:
             rows = needed_by.get(_folder(damage.key), [])
         remedy, next_command = _repair(store, damage.key, rows)
-        yield replace(damage, needed_by=tuple(rows), remedy=remedy, next_command=next_command)
+        yield replace(
+            damage,
+            needed_by=tuple(rows),
+            remedy=damage.remedy or remedy,
+            next_command=damage.next_command or next_command,
+        )
 
 
 def _rows_that_need(store: Store, folders: Collection[str]) -> dict[str, list[tuple[str, str]]]:
@@ -265,10 +332,15 @@ def _repair(store: Store, key: str, needed_by: Sequence[tuple[str, str]]) -> tup
         return remedy, f"magi-ray gc{at}"
     run_id, job_id = needed_by[0]
     if key.startswith(keys.takes(run_id)):
-        return f"Delete {key} and ask for that take again.", ""
+        return "Delete it; then ask for the take again, if it is still wanted.", delete_command(store, key)
     if key.startswith(keys.MEDIA) or not job_id:
+        manifest = "MANIFEST"
+        with suppress(InputError, StoreError):
+            manifest = shlex.quote(read_run(store, run_id)[0].name)
         remedy = f"Submit the manifest of run {run_id} again, with the same settings and files."
-        return remedy, f"magi-ray submit MANIFEST{at}"
+        if key.startswith(keys.MEDIA):
+            remedy += f" Only the file with sha256 {key.rpartition('/')[2]} can bring this one back."
+        return remedy, f"magi-ray submit {manifest}{at}"
     return "Retrying the row makes it again, to the same bytes.", f"magi-ray retry {run_id} --job {job_id}{at}"
 
 

@@ -311,7 +311,7 @@ def test_what_others_put_into_the_folder_is_no_run_and_no_commit(make_run: MakeR
     others = ["runs/.DS_Store", "runs/a note.txt", "stages/README", f"{keys.videos(run.run_id)}a copy.mp4"]
     for name in others:
         (tmp_path / name).write_bytes(b"theirs")
-    assert all_runs(store) == ([run.run_id], [])
+    assert all_runs(store) == ([run.run_id], {})
     assert (all_garbage(store), verify(store).damages) == ([], [])
     assert render_locally(store, run).already_published == 1
     assert all((tmp_path / name).exists() for name in others)

@@ -115,10 +115,10 @@ def test_damage_names_the_rows_both_numbers_and_what_mends_it(
     damages = {damage.key: damage for damage in verify(store, [run.run_id]).damages}
     assert damages.keys() == {video, text, media}
     assert damages[media].needed_by == ((run.run_id, "b"),)
-    assert damages[media].next_command == f"magi-ray submit MANIFEST{at}"
+    assert damages[media].next_command == f"magi-ray submit m.parquet{at}"
     assert "magi-ray submit" in _only(store, keys.run_manifest(run.run_id)).next_command
     add_take(store, run.run_id, "a", 1, num_chunks=2)
-    assert _only(store, keys.take(run.run_id, 1)).remedy.startswith("Delete runs/")
+    assert _only(store, keys.take(run.run_id, 1)).next_command == f"rm memory:/{keys.take(run.run_id, 1)}"
 
 
 def _only(store: MemoryStore, key: str) -> Damage:
