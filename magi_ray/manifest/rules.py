@@ -39,7 +39,7 @@ MAX_SEED = 2**63 - 1
 # What is larger was hardly meant, and is told before a plan grows by it. They are not asked of runs that are stored.
 MAX_CHUNKS = 100_000  # 28 hours at 24 frames per second; each chunk is planned
 MAX_ENTRIES = 10_000
-MAX_PREFIX_FRAMES = 2_400
+MAX_PREFIX_FRAMES = 10_000
 MAX_STEPS = 1_000
 MAX_SIDE, MAX_AREA = 8_192, 4_096 * 2_304
 MAX_PRIORITY = 1_000_000

@@ -40,7 +40,7 @@ def test_a_run_of_an_earlier_version_is_resumed_and_nothing_of_it_is_rendered_ag
     committed = {key: store.get(key) for key in store.list("") if not key.startswith(keys.RUNS)}
     assert verify(store).damages == []
 
-    assert all_runs(store) == ([expected["run_id"]], [])
+    assert all_runs(store) == ([expected["run_id"]], {})
     run = open_run(store, expected["run_id"], weights=tiny_weights)
     assert {job_id: list(plan.stage_keys) for job_id, plan in run.plans.items()} == expected["stage_keys"]
     assert set(expected["committed"]) <= {key for plan in run.plans.values() for key in plan.stage_keys}
