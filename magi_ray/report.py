@@ -153,6 +153,19 @@ def runs_table(runs: Sequence[Mapping[str, object]]) -> Table:
     return table
 
 
+def takes_table(takes: Sequence[Mapping[str, object]]) -> Table:
+    """A line for each take of `magi-ray takes`."""
+    table = _table("job", "take", "asked", "from chunk", "of take", "stages in the store", "")
+    for take in takes:
+        asked = str(take["asked"] or "").replace("T", " ")
+        stages = f"{take['stages_in_store']}/{take['stages']}"
+        begins = ("", "") if take["from_chunk"] is None else (str(take["from_chunk"]), str(take["base"]))
+        table.add_row(
+            str(take["job_id"]), str(take["take"]), asked, *begins, stages, "in use" if take["in_use"] else ""
+        )
+    return table
+
+
 def findings_table(findings: Sequence[Finding]) -> Table:
     """A line for each thing that `magi-ray doctor` looked at."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
