@@ -28,8 +28,8 @@ class Reencoding:
     def __str__(self) -> str:
         return (
             f"This machine has {self.here}, but {self.before} encoded what there is of videos that are not done."
-            f" Other versions give other bytes, so chunks are decoded and encoded again: {self.chunks}. Nothing is denoised"
-            " again. To avoid it, put the ffmpeg of before first on the PATH, or go on where it is."
+            f" Other versions give other bytes, so chunks are decoded and encoded again: {self.chunks}. Nothing is"
+            " denoised again. To avoid it, put the ffmpeg of before first on the PATH, or go on where it is."
         )
 
 
