@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 import click
@@ -51,11 +50,6 @@ def print_json(content: Mapping[str, Any]) -> None:
 def counted(number: int, noun: str) -> str:
     """``1 video``, ``2 videos``."""
     return f"{number} {noun}{'s' * (number != 1)}"
-
-
-def local_time(unix: float) -> str:
-    """A moment in ISO 8601, to the second, with the zone of this machine."""
-    return datetime.fromtimestamp(unix).astimezone().isoformat(timespec="seconds")
 
 
 def command_line(arguments: Sequence[str], *, without: Collection[str] = ()) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from magi_ray.commands.console import counted, local_time, print_json, print_table, say, say_next
+from magi_ray.commands.console import counted, print_json, print_table, say, say_next
 from magi_ray.commands.options import (
     RenderOptions,
     example,
@@ -22,6 +22,7 @@ from magi_ray.commands.outcome import say_left_out
 from magi_ray.commands.stores import StoredRun, open_named_run
 from magi_ray.errors import InputError, Superseded
 from magi_ray.manifest import explain
+from magi_ray.system import local_time
 
 GC_KEEPS = "Garbage collection keeps the take in use."
 
@@ -175,8 +176,8 @@ def takes(name: str, job_id: str | None, store_uri: str, as_json: bool) -> None:
             "stages": len(run.plans[job].stage_keys),
             "stages_in_store": stages_committed(stored.store, run.plan(rows[job], take.wishes)),
         }
-        for job in wanted
-        for take in list_takes(stored.store, run.run_id, job, submitted_unix=run.record.created_unix)
+        for job, listed in list_takes(stored.store, run.run_id, wanted, submitted_unix=run.record.created_unix).items()
+        for take in listed
     ]
     if as_json:
         print_json({"run_id": run.run_id, "takes": found})

@@ -7,7 +7,7 @@ stored beside the old ones; nothing that was committed is replaced, and bringing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from magi_ray.errors import InputError, ObjectDamaged
@@ -75,17 +75,19 @@ def read_takes(store: Store, run_id: str) -> dict[str, tuple[Wish, ...]]:
     return found
 
 
-def list_takes(store: Store, run_id: str, job_id: str, *, submitted_unix: float) -> tuple[Take, ...]:
-    """Every take of a row. Raises as ``read_takes``."""
-    takes = [Take(number=1, from_chunk=None, base=None, wishes=(), asked_unix=submitted_unix)]
-    wishes: tuple[Wish, ...] = ()
-    for job, wish, asked_unix in _read(store, run_id):
-        if job == job_id:
-            base, wishes = take_in_use(wishes), (*wishes, wish)
-            if not isinstance(wish, BackTo):
-                number = len(takes) + 1
-                takes.append(Take(number=number, from_chunk=wish, base=base, wishes=wishes, asked_unix=asked_unix))
-    return tuple(takes)
+def list_takes(store: Store, run_id: str, job_ids: Iterable[str], *, submitted_unix: float) -> dict[str, list[Take]]:
+    """Every take of these rows. Raises as ``read_takes``."""
+    first = Take(number=1, from_chunk=None, base=None, wishes=(), asked_unix=submitted_unix)
+    takes = {job_id: [first] for job_id in job_ids}
+    wishes: dict[str, tuple[Wish, ...]] = dict.fromkeys(takes, ())
+    for job_id, wish, asked_unix in _read(store, run_id):
+        if job_id not in takes:
+            continue
+        base, wishes[job_id] = take_in_use(wishes[job_id]), (*wishes[job_id], wish)
+        if not isinstance(wish, BackTo):
+            number, asked = len(takes[job_id]) + 1, wishes[job_id]
+            takes[job_id].append(Take(number=number, from_chunk=wish, base=base, wishes=asked, asked_unix=asked_unix))
+    return takes
 
 
 def add_take(

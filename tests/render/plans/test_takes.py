@@ -111,7 +111,7 @@ def test_takes_are_listed_with_what_they_begin_from_and_when_they_were_asked_for
     bring_back(store, "run", "a", 1, system=Noon())
     assert add_take(store, "run", "a", 3, num_chunks=4, system=Noon()) == 3
     store.put("runs/run/takes/.DS_Store", b"")
-    listed = list_takes(store, "run", "a", submitted_unix=1.0)
+    listed = list_takes(store, "run", ["a"], submitted_unix=1.0)["a"]
     assert [(take.number, take.from_chunk, take.base, take.asked_unix) for take in listed] == [
         (1, None, None, 1.0), (2, 2, 1, None), (3, 3, 1, 12.0),
     ]  # fmt: skip
