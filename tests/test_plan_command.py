@@ -91,8 +91,8 @@ def test_the_time_is_told_once_a_speed_is_known(here: Path, monkeypatch: pytest.
     assert told("plan", *JOB)["left_s"] is None
     monkeypatch.setattr("magi_ray.render.upkeep.forecast.seconds_per_chunk", lambda *_: 40.0)
     assert told("plan", *JOB)["left_s"] == 120.0
-    sums = run("plan", *JOB).stderr.splitlines()[-2]
-    assert sums.endswith("9 forwards, about 2 min as fast as earlier runs on this kind of device. Nothing was written.")
+    sums = "9 forwards, about 2 min as fast as earlier runs on this kind of device. Nothing was written."
+    assert sums in run("plan", *JOB).stderr
 
 
 def test_what_another_ffmpeg_encodes_again_is_told(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
