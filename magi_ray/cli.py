@@ -29,7 +29,7 @@ from magi_ray.commands.manifests import manifest
 from magi_ray.commands.options import example, json_option
 from magi_ray.commands.plan import plan
 from magi_ray.commands.render import render
-from magi_ray.commands.retry import retry
+from magi_ray.commands.retry import retry, takes
 from magi_ray.commands.stop import cancel, pause
 from magi_ray.commands.submit import drive, resume, submit
 from magi_ray.commands.upkeep import gc, verify
@@ -148,7 +148,7 @@ def version(as_json: bool) -> None:
 
 _SECTIONS = {
     "Render": (plan, submit, resume, retry, render, drive),
-    "Look": (status, watch, list_command, fetch),
+    "Look": (status, watch, list_command, takes, fetch),
     "Stop": (pause, cancel),
     "Prepare and keep": (manifest, doctor, verify, gc, version),
 }

@@ -149,7 +149,20 @@ def runs_table(runs: Sequence[Mapping[str, object]]) -> Table:
     """A line for each run of `magi-ray list`."""
     table = _table("run", "submitted", "videos", "done", "failed", "state", "settings")
     for run in runs:
-        table.add_row(*(str(value) for value in run.values()))
+        table.add_row(*(_shown_time(str(run[name])) if name == "submitted" else str(run[name]) for name in run))
+    return table
+
+
+def takes_table(takes: Sequence[Mapping[str, object]]) -> Table:
+    """A line for each take of `magi-ray takes`."""
+    table = _table("job", "take", "asked", "from chunk", "of take", "stages in the store", "")
+    for take in takes:
+        asked = _shown_time(str(take["asked"] or ""))
+        stages = f"{take['stages_in_store']}/{take['stages']}"
+        begins = ("", "") if take["from_chunk"] is None else (str(take["from_chunk"]), str(take["base"]))
+        table.add_row(
+            str(take["job_id"]), str(take["take"]), asked, *begins, stages, "in use" if take["in_use"] else ""
+        )
     return table
 
 
@@ -195,6 +208,10 @@ def in_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def _shown_time(iso: str) -> str:
+    return iso.replace("T", " ")
 
 
 def in_time(seconds: float) -> str:

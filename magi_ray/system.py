@@ -7,6 +7,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -56,6 +57,11 @@ def gone(owner: Owner) -> bool:
         return not psutil.pid_exists(owner.pid)  # else it is another user's, which the system hides
     except psutil.Error:
         return False
+
+
+def local_time(unix: float) -> str:
+    """A moment in ISO 8601, to the second, with the zone of this machine."""
+    return datetime.fromtimestamp(unix).astimezone().isoformat(timespec="seconds")
 
 
 class Background(Protocol[T_co]):

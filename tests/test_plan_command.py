@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from magi_ray.cli import cli
 from magi_ray.manifest import write_manifest
+from magi_ray.render.upkeep.reencoding import Reencoding
 
 SMALL = """
 preset = "magi-tiny"
@@ -89,8 +91,16 @@ def test_the_time_is_told_once_a_speed_is_known(here: Path, monkeypatch: pytest.
     assert told("plan", *JOB)["left_s"] is None
     monkeypatch.setattr("magi_ray.render.upkeep.forecast.seconds_per_chunk", lambda *_: 40.0)
     assert told("plan", *JOB)["left_s"] == 120.0
-    sums = run("plan", *JOB).stderr.splitlines()[-2]
-    assert sums.endswith("9 forwards, about 2 min as fast as earlier runs on this kind of device. Nothing was written.")
+    sums = "9 forwards, about 2 min as fast as earlier runs on this kind of device. Nothing was written."
+    assert sums in run("plan", *JOB).stderr
+
+
+def test_what_another_ffmpeg_encodes_again_is_told(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert told("plan", *JOB)["other_ffmpeg"] is None
+    found = Reencoding(before="ffmpeg 3.4, x264 152", here="ffmpeg 7, x264 165", chunks=3)
+    monkeypatch.setattr("magi_ray.render.upkeep.reencoding.reencoding", lambda *_: found)
+    assert told("plan", *JOB)["other_ffmpeg"] == asdict(found)
+    assert f"note: {found}" in run("plan", *JOB).stderr
 
 
 def test_what_submit_then_does_is_what_was_planned(here: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from contextlib import suppress
 
 import click
@@ -38,6 +39,8 @@ def render_in_background(stored: StoredRun, options: RenderOptions, *, as_json: 
         say(f"Run {stored.run_id} was {'paused' if wanted == 'pause' else 'cancelled'}; going on with it.")
         requests.clear(stored.store, stored.run_id)
     last_report = _reported(stored)
+    if last_report is not None:
+        tell_of_other_ffmpeg(stored, options.retry)
     with delayed_interrupts() as interrupts_allowed:
         resume = stored.command("resume")
         driver = DriverProcess(stored.store, stored.store_uri, stored.run_id, options.argv(), resume=resume)
@@ -90,6 +93,16 @@ def _leave(stored: StoredRun, driver: DriverProcess, message: str, as_json: bool
         print_json(content | {"next_command": following})
     say(message)
     say_next(following)
+
+
+def tell_of_other_ffmpeg(stored: StoredRun, retry: Collection[str]) -> None:
+    """Say what is encoded again because this machine's ffmpeg is not the one of before. Raises MediaError without
+    ffmpeg."""
+    from magi_ray.media.encoder import encoder_identity, find_ffmpeg
+    from magi_ray.render.upkeep.reencoding import reencoding
+
+    if found := reencoding(stored.store, stored.run, encoder_identity(find_ffmpeg()), retry=retry):
+        say(f"note: {found}", style="yellow")
 
 
 def _reported(stored: StoredRun) -> ReportedProgress | None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from magi_ray.render.plans.space import Space
     from magi_ray.render.runs.record import Run
     from magi_ray.render.upkeep.forecast import Forecast
+    from magi_ray.render.upkeep.reencoding import Reencoding
 
 
 @click.command(epilog=example("magi-ray plan manifests/quickstart.parquet --store ./magi-ray-store"))
@@ -63,7 +64,7 @@ def show_plan(typed: list[str], store: Store, run: Run, *, as_json: bool) -> Non
     """A line per row, the totals, and the command that does it. ``typed``: `plan` or `submit --dry-run`."""
     from magi_ray.report import in_bytes, in_time, plan_table
 
-    rows, space = _forecast(store, run)
+    rows, space, other_ffmpeg = _forecast(store, run)
     free = free_bytes(store)
     stages = sum(row.stages_left for row in rows)
     forwards = sum(row.forwards_left for row in rows)
@@ -74,6 +75,7 @@ def show_plan(typed: list[str], store: Store, run: Run, *, as_json: bool) -> Non
         totals = {
             "stages_left": stages, "forwards_left": forwards, "left_s": left_s, "store_bytes_left": space.total,
             "store_bytes_free": free, "next_command": following,
+            "other_ffmpeg": None if other_ffmpeg is None else asdict(other_ffmpeg),
         }  # fmt: skip
         problems = [asdict(problem) for problem in run.record.problems]
         print_json({"run_id": run.run_id, "videos": [asdict(row) for row in rows], "problems": problems} | totals)
@@ -82,6 +84,8 @@ def show_plan(typed: list[str], store: Store, run: Run, *, as_json: bool) -> Non
     cost = f"{counted(stages, 'stage')} to render, {counted(forwards, 'forward')}"
     if left_s:
         cost += f", about {in_time(left_s)} as fast as earlier runs on this kind of device"
+    if other_ffmpeg is not None:
+        say(f"note: {other_ffmpeg}", style="yellow")
     has_free = "" if free is None else f", {in_bytes(free)} free"
     say(
         f"Store: about {in_bytes(space.total)} more{has_free}.",
@@ -91,15 +95,17 @@ def show_plan(typed: list[str], store: Store, run: Run, *, as_json: bool) -> Non
     say_next(following)
 
 
-def _forecast(store: Store, run: Run) -> tuple[tuple[Forecast, ...], Space]:
-    """What is to be done for each row, and what the store is to take in all."""
+def _forecast(store: Store, run: Run) -> tuple[tuple[Forecast, ...], Space, Reencoding | None]:
+    """What is to be done for each row, what the store is to take in all, and what only another ffmpeg asks for."""
     from magi_ray.media.encoder import encoder_identity, find_ffmpeg
     from magi_ray.render.plans.space import Space
     from magi_ray.render.runs.record import with_takes
     from magi_ray.render.upkeep.forecast import forecast
+    from magi_ray.render.upkeep.reencoding import reencoding
 
-    rows = forecast(store, with_takes(store, run), encoder_identity(find_ffmpeg()))
-    return rows, sum((row.space_left for row in rows), Space())
+    run, encoder = with_takes(store, run), encoder_identity(find_ffmpeg())
+    rows = forecast(store, run, encoder)
+    return rows, sum((row.space_left for row in rows), Space()), reencoding(store, run, encoder)
 
 
 def require_space(typed: list[str], store: Store, run: Run) -> None:
@@ -113,7 +119,7 @@ def require_space(typed: list[str], store: Store, run: Run) -> None:
         return
     from magi_ray.report import in_bytes
 
-    _, space = _forecast(store, run)
+    _, space, _ = _forecast(store, run)
     told = f"about {in_bytes(space.total)} of the store, but {in_bytes(free)} are free"
     if space.latents > free:
         raise InputError(

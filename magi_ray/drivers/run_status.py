@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from magi_ray.render.runs.record import Run
 from magi_ray.storage import keys
 from magi_ray.storage.records import read_record
 from magi_ray.storage.store import Store
+from magi_ray.system import local_time
 
 # The states that people see; a driver needs fewer (``RunState``).
 State = Literal["new", "rendering", "pausing", "cancelling", "paused", "cancelled", "broken", "stopped", "done"]
@@ -69,7 +69,7 @@ def run_summary(store: Store, run_id: str) -> dict[str, Any]:
     left_out = len({problem["row"] for problem in record.get("problems", ())})
     return {
         "run_id": run_id,
-        "submitted": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(submitted)),
+        "submitted": local_time(submitted),
         "videos": len(jobs),
         "done": len(done),
         "failed": len(read_failures(store, run_id, jobs - done)) + left_out,

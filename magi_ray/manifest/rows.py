@@ -124,8 +124,13 @@ class Manifest:
     @property
     def unknown(self) -> pa.Table:
         """The columns that magi-ray does not know, with their types; a line for each of ``rows``."""
-        unknown = self.table.select(unknown_columns(self.table))
-        return unknown if len(self.rows) == unknown.num_rows else unknown.take([row.number - 1 for row in self.rows])
+        return self.written.select(unknown_columns(self.table))
+
+    @property
+    def written(self) -> pa.Table:
+        """``table`` with a line for each of ``rows``."""
+        numbers = [row.number - 1 for row in self.rows]
+        return self.table if len(numbers) == self.table.num_rows else self.table.take(numbers)
 
     def parquet(self) -> bytes:
         """The bytes of the Parquet file that a run keeps."""
@@ -147,7 +152,11 @@ def table_for_show(manifest: Manifest) -> list[dict[str, Any]]:
             },
             "from": row.image if row.image is not None else row.video,
             "length": f"{row.seconds:g} s" if row.seconds is not None else f"{row.num_chunks} chunks",
+            "seconds": row.seconds,
+            "num_chunks": row.num_chunks,
             "size": f"{row.width}×{row.height}",
+            "width": row.width,
+            "height": row.height,
             "fps": row.fps,
             "seed": row.seed,
             "num_steps": row.num_steps,

@@ -23,7 +23,7 @@
     ├── lease.json                     swapped: the driver that renders the run now, with a count that it raises
     ├── wanted.json                    overwritten: a request to pause or cancel the run
     ├── jobs/<job_id>/lease.json       swapped: the group that denoises the row now, likewise
-    ├── takes/<0001>.json              create-only: a row to render anew from a chunk on
+    ├── takes/<0001>.json              create-only: a row to render anew from a chunk on, or a take to bring back
     ├── progress.json                  overwritten as the run goes on; may be lost
     ├── results.parquet                one row per video
     ├── errors.parquet                 one row per failure

@@ -12,6 +12,7 @@ from magi_ray.render.artifacts.videos import published, published_video, video_s
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.runs.record import Run
 from magi_ray.sampling.ranges import KVRanges, clean_chunks_needed
+from magi_ray.storage import keys
 from magi_ray.storage.records import digest, read_commit, verified_commit
 from magi_ray.storage.retrying import RetryingStore
 from magi_ray.storage.store import Store
@@ -28,6 +29,20 @@ def stages_done(store: Store, plan: RowPlan) -> int:
     while done < len(plan.stage_keys) and read_commit(store, "stage", plan.stage_keys[done]) is not None:
         done += 1
     return _resumable(plan, done, _intact(store, plan))
+
+
+def stages_committed(store: Store, plan: RowPlan, *, system: System = System()) -> int:
+    """How many stages of ``plan`` have a commit; none is read."""
+
+    def is_there(key: str) -> bool:
+        return store.exists(keys.commit("stage", key))
+
+    return sum(system.map(is_there, plan.stage_keys, at_once=_at_once(store)))
+
+
+def _at_once(store: Store) -> int:
+    # A bucket, the only store that is wrapped so, answers many as fast as one; a folder does not.
+    return AT_ONCE if isinstance(store, RetryingStore) else 1
 
 
 def take_inventory_of_run(
@@ -50,9 +65,7 @@ def take_inventory_of_run(
         return take_inventory(store, run.run_id, plan, encoder, sizes=sizes, reread=plan.job_id in reread)
 
     rows = []
-    # A bucket, the only store that is wrapped so, answers many as fast as one; a folder does not.
-    at_once = AT_ONCE if isinstance(store, RetryingStore) else 1
-    for row in system.map(look, run.plans.values(), at_once=at_once):
+    for row in system.map(look, run.plans.values(), at_once=_at_once(store)):
         rows.append(row)
         meanwhile()
     return rows

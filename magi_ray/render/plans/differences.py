@@ -12,6 +12,7 @@ from typing import Any
 
 from magi_ray.render.plans import identity
 from magi_ray.render.plans.row_plan import Media, RowPlan
+from magi_ray.render.plans.takes import BackTo, take_in_use, take_of_chunk
 from magi_ray.settings import AS_THE_RUN, ChunkControl
 
 SHOWN = 48  # characters of a prompt; of longer ones, those around the first difference
@@ -91,10 +92,9 @@ def _chunk_changes(before: RowPlan, after: RowPlan, stage: int) -> Iterator[str]
         for where, old, new in _spans(chunks, _controls(before, name), _controls(after, name)):
             yield f"{name} of {where}: {old} → {new}"
     for chunk in chunks:
-        takes = [sum(first <= chunk for first in plan.takes) for plan in (before, after)]
-        if takes[0] != takes[1]:
-            # What was rendered first is take 1.
-            yield f"take {takes[1] + 1} from chunk {chunk} on was asked for"
+        if take_of_chunk(before.takes, chunk) != take_of_chunk(after.takes, chunk):
+            asked = "brought back" if after.takes and isinstance(after.takes[-1], BackTo) else "asked for"
+            yield f"take {take_in_use(after.takes)} from chunk {chunk} on was {asked}"
             break
     if lengths[0] != lengths[1]:
         knows = " (the last chunks of a video know how much is left)" if after.settings.special_tokens.duration else ""

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from magi_ray.render.plans.takes import Wish, take_of_chunk
 from magi_ray.settings import AS_THE_RUN, ChunkControl, RunSettings, Settings
 from magi_ray.storage.records import digest
 from magi_ray.timeline import Timeline
@@ -76,7 +77,7 @@ class VideoInputs:
 
     settings: with the row's own size, fps, seed, steps and prefix.
     caption_digests: the key of each denoised chunk's embedding.  controls: of the chunks that differ from ``settings``.
-    takes: the chunk that each take begins from.  prefix_digest: the key of the prefix, None for text alone.
+    takes: what was asked of the row since it was submitted.  prefix_digest: the key of the prefix, None for text alone.
     """
 
     settings: Settings
@@ -84,7 +85,7 @@ class VideoInputs:
     timeline: Timeline
     caption_digests: tuple[str, ...]
     controls: Mapping[int, ChunkControl]
-    takes: tuple[int, ...]
+    takes: tuple[Wish, ...]
     prefix_digest: str | None
 
 
@@ -99,7 +100,7 @@ def stage_pre_image(video: VideoInputs, stage: int, *, previous: str | None) -> 
         duration = video.timeline.duration_index(chunk) if settings.special_tokens.duration else None
         own = video.controls.get(chunk, AS_THE_RUN).model_dump(mode="json", exclude_none=True)
         entering = {"chunk": chunk, "caption": video.caption_digests[chunk], "duration": duration} | own
-        if take := sum(first <= chunk for first in video.takes):
+        if take := take_of_chunk(video.takes, chunk):
             entering["take"] = take
     return {
         "format": FORMAT,

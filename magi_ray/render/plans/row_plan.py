@@ -11,6 +11,7 @@ from magi_ray.manifest import Caption, Row
 from magi_ray.models.text.prompt import clean_caption
 from magi_ray.render.plans import identity
 from magi_ray.render.plans.identity import Digests, VideoInputs
+from magi_ray.render.plans.takes import Wish
 from magi_ray.sampling.window import forwards_per_stage
 from magi_ray.settings import AS_THE_RUN, ChunkControl, RuntimeConfig, Settings, override
 from magi_ray.storage.records import digest
@@ -55,11 +56,11 @@ class RowPlan(VideoInputs):
 
 
 def plan_row(
-    row: Row, settings: Settings, digests: Digests, media: Media | None, takes: tuple[int, ...] = ()
+    row: Row, settings: Settings, digests: Digests, media: Media | None, takes: tuple[Wish, ...] = ()
 ) -> RowPlan:
     """The plan of ``row``, whose values replace those of ``settings``. Raises SettingsError if they do not fit.
 
-    takes: the chunk that each take begins from, in the order they were asked for.
+    takes: what was asked of it since it was submitted, in that order.
     """
     size = {"video_size_w": row.width, "video_size_h": row.height}
     runtime = size | {"fps": row.fps, "seed": row.seed, "num_steps": row.num_steps}
@@ -103,7 +104,7 @@ def plan_rows(
     settings: Settings,
     digests: Digests,
     media: Mapping[str, Media],
-    takes: Mapping[str, tuple[int, ...]],
+    takes: Mapping[str, tuple[Wish, ...]],
 ) -> dict[str, RowPlan]:
     """A plan for every row, by job_id, in the manifest's order. media, takes: by job_id, of the rows that have any.
 

@@ -11,10 +11,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from magi_ray.errors import ManifestError, ObjectDamaged, ObjectMissing, Problem, RunNotFound
-from magi_ray.manifest import Defaults, Manifest, parse_manifest
+from magi_ray.manifest import Defaults, Manifest, Row, parse_manifest
 from magi_ray.render.plans.identity import Digests
-from magi_ray.render.plans.row_plan import Media, RowPlan, plan_rows
-from magi_ray.render.plans.takes import read_takes
+from magi_ray.render.plans.row_plan import Media, RowPlan, plan_row, plan_rows
+from magi_ray.render.plans.takes import Wish, read_takes
 from magi_ray.render.runs.weights import local_weights
 from magi_ray.settings import Frozen, Settings
 from magi_ray.storage import keys
@@ -56,10 +56,15 @@ class Run:
     plans: dict[str, RowPlan]
 
     @classmethod
-    def planned(cls, record: RunRecord, manifest: Manifest, takes: Mapping[str, tuple[int, ...]]) -> Run:
-        """takes: the chunk that each take begins from, by job_id. Raises SettingsError."""
+    def planned(cls, record: RunRecord, manifest: Manifest, takes: Mapping[str, tuple[Wish, ...]]) -> Run:
+        """takes: ``read_takes``. Raises SettingsError."""
         plans = plan_rows(manifest.rows, record.settings, record.digests, record.media, takes)
         return cls(record=record, manifest=manifest, plans=plans)
+
+    def plan(self, row: Row, wishes: tuple[Wish, ...]) -> RowPlan:
+        """The plan of another take of ``row``."""
+        record = self.record
+        return plan_row(row, record.settings, record.digests, record.media.get(row.job_id), wishes)
 
     @property
     def run_id(self) -> str:

@@ -18,6 +18,7 @@ from magi_ray.render.artifacts.prefix import prefix_pixels
 from magi_ray.render.artifacts.provenance import provenance
 from magi_ray.render.artifacts.videos import FORMAT, read_video_record
 from magi_ray.render.plans.row_plan import RowPlan
+from magi_ray.render.plans.takes import BackTo
 from magi_ray.storage import keys
 from magi_ray.storage.records import Commit, digest, holds, payload_to_file, read_commit, record_bytes
 from magi_ray.storage.store import Store
@@ -137,5 +138,6 @@ def _record(plan: RowPlan, encoder: str) -> dict[str, Any]:
         "controls": {str(c): control.model_dump(exclude_none=True) for c, control in plan.controls.items()},
         "media": None if plan.media is None else {"kind": plan.media.kind, "sha256": plan.media.sha256},
         "encoder": encoder, "settings": plan.settings.model_dump(mode="json"), "weights": asdict(plan.digests),
-        "takes": list(plan.takes), "stage_keys": list(plan.stage_keys),
+        "takes": [asdict(wish) if isinstance(wish, BackTo) else wish for wish in plan.takes],
+        "stage_keys": list(plan.stage_keys),
     }  # fmt: skip

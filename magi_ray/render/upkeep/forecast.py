@@ -25,7 +25,7 @@ from magi_ray.render.driving.reports import read_failures, read_progress
 from magi_ray.render.plans.differences import segment_changes, stage_changes, stages_shared
 from magi_ray.render.plans.row_plan import RowPlan, plan_row
 from magi_ray.render.plans.space import Space, inputs_space, stages_space, video_space
-from magi_ray.render.plans.takes import read_takes
+from magi_ray.render.plans.takes import Wish, read_takes
 from magi_ray.render.runs.record import Run, RunRecord, read_run
 from magi_ray.storage import keys
 from magi_ray.storage.records import digest, verified_commit
@@ -224,7 +224,7 @@ class _EarlierRun:
 
     record: RunRecord
     rows: Mapping[str, Row]
-    takes: Mapping[str, tuple[int, ...]]
+    takes: Mapping[str, tuple[Wish, ...]]
 
     def plans(self, job_id: str) -> Iterator[_EarlierPlan]:
         """Plans of one row: with all its takes, all but the last, and so on; none if the run has no such row."""

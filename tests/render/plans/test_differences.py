@@ -95,7 +95,7 @@ def test_without_duration_tokens_a_longer_video_differs_by_its_new_chunks_alone(
 def test_takes_are_told_with_the_chunk_they_begin_from(settings: Settings) -> None:
     assert changes(plan(settings), plan(settings, 3)) == ["take 2 from chunk 3 on was asked for"]
     assert changes(plan(settings, 3), plan(settings, 3, 5)) == ["take 3 from chunk 5 on was asked for"]
-    assert changes(plan(settings, 5), plan(settings, 5, 3)) == ["take 2 from chunk 3 on was asked for"]
+    assert changes(plan(settings, 5), plan(settings, 5, 3)) == ["take 3 from chunk 3 on was asked for"]
 
 
 def test_of_long_prompts_the_first_difference_is_shown(settings: Settings) -> None:
