@@ -215,7 +215,7 @@ def test_ranges_end_where_they_say(column: str, bad: list[Any], good: list[Any])
         assert getattr(of(CAT | {column: value}).rows[0], column) == value
 
 
-MANY = {"schedule": [{"start_chunk": n, "prompt": "A cat"} for n in range(100_000)], "num_chunks": 100_000}
+MANY = {"schedule": [{"start_chunk": n, "prompt": "A cat"} for n in range(10_001)], "num_chunks": 100_000}
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ MANY = {"schedule": [{"start_chunk": n, "prompt": "A cat"} for n in range(100_00
         ({"seconds": 1e300}, "seconds", "1e+300 is 2.4e+301 frames at 24 fps, but a video has at most 2,400,000; use"),
         ({"seconds": 1e308, "fps": 120}, "seconds", "is inf frames at 120 fps"),
         ({"seconds": 20_001.0, "fps": 120}, "seconds", "is 2.40012e+06 frames at 120 fps"),
-        (MANY, "schedule", "has 100,000 entries, but a schedule has at most 10,000"),
+        (MANY, "schedule", "has 10,001 entries, but a schedule has at most 10,000"),
         ({"width": 16_000}, "width", "16000 is more than 8,192 pixels"),
         ({"width": 4096, "height": 4096}, "width", "makes 4096×4096, 16,777,216 pixels, but a frame has at most 9,437"),
         ({"prefix_frames": 10**6}, "prefix_frames", "1000000 is more than 2,400, the most frames of a clip"),

@@ -150,8 +150,9 @@ def look_at_media(manifest: Manifest, kept: Kept = lambda gone, media: {}) -> Lo
             rule = f"cannot be read ({exc.strerror})"
             problems.append(_problem(row, _kind(row), _written(row), rule, "give a readable file"))
             continue
-        if row.number in fit:
-            problems += _captions_that_never_begin(row, found)
+        late = list(_captions_that_never_begin(row, found)) if row.number in fit else []
+        problems += late
+        if row.number in fit and not late:
             media[row.job_id] = found
             files[found.sha256] = path
             notes += [note] if note else []
