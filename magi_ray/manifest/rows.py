@@ -124,8 +124,14 @@ class Manifest:
     @property
     def unknown(self) -> pa.Table:
         """The columns that magi-ray does not know, with their types; a line for each of ``rows``."""
-        unknown = self.table.select(unknown_columns(self.table))
-        return unknown if len(self.rows) == unknown.num_rows else unknown.take([row.number - 1 for row in self.rows])
+        return self.lines.select(unknown_columns(self.table))
+
+    @property
+    def lines(self) -> pa.Table:
+        """The lines of the table that ``rows`` were made of."""
+        if len(self.rows) == self.table.num_rows:
+            return self.table
+        return self.table.take([row.number - 1 for row in self.rows])
 
     def parquet(self) -> bytes:
         """The bytes of the Parquet file that a run keeps."""
