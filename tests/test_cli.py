@@ -285,10 +285,21 @@ def test_a_command_that_is_proposed_instead_works(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("--help",), ("version",), ("submit", "bad.parquet"), ("manifest", "show", "m.parquet")]
+    "words",
+    [
+        ("--help",),
+        ("version",),
+        ("submit", "bad.parquet"),
+        ("manifest", "show", "m.parquet"),
+        ("manifest", "validate", "media.parquet"),
+    ],
 )
 def test_what_needs_no_network_loads_neither_torch_nor_ray(here: Path, words: tuple[str, ...]) -> None:
     write_manifest([{"job_id": "one", "prompt": " "}], here / "bad.parquet")
+    begun_from = {"clip": {"video": str(CLIP)}, "still": {"image": str(IMAGE)}}
+    write_manifest(
+        [{"job_id": j, "prompt": "sea " * 999} | row for j, row in begun_from.items()], here / "media.parquet"
+    )
     watch = "import sys; from magi_ray import cli\ntry: cli.main()\nfinally: print({'torch', 'ray'} & set(sys.modules))"
     ended = subprocess.run([sys.executable, "-c", watch, *words], capture_output=True, text=True, timeout=60)
     assert ended.stdout.splitlines()[-1] == "set()"

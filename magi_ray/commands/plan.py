@@ -87,10 +87,8 @@ def show_plan(typed: list[str], store: Store, run: Run, *, as_json: bool) -> Non
     if other_ffmpeg is not None:
         say(f"note: {other_ffmpeg}", style="yellow")
     has_free = "" if free is None else f", {in_bytes(free)} free"
-    say(
-        f"Store: about {in_bytes(space.total)} more{has_free}.",
-        style="" if free is None or space.total < free else "yellow",
-    )
+    too_small = free is not None and space.total > free
+    say(f"Store: about {in_bytes(space.total)} more{has_free}.", style="yellow" if too_small else "")
     say(f"Run {run.run_id}: {cost}. Nothing was written.")
     say_next(following)
 

@@ -124,13 +124,14 @@ class Manifest:
     @property
     def unknown(self) -> pa.Table:
         """The columns that magi-ray does not know, with their types; a line for each of ``rows``."""
-        return self.written.select(unknown_columns(self.table))
+        return self.lines.select(unknown_columns(self.table))
 
     @property
-    def written(self) -> pa.Table:
-        """``table`` with a line for each of ``rows``."""
-        numbers = [row.number - 1 for row in self.rows]
-        return self.table if len(numbers) == self.table.num_rows else self.table.take(numbers)
+    def lines(self) -> pa.Table:
+        """The lines of the table that ``rows`` were made of."""
+        if len(self.rows) == self.table.num_rows:
+            return self.table
+        return self.table.take([row.number - 1 for row in self.rows])
 
     def parquet(self) -> bytes:
         """The bytes of the Parquet file that a run keeps."""

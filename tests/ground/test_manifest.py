@@ -15,6 +15,7 @@ import pytest
 
 from magi_ray.errors import InputError, ManifestError, Problem
 from magi_ray.manifest import (
+    COLUMNS,
     Caption,
     Defaults,
     Manifest,
@@ -214,6 +215,47 @@ def test_ranges_end_where_they_say(column: str, bad: list[Any], good: list[Any])
         assert getattr(of(CAT | {column: value}).rows[0], column) == value
 
 
+MANY = {"schedule": [{"start_chunk": n, "prompt": "A cat"} for n in range(10_001)], "num_chunks": 100_000}
+
+
+@pytest.mark.parametrize(
+    ("cells", "column", "words"),
+    [
+        ({"num_chunks": 10**9}, "num_chunks", "1000000000 is more than 100,000, the most chunks of a video"),
+        ({"seconds": 1e300}, "seconds", "1e+300 is 2.4e+301 frames at 24 fps, but a video has at most 2,400,000; use"),
+        ({"seconds": 1e308, "fps": 120}, "seconds", "is inf frames at 120 fps"),
+        ({"seconds": 20_001.0, "fps": 120}, "seconds", "is 2.40012e+06 frames at 120 fps"),
+        (MANY, "schedule", "has 10,001 entries, but a schedule has at most 10,000"),
+        ({"width": 16_000}, "width", "16000 is more than 8,192 pixels"),
+        ({"width": 4096, "height": 4096}, "width", "makes 4096×4096, 16,777,216 pixels, but a frame has at most 9,437"),
+        ({"prefix_frames": 10**6}, "prefix_frames", "1000000 is more than 2,400, the most frames of a clip"),
+        ({"num_steps": 12 * 10**6}, "num_steps", "12000000 is more than 1,000 steps"),
+        ({"priority": -(10**9)}, "priority", "-1000000000 is not between -1,000,000 and 1,000,000"),
+    ],
+)
+def test_what_is_too_much_to_be_meant_is_told_before_anything_grows(
+    cells: dict[str, Any], column: str, words: str
+) -> None:
+    row = {"job_id": "cat"} | ({} if "schedule" in cells else {"prompt": "A cat"}) | cells
+    begun = time.monotonic()
+    (line,) = complaints(row)
+    assert time.monotonic() - begun < 2
+    assert line.startswith(f'row 1 (job "cat"), column {column}: ')
+    assert words in line
+    # A run that was submitted before there were bounds stays as it is.
+    data = pa.Table.from_pylist([row], schema=pa.schema({name: COLUMNS[name] for name in row}))
+    stored = parquet(data.replace_schema_metadata(MARK))
+    assert len(parse_manifest(stored, DEFAULTS, base=MANIFESTS, name="m", stored=True).rows) == 1
+
+
+def test_the_most_that_a_row_may_ask_for_is_enough_for_a_day_and_for_4k() -> None:
+    assert of(CAT | {"num_chunks": 100_000}).rows[0].num_chunks == 100_000
+    assert of(CAT | {"seconds": 86_400.0, "width": 4096, "height": 2304}).rows[0].chunks(0) == 86_400
+    long = Defaults.of(override(preset("magi-tiny"), {"runtime": {"num_frames": 10**9}}))
+    with pytest.raises(ManifestError, match=r"left to the run's 41,666,667 chunks, but a video has at most 100,000"):
+        manifest_of([CAT], long, base=MANIFESTS)
+
+
 def test_steps_must_fit_this_run_s_window_and_ranges() -> None:
     runtime = {"window_size": 2, "noise2clean_kvrange": [5, 4, 3], "num_steps": 6}
     defaults = Defaults.of(override(preset("magi-tiny"), {"runtime": runtime}))
@@ -251,6 +293,42 @@ def test_one_wrong_value_does_not_hide_another_nor_bring_up_false_ones() -> None
     row = {"job_id": "c t", "schedule": schedule(0, 9), "fps": 0, "seconds": 1.0, "width": 3}
 
     assert [line.split("column ")[1].split(":")[0] for line in complaints(row)] == ["job_id", "width", "fps"]
+
+
+def test_rows_with_problems_can_be_left_out_and_the_others_keep_their_numbers(tmp_path: Path) -> None:
+    rows = [CAT, {"job_id": "b", "prompt": "B", "fps": 0, "mine": 2}, {"job_id": "c", "prompt": "C", "mine": 3}]
+    write_manifest(rows, tmp_path / "m.parquet")
+    manifest = read_manifest(tmp_path / "m.parquet", DEFAULTS, strict=False)
+    assert [(row.number, row.job_id) for row in manifest.rows] == [(1, "cat"), (3, "c")]
+    assert [(row.number, row.fps) for row in manifest.unfit] == [(2, 24)]
+    assert [(problem.row, problem.column) for problem in manifest.problems] == [(2, "fps")]
+    assert manifest.unknown.to_pylist() == [{"mine": None}, {"mine": 3}]
+
+    # As a run keeps it, which knows what it has left out: here a row that was good but for its picture, too.
+    left_out = [*manifest.problems, Problem(row=3, column="image", rule="is damaged", remedy="mend it")]
+    again = parse_manifest(manifest.parquet(), DEFAULTS, base=tmp_path, name="m", stored=True, left_out=left_out)
+    assert [row.number for row in again.rows] == [1]
+    assert again.problems == tuple(left_out)
+    with pytest.raises(ManifestError, match="column fps: 0 is not between"):
+        parse_manifest(manifest.parquet(), DEFAULTS, base=tmp_path, name="m", stored=True, left_out=left_out[1:])
+
+
+def test_the_digest_tells_manifests_apart_by_their_bad_rows_too_but_not_by_whether_media_exist(tmp_path: Path) -> None:
+    def digest(**cells: Any) -> str:
+        return manifest_of([CAT, {"job_id": "b"} | cells], DEFAULTS, base=tmp_path, strict=False).digest
+
+    assert len({digest(), digest(fps=0), digest(fps=-1), digest(prompt="B")}) == 4
+    before = digest(prompt="B", image="b.png")
+    (tmp_path / "b.png").touch()
+    strict = of(CAT, {"job_id": "b", "prompt": "B", "image": "b.png"}, base=tmp_path)
+    assert digest(prompt="B", image="b.png") == before == strict.digest
+
+
+def test_a_table_that_is_wrong_as_a_whole_leaves_no_row(tmp_path: Path) -> None:
+    wrong = pa.table({"job_id": ["a"], "prompt": ["A"], "width": ["wide"]}).replace_schema_metadata(MARK)
+    (tmp_path / "m.parquet").write_bytes(parquet(wrong))
+    manifest = read_manifest(tmp_path / "m.parquet", DEFAULTS, strict=False)
+    assert (manifest.rows, len(manifest.problems)) == ((), 1)
 
 
 # Where media lie

@@ -199,7 +199,7 @@ class RunReports:
         A row that is neither done nor failed has the state of the run: paused, cancelled, broken.
         """
         table = pa.Table.from_pylist([self._result(row, state) for row in self._run.manifest.rows], schema=_RESULTS)
-        written, unknown = self._run.manifest.written, self._run.manifest.unknown
+        written, unknown = self._run.manifest.lines, self._run.manifest.unknown
         for name in ("prompt", "schedule", "tags"):
             if name in written.column_names:
                 table = table.append_column(name, written.column(name))

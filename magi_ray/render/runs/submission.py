@@ -17,7 +17,6 @@ from pydantic import ValidationError
 
 from magi_ray.errors import InputError, MediaError, MediaMissing, ObjectDamaged, ObjectMissing, Problem
 from magi_ray.manifest import Manifest, Row, require_valid
-from magi_ray.manifest.messages import shown
 from magi_ray.media.reader import count_frames, inspect_clip, inspect_image
 from magi_ray.render.artifacts.videos import read_video_record
 from magi_ray.render.plans.identity import run_digest
@@ -141,7 +140,7 @@ def look_at_media(manifest: Manifest, kept: Kept = lambda gone, media: {}) -> Lo
             found, note = _inspect(row, path)
         except MediaError as exc:
             # The reason alone: the value names the file, and a download's own name means nothing.
-            problem = _problem(row, _kind(row), shown(row.image or row.video), exc.reason, exc.remedy)
+            problem = _problem(row, _kind(row), _written(row), exc.reason, exc.remedy)
             if isinstance(exc, MediaMissing) and row.number in fit:
                 gone[row.job_id] = row, problem
             else:
@@ -149,10 +148,11 @@ def look_at_media(manifest: Manifest, kept: Kept = lambda gone, media: {}) -> Lo
             continue
         except OSError as exc:
             rule = f"cannot be read ({exc.strerror})"
-            problems.append(_problem(row, _kind(row), shown(row.image or row.video), rule, "give a readable file"))
+            problems.append(_problem(row, _kind(row), _written(row), rule, "give a readable file"))
             continue
-        if row.number in fit:
-            problems += _captions_that_never_begin(row, found)
+        late = list(_captions_that_never_begin(row, found)) if row.number in fit else []
+        problems += late
+        if row.number in fit and not late:
             media[row.job_id] = found
             files[found.sha256] = path
             notes += [note] if note else []
@@ -229,6 +229,10 @@ def _shown(row: Row, path: Path) -> list[str]:
 
 def _kind(row: Row) -> Literal["image", "video"]:
     return "image" if row.image is not None else "video"
+
+
+def _written(row: Row) -> str:
+    return row.image or row.video or ""
 
 
 def _problem(row: Row, column: str, value: str, rule: str, remedy: str) -> Problem:
