@@ -14,10 +14,12 @@ from typing import Any
 
 import boto3
 import pytest
+from click.testing import CliRunner
 from rgw import Rgw
 from runs import MakeRun, by_progress, contents, prepared, stage_commits
 from typed import Command, wait_until
 
+from magi_ray.cli import cli
 from magi_ray.errors import ManifestError, StoreUnavailable
 from magi_ray.manifest import write_manifest
 from magi_ray.render.driving.local import render_locally
@@ -292,6 +294,18 @@ def test_objects_that_cannot_be_had_are_told_row_by_row_and_all_at_once(
         assert what in f"{problem.rule}; {problem.remedy}", image
         assert problem.remedy
     assert list(store.list("")) == []
+
+
+def test_validate_opens_objects_too(upload: Callable[[str, bytes], str], tmp_path: Path) -> None:
+    good, rotten = upload("dusk.png", IMAGE.read_bytes()), upload("rotten.png", b"no picture")
+    write_manifest(
+        [{"job_id": name, "prompt": "dusk", "image": address} for name, address in {"a": good, "b": rotten}.items()],
+        tmp_path / "m.parquet",
+    )
+    words = ["manifest", "validate", str(tmp_path / "m.parquet"), "--json"]
+    found = json.loads(CliRunner().invoke(cli, words).stdout)
+    assert [(problem["row"], problem["value"]) for problem in found["problems"]] == [(2, rotten)]
+    assert json.loads(CliRunner().invoke(cli, [*words, "--no-media"]).stdout)["valid"]
 
 
 def test_a_server_that_cannot_be_reached_is_no_fault_of_the_rows(
