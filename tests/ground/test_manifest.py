@@ -228,7 +228,7 @@ MANY = {"schedule": [{"start_chunk": n, "prompt": "A cat"} for n in range(10_001
         (MANY, "schedule", "has 10,001 entries, but a schedule has at most 10,000"),
         ({"width": 16_000}, "width", "16000 is more than 8,192 pixels"),
         ({"width": 4096, "height": 4096}, "width", "makes 4096×4096, 16,777,216 pixels, but a frame has at most 9,437"),
-        ({"prefix_frames": 10**6}, "prefix_frames", "1000000 is more than 2,400, the most frames of a clip"),
+        ({"prefix_frames": 10**6}, "prefix_frames", "1000000 is more than 10,000, the most frames of a clip"),
         ({"num_steps": 12 * 10**6}, "num_steps", "12000000 is more than 1,000 steps"),
         ({"priority": -(10**9)}, "priority", "-1000000000 is not between -1,000,000 and 1,000,000"),
     ],
