@@ -214,10 +214,12 @@ def _shown_stream(path: Path, container: InputContainer) -> VideoStream:
         with open_picture(path):  # checks the size, which ffmpeg does not know before it decodes
             pass
     covers = Disposition.attached_pic | Disposition.timed_thumbnails
-    streams = [stream for stream in container.streams.video if not stream.disposition & covers]
+    # PyAV's types do not know that a stream without a decoder has no context.
+    coded = [stream for stream in container.streams.video if cast("object", stream.codec_context) is not None]
+    streams = [stream for stream in coded if not stream.disposition & covers]
     if not streams:
         kinds = ", ".join(stream.type for stream in container.streams) or "nothing"
-        cover = " but a cover" if container.streams.video else ""
+        cover = " but a cover" if coded else ""
         raise unreadable(path, f"it holds {kinds}, but no picture{cover}")
     stream = next((one for one in streams if one.disposition & Disposition.default), streams[0])
     check_pixels(path, stream.codec_context.width, stream.codec_context.height, limit=MAX_FRAME_PIXELS)
