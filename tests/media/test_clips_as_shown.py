@@ -102,6 +102,15 @@ def test_colours_are_those_that_were_encoded(
     assert [note in one for one in notes] == ([True] if note else [])
 
 
+def test_colours_in_a_rare_code_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    plain = _write(tmp_path / "plain.mp4", waves(2), "-pix_fmt", "yuv444p", *LOSSLESS)
+    for matrix in ("8", "14"):  # YCgCo and ICtCp
+        _ffmpeg("-i", plain, "-c", "copy", "-bsf:v", f"h264_metadata=matrix_coefficients={matrix}", tmp_path / "a.mp4")
+        for read in (inspect_clip, inspect_image):
+            with pytest.raises(MediaError, match=f"coded in a rare way .matrix {matrix} "):
+                read(tmp_path / "a.mp4")
+
+
 TURNS = [
     ["-display_rotation", "90"],
     ["-display_rotation", "180"],
