@@ -14,7 +14,7 @@ MAX_PICTURE_PIXELS = 80_000_000
 MAX_FRAME_PIXELS = 8192 * 4352  # 8K; a decoder may hold seventeen of them
 MAX_CLIP_S = 12 * 3600
 MAX_GAP_S = 600  # between two frames, which a higher rate fills with copies
-MAX_FRAMES = 10_000_000
+MAX_FRAMES = 5_000_000
 
 _REMEDY = (
     "Images may be PNG, JPEG, WebP, AVIF, TIFF, GIF or BMP; a video that is not read can be converted: "

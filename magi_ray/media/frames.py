@@ -17,13 +17,7 @@ from av.filter import Graph
 from av.sidedata.sidedata import SideData
 from av.stream import Disposition
 from av.video.frame import VideoFrame
-from av.video.reformatter import (
-    ColorPrimaries,
-    Colorspace,
-    ColorTrc,
-    Interpolation,
-    VideoReformatter,
-)
+from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from magi_ray.errors import MediaError
@@ -38,8 +32,10 @@ _FORMATS = (
 )
 _NO_PROTOCOL = "none"
 _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1")
-_UNTAGGED = 2
-_HDR = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
+_UNTAGGED, _RESERVED = 2, 3  # these and the next as in ITU-T H.273
+_READ_MATRICES = (1, _UNTAGGED, _RESERVED, 4, 5, 6, 7, 9)
+_MATRICES = {Colorspace.ITU601: "BT.601", Colorspace.ITU709: "BT.709", Colorspace.BT2020: "BT.2020"}
+_HDR: Mapping[int, str] = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
 _WIDE = (ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432)
 _SCALING = (
     Interpolation.LANCZOS
@@ -116,7 +112,7 @@ class FrameConverter:
 
     def pixels(self, frame: VideoFrame) -> Pixels:
         """uint8 RGB [H, W, 3], upright, BT.709 as sRGB. Raises MediaError."""
-        check_pixels(self._path, frame.width, frame.height, limit=MAX_FRAME_PIXELS)
+        self._check(frame)
         if not _has_alpha(frame):
             return _turned(self._converted(frame, "rgb24"), frame)
         rgba = self._converted(frame, "rgba")
@@ -125,22 +121,32 @@ class FrameConverter:
         return _turned(((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8), frame)
 
     def notes(self, frame: VideoFrame) -> tuple[str, ...]:
-        """What is done to the clip, told by its first frame."""
+        """What is done to the clip, told by its first frame. Raises MediaError as ``pixels``."""
+        self._check(frame)
         notes = []
         if frame.interlaced_frame:
             notes.append("is interlaced; it is deinterlaced")
-        if hdr := _HDR.get(ColorTrc(frame.color_trc)):
+        if hdr := _HDR.get(frame.color_trc):
             notes.append(f"is HDR ({hdr}); it is tone-mapped to BT.709")
         if (assumed := _assumed_matrix(frame)) is not None:
-            name = "BT.709" if assumed == Colorspace.ITU709 else "BT.601"
-            notes.append(f"does not say how its colours are meant; they are taken as {name}")
+            notes.append(f"does not say how its colours are meant; they are taken as {_MATRICES[assumed]}")
         if _has_alpha(frame):
             notes.append("may be transparent in places; they are shown over white")
         return tuple(notes)
 
+    def _check(self, frame: VideoFrame) -> None:
+        check_pixels(self._path, frame.width, frame.height, limit=MAX_FRAME_PIXELS)
+        if not frame.format.is_rgb and frame.colorspace not in _READ_MATRICES:
+            what = f"its colours are coded in a rare way (matrix {frame.colorspace} of ITU-T H.273)"
+            raise unreadable(self._path, what, remedy="export it again with BT.709 colours")
+
     def _converted(self, frame: VideoFrame, form: str) -> Pixels:
         tags: dict[str, Any] = {"src_colorspace": _assumed_matrix(frame)}
         if frame.color_trc in _HDR or frame.color_primaries in _WIDE:
+            if frame.color_primaries == _UNTAGGED:
+                frame.color_primaries = ColorPrimaries.BT2020
+            if frame.color_trc == _UNTAGGED:
+                frame.color_trc = ColorTrc.BT709
             tags |= {"dst_color_trc": ColorTrc.BT709, "dst_color_primaries": ColorPrimaries.BT709}
         converted = self._reformatter.reformat(
             frame, frame.width, frame.height, form, interpolation=_SCALING, threads=1, **tags
@@ -157,12 +163,12 @@ def scaled(pixels: Pixels, width: int, height: int) -> Pixels:
 
 def _assumed_matrix(frame: VideoFrame) -> Colorspace | None:
     """How colours are derived from brightness where the file does not say; None if it says, or holds RGB."""
-    if frame.colorspace != _UNTAGGED or frame.format.is_rgb or frame.format.has_palette:
+    if frame.colorspace not in (_UNTAGGED, _RESERVED) or frame.format.is_rgb or frame.format.has_palette:
         return None
-    if frame.color_trc in _HDR:
-        return Colorspace.BT2020
     if len(frame.format.components) < 3:
         return None
+    if frame.color_trc in _HDR or frame.color_primaries == ColorPrimaries.BT2020:
+        return Colorspace.BT2020
     return Colorspace.ITU601 if frame.height < 720 else Colorspace.ITU709
 
 
@@ -214,10 +220,12 @@ def _shown_stream(path: Path, container: InputContainer) -> VideoStream:
         with open_picture(path):  # checks the size, which ffmpeg does not know before it decodes
             pass
     covers = Disposition.attached_pic | Disposition.timed_thumbnails
-    streams = [stream for stream in container.streams.video if not stream.disposition & covers]
+    # PyAV's types do not know that a stream without a decoder has no context.
+    coded = [stream for stream in container.streams.video if cast("object", stream.codec_context) is not None]
+    streams = [stream for stream in coded if not stream.disposition & covers]
     if not streams:
         kinds = ", ".join(stream.type for stream in container.streams) or "nothing"
-        cover = " but a cover" if container.streams.video else ""
+        cover = " but a cover" if coded else ""
         raise unreadable(path, f"it holds {kinds}, but no picture{cover}")
     stream = next((one for one in streams if one.disposition & Disposition.default), streams[0])
     check_pixels(path, stream.codec_context.width, stream.codec_context.height, limit=MAX_FRAME_PIXELS)
@@ -228,6 +236,9 @@ def _not_a_clip(path: Path) -> MediaError:
     """Why ffmpeg does not open the file, as far as its beginning tells."""
     with open_picture(path) as picture:
         if picture is not None:
+            if getattr(picture, "is_animated", False):
+                what = f"it is an animated {picture.format}, which is not read as a clip"
+                return unreadable(path, what, remedy="convert it to a GIF or an MP4")
             return unreadable(path, f"it is a picture ({picture.format}), not a clip", remedy="name it under image")
     return unreadable(path, "it is neither a picture nor a video of a kind that is read")
 

@@ -61,6 +61,12 @@ def shown_picture_size(picture: Image.Image) -> tuple[int, int]:
 
 def shown_picture(path: Path, opened: Image.Image) -> tuple[Pixels, tuple[str, ...]]:
     """Its pixels as a viewer shows them, uint8 sRGB [H, W, 3], and notes on what was done to it. Raises MediaError."""
+    if _is_hdr(path, opened):
+        remedy = (
+            "convert it: ffmpeg -i IN -vf zscale=t=linear:npl=203,format=gbrpf32le,tonemap=mobius:peak=5,"
+            "zscale=p=709:t=iec61966-2-1:m=gbr:r=full,format=rgb24 OUT.png"
+        )
+        raise unreadable(path, "it is an HDR picture", remedy=remedy)
     notes = []
     if getattr(opened, "is_animated", False):
         if opened.format in _ANIMATED:
@@ -85,6 +91,17 @@ def shown_picture(path: Path, opened: Image.Image) -> tuple[Pixels, tuple[str, .
     elif picture.mode == "CMYK":
         notes.append("is CMYK without a colour profile; its colours are a guess")
     return np.asarray(_as(picture, "RGB")), tuple(notes)
+
+
+def _is_hdr(path: Path, picture: Image.Image) -> bool:
+    """Whether it says that its brightness is coded as PQ or HLG, which Pillow passes over."""
+    mark, width = {"AVIF": (b"colrnclx", 2), "PNG": (b"cICP", 1)}.get(picture.format or "", (b"", 0))
+    if not mark:
+        return False
+    with path.open("rb") as file:
+        _, _, after = file.read(1 << 16).partition(mark)
+    # Two numbers: primaries, transfer; 16 and 18 are PQ and HLG in ITU-T H.273.
+    return int.from_bytes(after[width : 2 * width], "big") in (16, 18)
 
 
 def _plain_mode(path: Path, picture: Image.Image) -> Image.Image:

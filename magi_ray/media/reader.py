@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
+from math import floor
 from pathlib import Path
 from typing import Literal
 
@@ -160,6 +161,7 @@ def _timed(
             length = frame.duration * tick if frame.duration else 1 / rate
             check_gap(path, float(max(begin - start - before, length)), float(before))
             before = begin - start
+            check_length(path, float(before), count)
             yield before, before + length, frame
             count += 1
     except av.FFmpegError as exc:
@@ -173,8 +175,9 @@ def _resampled(timed: Iterable[tuple[Fraction, Fraction, VideoFrame]], fps: int)
     count, end = 0, Fraction(0)
     before: tuple[Fraction, VideoFrame] | None = None
     for begin, end, frame in timed:  # noqa: B007
-        while (wanted := Fraction(count, fps)) <= begin:
-            yield before[1] if before and wanted - before[0] <= begin - wanted else frame
+        due, nearer = floor(begin * fps), floor((before[0] + begin) * fps / 2) if before else -1
+        while count <= due:
+            yield before[1] if before and count <= nearer else frame
             count += 1
         before = begin, frame
     while before and count < round(end * fps):

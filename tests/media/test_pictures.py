@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import skimage
@@ -170,6 +171,14 @@ def test_of_an_animated_picture_the_first_frame_is_taken_and_it_is_said(tmp_path
     assert "first" in note
 
 
+def test_of_a_phone_picture_with_a_second_one_behind_it_the_first_is_taken(tmp_path: Path) -> None:
+    """MPO: many phones put a depth map or a smaller copy behind the JPEG."""
+    first, second = Image.fromarray(UPRIGHT), Image.new("RGB", (16, 16))
+    first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second], quality=100, subsampling=0)
+    assert _largest_difference(_read(tmp_path / "a.jpg"), UPRIGHT) <= 4
+    assert inspect_image(tmp_path / "a.jpg").notes == ()
+
+
 def test_values_without_a_known_white_are_refused(tmp_path: Path) -> None:
     for dtype in (np.float32, np.int32):
         Image.fromarray(GREY.astype(dtype)).save(tmp_path / "a.tiff")
@@ -177,6 +186,27 @@ def test_values_without_a_known_white_are_refused(tmp_path: Path) -> None:
             MediaError, match=r"a.tiff cannot be read: its values are 32-bit numbers(?s:.*)8 or 16 bits"
         ):
             inspect_image(tmp_path / "a.tiff")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.avif"])
+def test_an_hdr_picture_is_refused_and_the_command_it_names_mends_it(tmp_path: Path, name: str) -> None:
+    ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+    raw = [ffmpeg, "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "96x64", "-i", "-", "-vf"]
+    known = (
+        "format=gbrp,setparams=colorspace=gbr:color_primaries=bt709:color_trc=bt709:range=pc,zscale=p=2020:t=smpte2084"
+    )
+    form = {
+        "a.png": [f"{known}:npl=203,format=rgb48be"],
+        "a.avif": [f"{known}:npl=203:m=2020_ncl,format=yuv444p10", "-c:v", "libaom-av1", "-cpu-used", "8", "-crf", "4"],
+    }[name]
+    subprocess.run([*raw, *form, "-frames:v", "1", tmp_path / name], input=UPRIGHT.tobytes(), check=True)
+    with pytest.raises(MediaError, match="it is an HDR picture") as found:
+        read_image(tmp_path / name, width=96, height=64, fit="fit")
+    command = found.value.remedy.removeprefix("convert it: ffmpeg ").replace("IN", str(tmp_path / name))
+    command = command.replace("OUT.png", str(tmp_path / "mended.png"))
+    subprocess.run([ffmpeg, "-v", "error", *command.split()], check=True)
+    # Tone-mapping presses the bright parts; nothing else may change much.
+    assert np.abs(_read(tmp_path / "mended.png").astype(int) - UPRIGHT).mean() < 30
 
 
 def test_heic_is_refused_with_the_command_that_converts_it(tmp_path: Path) -> None:

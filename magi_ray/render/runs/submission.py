@@ -136,7 +136,7 @@ def look_at_media(manifest: Manifest, kept: Kept = lambda gone, media: {}) -> Lo
             continue
         try:
             path = files.fetch(row.prefix_location)
-            notes += _shown(row, path)
+            notes += _notes(row, path)
             found, note = _inspect(row, path)
         except MediaError as exc:
             # The reason alone: the value names the file, and a download's own name means nothing.
@@ -220,7 +220,7 @@ def _inspect(row: Row, path: Path) -> tuple[Media, str]:
     return Media(kind=_kind(row), sha256=sha256, latents=latents), note
 
 
-def _shown(row: Row, path: Path) -> list[str]:
+def _notes(row: Row, path: Path) -> list[str]:
     """Notes on how the image or the clip is shown. Raises MediaError, OSError."""
     if row.image is None:
         return [f"Row {row.number}'s clip {note}." for note in inspect_clip(path).notes]
