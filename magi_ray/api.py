@@ -10,7 +10,6 @@ for chunk in model.stream(prompt="a boat on calm water", num_frames=2400):
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import numpy.typing as npt
 from magi_ray.errors import MediaError, SettingsError, WeightsError
 from magi_ray.manifest import Defaults, manifest_of
 from magi_ray.settings import PRESETS, PUBLISHED, Settings, device_here, job, override, preset, published
+from magi_ray.system import temporary_folder
 from magi_ray.timeline import FRAMES_PER_CHUNK
 
 if TYPE_CHECKING:
@@ -187,10 +187,10 @@ class Model:
         from magi_ray.media.preview import write_png
         from magi_ray.render.runs.submission import create, prepare
 
-        with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
+        with temporary_folder() as folder:
             if image is not None and not isinstance(image, str | Path):
-                write_png(Path(folder) / "image.png", _pixels(image))
-                image = Path(folder) / "image.png"
+                write_png(folder / "image.png", _pixels(image))
+                image = folder / "image.png"
             if image is not None:
                 row = row | {"image": str(image)}
             manifest = manifest_of([row], Defaults.of(self.settings), base=Path.cwd(), name="the call")

@@ -12,15 +12,17 @@ MagiRayError
 │   ├── ObjectMissing         there is no object under that key
 │   ├── ObjectDamaged         the bytes do not match the digest recorded for them
 │   ├── StoreUnavailable      busy, throttled, timed out or gone; the call may have landed all the same
+│   ├── StoreUnwritable       full, over its quota or read-only: nobody can write; ends a run (class "unwritable")
 │   └── StoreDenied           credentials or permissions                                (exit code 7)
 ├── Superseded                another driver or group has taken over                    (exit code 8)
 ├── NumericError              the model gave NaN or infinity                            (class "numeric")
 ├── OutputError               a finished video is not what was planned                  (class "code")
 ├── DeviceOutOfMemory         the accelerator has too little memory                     (class "out_of_memory")
+├── TemporaryFull             this machine has no room for temporary files              (class "infrastructure")
 └── WorkerLost                a worker died or stopped answering                        (class "infrastructure")
 
 Every error says what is wrong (``message``), how to mend it (``remedy``) and what to type next (``next_command``).
-All survive pickling: Ray sends them between processes.
+All survive pickling: Ray sends them between processes. None holds the secrets of an address.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from errno import EDQUOT, ENOSPC, EROFS
 from typing import Any, Self
+
+from magi_ray.redaction import redact
 
 
 class FailureClass(StrEnum):
@@ -38,6 +43,7 @@ class FailureClass(StrEnum):
     PREEMPTED = "preempted"
     INFRASTRUCTURE = "infrastructure"
     STORE = "store"
+    UNWRITABLE = "unwritable"
     OUT_OF_MEMORY = "out_of_memory"
     INPUT = "input"
     CODE = "code"
@@ -51,10 +57,10 @@ class MagiRayError(Exception):
     failure_class = FailureClass.CODE
 
     def __init__(self, message: str, *, remedy: str = "", next_command: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.remedy = remedy
-        self.next_command = next_command
+        super().__init__(redact(message))
+        self.message = redact(message)
+        self.remedy = redact(remedy)
+        self.next_command = redact(next_command)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exception's own __reduce__ drops keyword arguments.
@@ -82,6 +88,9 @@ class Problem:
     value: str = ""
     rule: str
     remedy: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", redact(self.value))
 
 
 class InputError(MagiRayError):
@@ -115,7 +124,7 @@ class MediaError(InputError):
 
     def __init__(self, message: str, *, reason: str = "", remedy: str = "", next_command: str = "") -> None:
         super().__init__(message, remedy=remedy, next_command=next_command)
-        self.reason = reason or message
+        self.reason = redact(reason or message)
 
     @classmethod
     def about(cls, file: object, reason: str, *, remedy: str = "") -> Self:
@@ -146,6 +155,10 @@ class StoreDenied(StoreError):
     exit_code = 7
 
 
+class StoreUnwritable(StoreError):
+    failure_class = FailureClass.UNWRITABLE
+
+
 class Superseded(MagiRayError):
     exit_code = 8
     failure_class = FailureClass.PREEMPTED
@@ -160,6 +173,10 @@ class OutputError(MagiRayError): ...
 
 class DeviceOutOfMemory(MagiRayError):
     failure_class = FailureClass.OUT_OF_MEMORY
+
+
+class TemporaryFull(MagiRayError):
+    failure_class = FailureClass.INFRASTRUCTURE
 
 
 class WorkerLost(MagiRayError):
@@ -179,7 +196,8 @@ def as_magi_ray_error(exc: Exception) -> tuple[MagiRayError, str]:
     """What to tell people about ``exc``; and its traceback if it is a bug, else ''."""
     if isinstance(exc, MagiRayError):
         return exc, ""
-    if isinstance(exc, OSError) and exc.filename is not None:
-        return MagiRayError(f"{exc.filename}: {exc.strerror}.", remedy="Fix that, then run the command again."), ""
+    if isinstance(exc, OSError) and (exc.filename is not None or exc.errno in (ENOSPC, EDQUOT, EROFS)):
+        what = f"{exc.filename}: {exc.strerror}" if exc.filename is not None else f"{exc.strerror}"
+        return MagiRayError(f"{what}.", remedy="Fix that, then run the command again."), ""
     bug = MagiRayError("This is a bug in magi-ray; please report it with the lines above.")
-    return bug, "".join(traceback.format_exception(exc))
+    return bug, redact("".join(traceback.format_exception(exc)))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
+from errno import EDQUOT, ENOSPC, EROFS
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -15,6 +20,7 @@ from typing import Generic, Protocol, Self, TypeVar
 
 import psutil
 
+from magi_ray.errors import TemporaryFull
 from magi_ray.settings import Frozen
 
 S = TypeVar("S")
@@ -23,6 +29,8 @@ T_co = TypeVar("T_co", covariant=True)
 
 # Start times of one process, asked for twice, may differ by this much: the kernel rounds when it booted.
 _START_TOLERANCE_S = 2.0
+_TEMPORARY = "magi-ray-files-"
+_TEMPORARY_MIN_AGE_S = 60.0  # a younger folder may be about to be locked
 
 
 class Owner(Frozen):
@@ -139,6 +147,66 @@ class _Thread(Generic[T]):
         if error is not None:
             raise error
         return found  # type: ignore[return-value]
+
+
+@contextmanager
+def telling_no_room() -> Iterator[None]:
+    """Raises TemporaryFull for a full or read-only disk, met by what the block does with temporary files."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in (ENOSPC, EDQUOT, EROFS):
+            raise
+        raise no_room(exc.strerror or str(exc)) from exc
+
+
+def no_room(what: str) -> TemporaryFull:
+    """The error for a disk of temporary files that is full; ``what``: how that was noticed."""
+    try:
+        where = tempfile.gettempdir()
+        found = os.statvfs(where)
+        room = f"{found.f_bavail * found.f_frsize / 2**20:.1f} MiB and {found.f_favail} inodes are free in {where}"
+    except OSError as exc:
+        room = str(exc)
+    remedy = "Free some space there, or set TMPDIR to a folder on another disk; what was committed is kept."
+    return TemporaryFull(f"There is no room for temporary files on {platform.node()}: {what}; {room}.", remedy=remedy)
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder for temporary files (below TMPDIR) that lasts as long as the block, or until ``sweep_temporary`` once
+    this process was killed. Raises TemporaryFull, also for what the block writes there."""
+    try:
+        tempfile.gettempdir()  # writes a file to try it out
+    except FileNotFoundError as exc:
+        raise no_room("none can be written") from exc
+    with telling_no_room(), tempfile.TemporaryDirectory(prefix=_TEMPORARY, ignore_cleanup_errors=True) as name:
+        in_use = os.open(name, os.O_RDONLY)
+        try:
+            fcntl.flock(in_use, fcntl.LOCK_EX)
+            yield Path(name)
+        finally:
+            os.close(in_use)
+
+
+def sweep_temporary() -> None:
+    """Delete the temporary folders of killed processes of this machine."""
+    with suppress(OSError):
+        for folder in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*/"):
+            with suppress(OSError):
+                if time.time() - folder.stat().st_mtime > _TEMPORARY_MIN_AGE_S and not _in_use(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _in_use(folder: Path) -> bool:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def _boot() -> str:

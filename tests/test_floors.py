@@ -16,7 +16,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HEIGHT = {
-    "errors": 0, "events": 0, "forward": 0, "system": 0, "timeline": 0, "manifest": 0, "settings": 0,
+    "errors": 0, "events": 0, "forward": 0, "system": 0, "timeline": 0, "manifest": 0, "redaction": 0,
+    "settings": 0,
     "sampling": 1, "models": 1, "storage": 1, "media": 1,
     "render.plans": 2, "render.artifacts": 3, "render.tasks": 4, "render.runs": 4, "render.driving": 5,
     "render.upkeep": 6, "render": 6,
@@ -26,7 +27,7 @@ HEIGHT = {
 }  # fmt: skip
 # Parts of one height that may know each other; other neighbours may not.
 TOGETHER = (
-    {"errors", "events", "forward", "system", "timeline", "manifest", "settings"},
+    {"errors", "events", "forward", "system", "timeline", "manifest", "redaction", "settings"},
     {"cli", "commands", "report", "__main__"},
 )
 NOT_ON_THE_GROUND = {"torch", "ray", "boto3", "botocore", "requests", "httpx", "socket", "http", "urllib.request"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ray import exceptions
 
 from magi_ray.errors import FailureClass, MagiRayError, WorkerLost, failure_class
+from magi_ray.redaction import redact
 
 
 def worker_is_gone(error: BaseException) -> bool:
@@ -31,7 +32,7 @@ def classify(error: BaseException) -> tuple[FailureClass, str]:
         return own.failure_class, str(own)
     if isinstance(error, exceptions.RayActorError) and error.preempted:
         return FailureClass.PREEMPTED, "The node was taken away (preempted)."
-    lines = str(error).strip().splitlines() or [repr(error)]
+    lines = redact(str(error)).strip().splitlines() or [repr(error)]
     # What a task raised comes as a traceback, whose last line says what; Ray's own errors begin with it.
     line = lines[-1] if isinstance(error, exceptions.RayTaskError) else lines[0]
     if worker_is_gone(error):

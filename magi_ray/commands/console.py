@@ -10,6 +10,8 @@ from typing import Any
 import click
 from rich.console import Console, RenderableType
 
+from magi_ray.redaction import redact
+
 # 3, 7 and 8 are the codes of errors: see ``magi_ray.errors``.
 FAILURE, USAGE, FAILED_ROWS, CANCELLED, PAUSED, INTERRUPTED = 1, 2, 4, 5, 6, 130
 
@@ -20,7 +22,7 @@ def stderr() -> Console:
 
 def say(text: str, *, style: str = "") -> None:
     """A line for people, on stderr."""
-    stderr().print(text, style=style or None, soft_wrap=True)
+    stderr().print(redact(text), style=style or None, soft_wrap=True)
 
 
 def say_next(command: str) -> None:
@@ -39,12 +41,12 @@ def print_table(table: RenderableType) -> None:
     with console.capture() as captured:
         console.print(table)
     for line in captured.get().splitlines():
-        click.echo(line.rstrip())
+        click.echo(redact(line.rstrip()))
 
 
 def print_json(content: Mapping[str, Any]) -> None:
     """One JSON object on stdout."""
-    click.echo(json.dumps(content))
+    click.echo(redact(json.dumps(content)))
 
 
 def counted(number: int, noun: str) -> str:

@@ -51,9 +51,12 @@ def store_to_write(uri: str) -> Store:
         _require_folder(store.root)
         above = next(folder for folder in (store.root, *store.root.parents) if folder.exists())
         if not os.access(above, os.W_OK | os.X_OK):
+            read_only = os.statvfs(above).f_flag & os.ST_RDONLY
+            why = f"{above} is mounted read-only" if read_only else f"this user may not write to {above}"
+            remedy = "Mount it writable, or choose another folder with --store."
             raise InputError(
-                f"The store at {store.root} cannot be written: this user may not write to {above}.",
-                remedy="Choose another folder with --store.",
+                f"The store at {store.root} cannot be written: {why}.",
+                remedy=remedy if read_only else "Choose another folder with --store.",
             )
     return store
 

@@ -13,12 +13,14 @@ not choose algorithms by CPU, the conversion to YUV is bit-exact, and no version
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import subprocess
 import tempfile
 import threading
 from collections.abc import Iterable, Sequence
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -27,6 +29,7 @@ import numpy as np
 from magi_ray.errors import MediaError, OutputError, WorkerLost
 from magi_ray.media.reader import Pixels
 from magi_ray.settings import EncoderSettings
+from magi_ray.system import no_room
 from magi_ray.timeline import FRAMES_PER_CHUNK
 
 _RGB_TO_YUV = (
@@ -99,7 +102,8 @@ def encode_segment(
 
 
 def run_ffmpeg(command: Sequence[str], *, feed: Iterable[bytes | memoryview], deadline_s: float, purpose: str) -> None:
-    """Runs ``command`` with ``feed`` as its stdin. It never outlives this call. Raises OutputError, WorkerLost."""
+    """Runs ``command`` with ``feed`` as its stdin. It never outlives this call. Raises OutputError, WorkerLost,
+    TemporaryFull."""
     late = threading.Event()
     with tempfile.TemporaryFile() as errors:
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors) as process:
@@ -124,6 +128,8 @@ def run_ffmpeg(command: Sequence[str], *, feed: Iterable[bytes | memoryview], de
         said = errors.read()[-2000:].decode(errors="replace").strip() or "it said nothing"
     if late.is_set():
         raise WorkerLost(f"ffmpeg was not done with {purpose} after {deadline_s:g} s: {said}", remedy="Try again.")
+    if any(os.strerror(number) in said for number in (ENOSPC, EDQUOT)):
+        raise no_room(f"ffmpeg, {purpose}, said: {said.splitlines()[0]}")
     if process.returncode < 0:
         raise WorkerLost(f"ffmpeg was killed (signal {-process.returncode}) {purpose}: {said}", remedy="Try again.")
     if process.returncode:

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,21 +23,28 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
-from magi_ray.errors import ObjectMissing, StoreDenied, StoreError, StoreUnavailable
+from magi_ray.errors import ObjectMissing, StoreDenied, StoreError, StoreUnavailable, StoreUnwritable
 from magi_ray.storage.keys import check_key, is_key
 from magi_ray.storage.store import Entry, open_at
 
 LOCK_DEADLINE_S = 10.0
 
+BLOCK_BYTES = 2**20
+
 _REMEDIES = {
-    errno.ENOSPC: "The disk is full: free some space, then `magi-ray retry RUN --failed`. Nothing committed is lost.",
-    errno.EDQUOT: "Your quota is used up: free some space, then `magi-ray retry RUN --failed`; commits are kept.",
+    errno.ENOSPC: "Free some space there (`magi-ray gc` shows what no run needs), then go on: commits are kept.",
+    errno.EDQUOT: "Free some space there (`magi-ray gc` shows what no run needs), then go on: commits are kept.",
+    errno.EROFS: "Mount it writable, or choose another folder with --store. If it was writable before, its disk may be"
+    " failing: see dmesg.",
     errno.EACCES: "Allow this user to read and write the folder, or choose another with --store.",
     errno.EPERM: "The file system must allow hard links, and this user must own the folder; or choose another.",
     errno.EOPNOTSUPP: "This file system has no hard links; choose a folder on another one with --store.",
     errno.ENOLCK: "This file system has no locks; choose a folder on another one with --store.",
-    errno.EROFS: "The file system is mounted read-only; choose another folder with --store.",
+    errno.EEXIST: "That name is needed for magi-ray's own: move it away, then go on.",
+    errno.EISDIR: "That name is needed for magi-ray's own: move it away, then go on.",
+    errno.ENOTDIR: "That name is needed for magi-ray's own: move it away, then go on.",
 }
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -65,9 +73,10 @@ class LocalStore:
             return source.read()
 
     def get_to_file(self, key: str, path: Path, *, start: int = 0) -> None:
-        with self._reading(key) as source, open_at(path, start) as target:
-            source.seek(start)
-            shutil.copyfileobj(source, target)
+        # Errors of the target are the caller's, not the store's.
+        with open_at(path, start) as target:
+            for block in self._blocks(key, start):
+                target.write(block)
 
     def get_versioned(self, key: str) -> tuple[bytes, str]:
         data = self.get(key)
@@ -133,6 +142,8 @@ class LocalStore:
                 else:
                     os.link(temporary, path)
             except FileExistsError:
+                if path.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, "a folder is in the place of the object") from None
                 return False
             finally:
                 temporary.unlink(missing_ok=True)
@@ -169,11 +180,19 @@ class LocalStore:
     def _reading(self, key: str) -> Iterator[BinaryIO]:
         with self._translated(key):
             try:
-                source = self._path(key).open("rb")
+                source = open(self._path(key), "rb", opener=_without_waiting)  # noqa: SIM115
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as exc:
                 raise ObjectMissing(f"There is no object {key} in {self.uri}") from exc
             with source:
+                if not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
+                    raise ObjectMissing(f"{key} in {self.uri} is no file")
                 yield source
+
+    def _blocks(self, key: str, start: int) -> Iterator[bytes]:
+        with self._reading(key) as source:
+            source.seek(start)
+            while block := source.read(BLOCK_BYTES):
+                yield block
 
     def _walk(self, folder: str) -> Iterator[str]:
         with self._translated(folder):
@@ -182,7 +201,7 @@ class LocalStore:
             except (FileNotFoundError, NotADirectoryError):
                 return
             # Folders are sorted with the '/', as their keys are: "a-b" comes before "a/b".
-            names = sorted(entry.name + "/" * entry.is_dir() for entry in entries)
+            names = sorted(entry.name + "/" * entry.is_dir() for entry in entries if not _leads_back(entry))
         for name in names:
             key = f"{folder}/{name}" if folder else name
             if name.endswith("/"):
@@ -196,9 +215,14 @@ class LocalStore:
         try:
             yield
         except OSError as exc:
-            kind = StoreDenied if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else StoreError
+            kind = StoreDenied if exc.errno in (errno.EACCES, errno.EPERM) else StoreError
+            what = exc.strerror or str(exc)
+            if exc.errno in (errno.EEXIST, errno.EISDIR, errno.ENOTDIR) and exc.filename is not None:
+                what += f": {exc.filename}"
+            if exc.errno in _UNWRITABLE:
+                kind, what = StoreUnwritable, f"{what} ({_room(self.root)})"
             raise kind(
-                f"The store at {self.uri} failed on {key or 'its root'}: {exc.strerror or exc}",
+                f"The store at {self.uri} failed on {key or 'its root'}: {what}",
                 remedy=_REMEDIES.get(exc.errno or 0, "Check the disk or the mount, then resume."),
             ) from exc
 
@@ -209,6 +233,28 @@ def _version(data: bytes) -> str:
 
 def _entry(key: str, found: os.stat_result) -> Entry:
     return Entry(key=key, size=found.st_size, age_s=max(0.0, time.time() - found.st_mtime))
+
+
+def _room(root: Path) -> str:
+    """How much room the disk of ``root`` has: bytes, or the number of files where it is those that ran out."""
+    above = next(folder for folder in (root, *root.parents) if folder.exists())
+    found = os.statvfs(above)
+    if found.f_flag & os.ST_RDONLY:
+        return f"{above} is mounted read-only"
+    if found.f_files and not found.f_favail:
+        return f"the disk holds {found.f_files} files, as many as it can: no inode is free"
+    free, size = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+    return f"{free / 2**20:.1f} of {size / 2**20:.1f} MiB are free"
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a pipe, which somebody may have put there, without waiting for its other end."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _leads_back(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a link to a folder that it lies in, so that walking would not end."""
+    return entry.is_symlink() and Path(entry.path).parent.resolve().is_relative_to(Path(entry.path).resolve())
 
 
 def _make_folder(folder: Path) -> None:

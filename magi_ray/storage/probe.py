@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from magi_ray.errors import StoreDenied, StoreError, StoreUnavailable
+from magi_ray.errors import StoreDenied, StoreError, StoreUnavailable, StoreUnwritable
 from magi_ray.storage import keys
 from magi_ray.storage.records import new_write_id
 from magi_ray.storage.retrying import RetryingStore, with_patience
 from magi_ray.storage.store import Store
+from magi_ray.system import temporary_folder
 
 PROBE_PATIENCE_S = 10.0  # somebody waits for the answer
 CLEAN_UP_PATIENCE_S = 1.0
@@ -69,7 +68,7 @@ def _findings(store: Store, checks: tuple[_Check, ...]) -> list[Finding]:
         for check in checks:
             try:
                 fault = check.fault(store, folder)
-            except (StoreDenied, StoreUnavailable):
+            except (StoreDenied, StoreUnavailable, StoreUnwritable):
                 raise
             except StoreError as exc:
                 if not findings:
@@ -183,8 +182,8 @@ def _damage_kept(store: Store, folder: str) -> str | None:
 
 
 def _large_file_lost(store: Store, folder: str) -> str:
-    with tempfile.TemporaryDirectory(prefix="magi-ray-probe-") as name:
-        sent, got = Path(name) / "sent", Path(name) / "got"
+    with temporary_folder() as folder_here:
+        sent, got = folder_here / "sent", folder_here / "got"
         sent.write_bytes(new_write_id().encode() * (LARGE_BYTES // 32))
         store.put_file(folder + "large", sent)
         store.get_to_file(folder + "large", got)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -32,6 +31,7 @@ from magi_ray.settings import Frozen
 from magi_ray.storage import keys
 from magi_ray.storage.keys import CommitKind
 from magi_ray.storage.store import Store
+from magi_ray.system import temporary_folder
 
 FORMAT_VERSION = 1
 
@@ -250,8 +250,8 @@ def payload_to_file(store: Store, commit: Commit, role: str, path: Path) -> None
 
 def measure(store: Store, key: str) -> Payload:
     """Size and digest of an object, read in constant memory. Raises ObjectMissing."""
-    with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
-        path = Path(folder) / "object"
+    with temporary_folder() as folder:
+        path = folder / "object"
         store.get_to_file(key, path)
         return _describe(key.rpartition("/")[2], path)
 

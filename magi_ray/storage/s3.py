@@ -27,7 +27,7 @@ import boto3
 import botocore.exceptions as failures
 from botocore.config import Config
 
-from magi_ray.errors import InputError, ObjectMissing, StoreDenied, StoreError, StoreUnavailable
+from magi_ray.errors import InputError, ObjectMissing, StoreDenied, StoreError, StoreUnavailable, StoreUnwritable
 from magi_ray.storage.keys import check_key, is_key
 from magi_ray.storage.store import Entry, open_at
 
@@ -283,7 +283,7 @@ class S3Store:
         if _is_missing(exc):
             return ObjectMissing(f"There is no object {key} in {self.uri}")
         if code == "QuotaExceeded":
-            return StoreError(said, remedy="The quota of the bucket or user is used up: raise it, then resume.")
+            return StoreUnwritable(said, remedy="The quota of the bucket or user is used up: raise it, then go on.")
         if status == 501:
             return StoreError(said, remedy="A store needs atomic conditional puts: AWS S3, Ceph RGW and others do.")
         if status in (408, 409, 429) or status >= 500 or code in _TRANSIENT or code in _DAMAGED_ON_THE_WAY:

@@ -23,7 +23,7 @@ from botocore.exceptions import ClientError
 from contract import StoreContract
 from rgw import Rgw
 
-from magi_ray.errors import InputError, ObjectMissing, StoreDenied, StoreError, StoreUnavailable
+from magi_ray.errors import InputError, ObjectMissing, StoreDenied, StoreError, StoreUnavailable, StoreUnwritable
 from magi_ray.storage.opening import open_store
 from magi_ray.storage.probe import check_store
 from magi_ray.storage.retrying import RetryingStore
@@ -307,7 +307,7 @@ def test_a_used_up_quota_is_told_as_that(rgw: Rgw) -> None:
             small.put(f"a/{n}", b"x")
 
     small = S3Store(rgw.new_bucket())
-    with rgw.quota(max_objects=2), pytest.raises(StoreError, match=r"403 QuotaExceeded.*\n.*quota .* is used up"):
+    with rgw.quota(max_objects=2), pytest.raises(StoreUnwritable, match=r"403 QuotaExceeded.*\n.*quota .* is used up"):
         fill()
 
 
@@ -335,7 +335,7 @@ ANSWERS = [
     (400, "ExpiredToken", StoreDenied, "ExpiredToken.*\n.*log in again"),
     (403, "RequestTimeTooSkewed", StoreDenied, "RequestTimeTooSkewed.*\n.*clock of this machine"),
     (403, "AccessDenied", StoreDenied, "AccessDenied.*\n.*s3:PutObject on s3://films/v1"),
-    (403, "QuotaExceeded", StoreError, "QuotaExceeded.*\n.*quota"),
+    (403, "QuotaExceeded", StoreUnwritable, "QuotaExceeded.*\n.*quota"),
     (404, "NoSuchBucket", StoreError, "NoSuchBucket(.|\n)*aws s3 mb s3://films"),
     (400, "AuthorizationHeaderMalformed", StoreError, "AuthorizationHeaderMalformed.*\n.*AWS_REGION"),
     (400, "InvalidRequest", StoreError, "HTTP 400 InvalidRequest.*\n.*AWS_ENDPOINT_URL"),

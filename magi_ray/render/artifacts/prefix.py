@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
-from pathlib import Path
 
 from magi_ray.errors import MediaError
 from magi_ray.media.reader import Pixels, read_image, read_video
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.storage import keys
 from magi_ray.storage.store import Store
+from magi_ray.system import temporary_folder
 from magi_ray.timeline import FRAMES_PER_LATENT
 
 
@@ -22,8 +21,8 @@ def prefix_pixels(store: Store, plan: RowPlan) -> Pixels:
     """
     media, runtime, prefix = plan.media, plan.settings.runtime, plan.settings.prefix
     assert media is not None
-    with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
-        path = Path(folder) / "media"
+    with temporary_folder() as folder:
+        path = folder / "media"
         store.get_to_file(keys.media(media.sha256), path)
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()

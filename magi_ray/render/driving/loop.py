@@ -12,7 +12,7 @@ from dataclasses import replace
 from math import inf
 from typing import Protocol
 
-from magi_ray.errors import FailureClass, StoreError
+from magi_ray.errors import FailureClass, StoreError, StoreUnwritable
 from magi_ray.events import (
     Event,
     NodesSeen,
@@ -46,7 +46,7 @@ from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.runs.record import Run
 from magi_ray.render.runs.weights import require_same_weights
 from magi_ray.storage.store import Store
-from magi_ray.system import System
+from magi_ray.system import System, sweep_temporary
 
 
 class Workers(Protocol):
@@ -103,23 +103,30 @@ def render(
     Raises Superseded, StoreError when the run's own records cannot be written, and the error that kept workers of a
     kind from starting (WeightsError, MediaError, WorkerLost). Workers are gone afterwards, whatever happened.
     """
-    with open_session(
-        store,
-        run,
-        encoder=encoder,
-        workers=counts,
-        options=options,
-        observers=observers,
-        name=name,
-        timings=timings,
-        system=system,
-    ) as session:
-        loop = _Loop(session, make_workers(session))
-        try:
-            loop.drive()
-        finally:
-            loop.stop_all()
-        return session.close()
+    try:
+        with open_session(
+            store,
+            run,
+            encoder=encoder,
+            workers=counts,
+            options=options,
+            observers=observers,
+            name=name,
+            timings=timings,
+            system=system,
+        ) as session:
+            loop = _Loop(session, make_workers(session))
+            try:
+                loop.drive()
+            finally:
+                loop.stop_all()
+            return session.close()
+    except StoreUnwritable as exc:
+        raise StoreUnwritable(
+            f"Run {run.run_id} has stopped: {exc.message}",
+            remedy=exc.remedy,
+            next_command=f"magi-ray resume {run.run_id} --store {store.uri}",
+        ) from exc
 
 
 def check_machine(run: Run) -> str:
@@ -128,6 +135,7 @@ def check_machine(run: Run) -> str:
     Raises WeightsError (not those of the submission), MediaError (no ffmpeg).
     """
     require_same_weights(run)
+    sweep_temporary()
     return encoder_identity(find_ffmpeg())
 
 

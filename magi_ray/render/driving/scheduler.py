@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from heapq import heappop, heappush
 
-from magi_ray.errors import FailureClass, MagiRayError, WorkerLost
+from magi_ray.errors import FailureClass, MagiRayError, StoreUnwritable, WorkerLost
 from magi_ray.events import (
     CancelAsked,
     Event,
@@ -100,7 +100,7 @@ class RowFailed:
 
 @dataclass(frozen=True, kw_only=True)
 class EndRun:
-    """Give the run up: workers of some kind cannot start."""
+    """Give the run up: workers of some kind cannot start, or nothing can be written."""
 
     error: MagiRayError
 
@@ -113,6 +113,7 @@ BUDGETS: Mapping[FailureClass, int | None] = {
     FailureClass.PREEMPTED: None,
     FailureClass.INFRASTRUCTURE: 5,
     FailureClass.STORE: 5,
+    FailureClass.UNWRITABLE: 0,
     FailureClass.OUT_OF_MEMORY: 1,
     FailureClass.INPUT: 0,
     FailureClass.CODE: 1,
@@ -348,6 +349,10 @@ class Scheduler:
     def _failed(self, task: Task, event: TaskFailed | WorkerGone, node: str, commands: list[Command]) -> None:
         state, failure = self._rows[task.job_id], event.failure
         if state.ended:
+            return
+        if failure is FailureClass.UNWRITABLE:
+            # It would fail row after row, and the run's own records cannot be written either.
+            commands.append(EndRun(error=StoreUnwritable(event.message)))
             return
         if task.kind is TaskKind.DENOISE:
             self._apply_redo(state)

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from magi_ray.errors import MagiRayError, failure_class
 from magi_ray.events import StageCommitted, StepDone, Task, TaskDone, TaskFailed, TaskKind, TaskStopped
+from magi_ray.redaction import redact
 from magi_ray.render.driving.leadership import row_lease
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.storage import keys
@@ -25,7 +26,7 @@ class TaskBody(Protocol):
 
 def print_traceback(what: str, exc: Exception) -> None:
     """Print to stderr, which is the worker's log."""
-    print(f"{what} failed:\n{''.join(traceback.format_exception(exc))}", file=sys.stderr, flush=True)
+    print(redact(f"{what} failed:\n{''.join(traceback.format_exception(exc))}"), file=sys.stderr, flush=True)
 
 
 class Worker:
@@ -85,7 +86,7 @@ class Worker:
                         if stopped := self._is_abandoned(attempt, event):
                             break
         except Exception as exc:  # noqa: BLE001 - one row's failure must not end the others
-            message = str(exc) if isinstance(exc, MagiRayError) else f"{type(exc).__name__}: {exc}"
+            message = str(exc) if isinstance(exc, MagiRayError) else redact(f"{type(exc).__name__}: {exc}")
             yield TaskFailed(
                 worker=self.name,
                 task=task,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import weakref
+from contextlib import ExitStack
 from pathlib import Path
 
 from magi_ray.errors import InputError, MediaError, MediaMissing, ObjectMissing, StoreError, StoreUnavailable
 from magi_ray.manifest.rules import is_a_file
 from magi_ray.storage.opening import open_object
 from magi_ray.storage.store import Store
+from magi_ray.system import telling_no_room, temporary_folder
 
 
 class MediaFiles(dict[str, Path]):
@@ -51,10 +51,12 @@ class MediaFiles(dict[str, Path]):
 
     def _download(self, location: str) -> Path:
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="magi-ray-media-"))
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            open_until_then = ExitStack()
+            self._folder = open_until_then.enter_context(temporary_folder())
+            weakref.finalize(self, open_until_then.close)
         bucket, key = open_object(location)
         path = self._folder / str(len(self._fetched))
         # One client for each bucket: making one takes longer than downloading an image.
-        self._buckets.setdefault(bucket.uri, bucket).get_to_file(key, path)
+        with telling_no_room():
+            self._buckets.setdefault(bucket.uri, bucket).get_to_file(key, path)
         return path

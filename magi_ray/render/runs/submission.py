@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from magi_ray.errors import InputError, MediaError, MediaMissing, ObjectDamaged, ObjectMissing, Problem
 from magi_ray.manifest import Manifest, Row, require_valid
 from magi_ray.media.reader import count_frames, inspect_clip, inspect_image
+from magi_ray.redaction import redact
 from magi_ray.render.artifacts.videos import read_video_record
 from magi_ray.render.plans.identity import run_digest
 from magi_ray.render.plans.row_plan import Media
@@ -43,6 +44,7 @@ def prepare(
     Raises ManifestError with every problem of rows and their media; SettingsError, WeightsError, MediaError as
     ``preflight.check`` and ``memory.require``; StoreUnavailable when media cannot be downloaded now.
     """
+    name = redact(name)  # it is kept, and is part of the run's id
     kept = {} if store is None else {"kept": _kept_by_earlier_runs(store, manifest, settings)}
     looked = look_at_media(manifest, **kept)
     manifest, media, files = looked.manifest, looked.media, looked.files

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from magi_ray.render.artifacts.commits import commit, segment_pre_image
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.storage.records import digest, verified_commit
 from magi_ray.storage.store import Store
-from magi_ray.system import System
+from magi_ray.system import System, temporary_folder
 
 MakeSegment = Callable[[RowPlan, int, Path], None]
 """(plan, chunk, out): decodes the stored latent of ``chunk`` and encodes its frames to the file ``out``.
@@ -35,8 +34,8 @@ class Decoder:
         pre_image = segment_pre_image(self._store, plan, index, self._encoder)
         if verified_commit(self._store, "segment", digest(pre_image)) is None:
             begun = self._system.clock()
-            with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
-                path = Path(folder) / "segment.mp4"
+            with temporary_folder() as folder:
+                path = folder / "segment.mp4"
                 self._make_segment(plan, index, path)
                 seconds = self._system.clock() - begun
                 about = {"run_id": self._run_id, "job_id": plan.job_id}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -22,7 +21,7 @@ from magi_ray.render.plans.takes import BackTo
 from magi_ray.storage import keys
 from magi_ray.storage.records import Commit, digest, holds, payload_to_file, read_commit, record_bytes
 from magi_ray.storage.store import Store
-from magi_ray.system import System
+from magi_ray.system import System, temporary_folder
 from magi_ray.timeline import FRAMES_PER_CHUNK
 
 Joiner = Callable[[RowPlan, Sequence[Path], Path], None]
@@ -50,9 +49,9 @@ class Finisher:
         begun = self._system.clock()
         if self._already_published(plan):
             return
-        with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
-            video = Path(folder) / "video.mp4"
-            segments, decoding_s = self._segments(plan, Path(folder))
+        with temporary_folder() as folder:
+            video = folder / "video.mp4"
+            segments, decoding_s = self._segments(plan, folder)
             self._joiner(plan, segments, video)
             with video.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -108,8 +107,8 @@ class Finisher:
 
 
 def _make_video(store: Store, ffmpeg: Path, plan: RowPlan, segments: Sequence[Path], out: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix="magi-ray-") as folder:
-        join([*_clip_segments(store, ffmpeg, plan, Path(folder)), *segments], out=out, ffmpeg=ffmpeg)
+    with temporary_folder() as folder:
+        join([*_clip_segments(store, ffmpeg, plan, folder), *segments], out=out, ffmpeg=ffmpeg)
     runtime = plan.settings.runtime
     width, height = runtime.video_size_w, runtime.video_size_h
     verify(out, frames=plan.timeline.num_frames, width=width, height=height, fps=runtime.fps)

@@ -254,6 +254,9 @@ class _Verifier:
         except (KeyError, ValueError):  # of a format without a seal, or another record in its place
             yield Damage(key=where, what="has lost the digest of its video")
             return
+        if record.get("job_id") != keys.job_of(where):
+            yield Damage(key=where, what=f"is the record of row {record.get('job_id')}")
+            return
         if record.get("format") == 1:
             self._note(f"{where} was written before records held digests: only its video could be checked.")
         yield from self._payload(where.removesuffix(".json") + ".mp4", expected)
