@@ -313,7 +313,7 @@ class Model:
                     zip((p for p in prompts for _ in range(copies)), seeds, strict=True)
                 )
             ]
-            manifest = manifest_in_shape(rows, settings, files, base=Path.cwd(), name="the call")
+            manifest = manifest_in_shape(rows, settings, files, base=Path.cwd())
             run, files = prepare(manifest, name="call", settings=settings, files=files)
             create(store, run, files)
         for note in run.manifest.notes:

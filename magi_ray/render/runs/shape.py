@@ -18,27 +18,25 @@ from magi_ray.settings import Settings
 from magi_ray.timeline import SIZE_MULTIPLE
 
 
-def manifest_in_shape(
-    rows: Sequence[Mapping[str, Any]], settings: Settings, files: MediaFiles, *, base: Path, name: str
-) -> Manifest:
+def manifest_in_shape(rows: Sequence[Mapping[str, Any]], settings: Settings, files: MediaFiles, *, base: Path) -> Manifest:
     """``manifest_of`` these rows, which begin from the same image or clip, or from none: the videos have its shape.
 
-    What a row does not say of its size follows, with about as many pixels as ``settings`` say; a note tells the size.
-    files: where the image or clip is fetched.  Raises ManifestError, StoreUnavailable.
+    What the rows do not say of their size follows, with about as many pixels as ``settings`` say; a note tells the size.
+    files: where the image or clip is fetched.  Problems are in the manifest. Raises StoreUnavailable.
     """
     defaults = Defaults.of(settings)
-    manifest = manifest_of(rows, defaults, base=base, name=name)
-    first = manifest.rows[0]
+    manifest = manifest_of(rows, defaults, base=base, strict=False)
     given = {side: value for side in ("width", "height") if (value := rows[0].get(side)) is not None}
-    if first.prefix_location is None or len(given) == 2:
+    if not manifest.rows or manifest.rows[0].prefix_location is None or len(given) == 2:
         return manifest
+    first, location = manifest.rows[0], manifest.rows[0].prefix_location
     size = first.width, first.height
     with suppress(MediaError, OSError):  # told when the run is prepared
-        size = size_like(shown_size(files.fetch(first.prefix_location)), first.width * first.height, **given)
+        size = size_like(shown_size(files.fetch(location)), first.width * first.height, **given)
     if size == (first.width, first.height):
         return manifest
     shaped = [{**row, "width": size[0], "height": size[1]} for row in rows]
-    manifest = manifest_of(shaped, defaults, base=base, name=name)
+    manifest = manifest_of(shaped, defaults, base=base, strict=False)
     note = f"{size[0]}×{size[1]}, after the {'image' if first.image is not None else 'clip'}'s shape."
     return replace(manifest, notes=(note, *manifest.notes))
 
