@@ -116,7 +116,7 @@ def test_embeddings_are_kept_for_the_next_call_up_to_a_limit(
     model("one", num_chunks=1, height=16, width=16)
     [one] = [sum(map(len, objects.values())) for objects in list(model._texts._kept.values())[-1:]]
     encoded.clear()
-    monkeypatch.setattr("magi_ray.api.KEPT_TEXT_BYTES", 2.5 * one)
+    monkeypatch.setattr("magi_ray.api.model.KEPT_TEXT_BYTES", 2.5 * one)
     model = Model(settings)
     model.set_progress_bar_config(disable=True)
     for prompt in ("one", "two", "one", "three", "one", "two"):

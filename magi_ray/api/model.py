@@ -1,12 +1,4 @@
-"""MAGI-1 from Python, without a manifest: the same plans, tasks and numbers as a run.
-
-import magi_ray
-
-model = magi_ray.load("4.5B-distill", weights="~/MAGI-1")
-model(prompt="a boat on calm water", num_frames=96, seed=7).save("boat.mp4")
-for chunk in model.stream(prompt="a boat on calm water", num_frames=2400):
-    show(chunk)
-"""
+"""A model that is called like a diffusers pipeline: the same plans, tasks and numbers as a run."""
 
 from __future__ import annotations
 
@@ -16,7 +8,7 @@ import operator
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack, overload
@@ -24,19 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack, overloa
 import numpy as np
 import numpy.typing as npt
 
-from magi_ray.errors import InputError, ManifestError, SettingsError, WeightsError
+from magi_ray.errors import InputError, ManifestError, SettingsError
 from magi_ray.media.arrays import Frames, clip_pixels, write_clip, write_picture
-from magi_ray.settings import (
-    PRESETS,
-    PUBLISHED,
-    EncoderSettings,
-    Settings,
-    device_here,
-    job,
-    override,
-    preset,
-    published,
-)
+from magi_ray.settings import EncoderSettings, Settings, override
 from magi_ray.timeline import FRAMES_PER_CHUNK
 
 if TYPE_CHECKING:
@@ -95,63 +77,6 @@ class Video:
             join(parts, out=whole, ffmpeg=ffmpeg)
             whole.replace(path)
         return path
-
-
-def load(
-    name: str | Path,
-    *,
-    weights: str | Path | None = None,
-    device: Literal["cpu", "cuda"] | None = None,
-    settings: Mapping[str, Any] | None = None,
-) -> Model:
-    """A model, named by a preset, a published config (.json), a job file (.toml), or the folder of a download.
-
-    weights: the folder of a preset's or job file's networks.  device: None: as the settings say.
-    settings: override those of ``name``; nested as ``magi_ray.settings.Settings`` is.
-    Networks are loaded when they are first needed, and stay loaded. Raises SettingsError, WeightsError.
-    """
-    return Model(settings_of(name, weights=weights, device=device, settings=settings))
-
-
-def settings_of(
-    name: str | Path,
-    *,
-    weights: str | Path | None = None,
-    device: Literal["cpu", "cuda"] | None = None,
-    settings: Mapping[str, Any] | None = None,
-) -> Settings:
-    """The settings of ``load``. Raises as it does."""
-    folder = None if weights is None else Path(weights).expanduser()
-    path = Path(name).expanduser()
-    if str(name) in PRESETS:
-        base = preset(str(name), weights=folder)
-    elif path.suffix == ".json":
-        base = published(path, device=device_here())
-    elif path.suffix == ".toml":
-        base = job(path, weights=folder)
-    elif path.is_dir():
-        base = _downloaded(path)
-    else:
-        base = preset(str(name))  # raises, naming those that exist
-    changes = dict(settings or {})
-    if device is not None:
-        changes["numeric"] = {**changes.get("numeric", {}), "device": device}
-    return override(base, changes, source="settings") if changes else base
-
-
-def _downloaded(folder: Path) -> Settings:
-    """The settings of the one published variant in ``folder``."""
-    found: list[Settings] = []
-    for name in PUBLISHED:
-        with suppress(WeightsError):  # not this one
-            found.append(preset(name, weights=folder))
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(settings.name for settings in found) or "no whole variant"
-    raise SettingsError(
-        f"{folder} holds {names}, but load needs to know which one.",
-        remedy=f'Name it: magi_ray.load("{found[0].name if found else PUBLISHED[0]}", weights="{folder}").',
-    )
 
 
 class CallOptions(TypedDict, total=False):
@@ -420,7 +345,7 @@ def _checked(options: CallOptions) -> CallOptions:
     known = CallOptions.__annotations__.keys() | {"prompt", "num_videos_per_prompt", "output_type"}
     for name in options.keys() - known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        remedy = f"Did you mean {near[0]}?" if near else "help(magi_ray.api.CallOptions) tells those there are."
+        remedy = f"Did you mean {near[0]}?" if near else "help(magi_ray.api.CallOptions) names those there are."
         raise SettingsError(f"There is no argument {name}.", remedy=remedy)
     given: CallOptions = {name: value for name, value in options.items() if value is not None}  # type: ignore[assignment]
     for names in (("num_frames", "num_chunks", "seconds"), ("seed", "generator"), ("image", "video")):
