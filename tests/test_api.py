@@ -98,7 +98,6 @@ def test_a_model_that_is_called_again_and_again_does_not_grow(settings: Settings
     use_it()
     before, _ = tracemalloc.get_traced_memory()
     use_it()
-    use_it()
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert after - before < noise[0].nbytes

@@ -109,5 +109,5 @@ def test_what_is_wrong_is_told_before_anything_starts(here: Path, settings: Sett
 def test_what_ended_the_process_is_raised(here: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     start = SubmittedRun.start
     monkeypatch.setattr(SubmittedRun, "start", lambda run, options: start(run, [*options, "--no-such-option"]))
-    with pytest.raises(MagiRayError, match="(?s)ended with exit code 2.*No such option '--no-such-option'"):
+    with pytest.raises(MagiRayError, match=r"(?s)ended with exit code 2.*No such option '--no-such-option'"):
         magi_ray.submit(ROWS, Model(settings), store="films", local=True)

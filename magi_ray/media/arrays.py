@@ -11,14 +11,14 @@ import av
 import numpy as np
 import numpy.typing as npt
 from av.video.frame import VideoFrame
-from PIL import Image, ImageOps
+from PIL import Image
 
 from magi_ray.errors import MediaError
-from magi_ray.media.reader import Pixels
+from magi_ray.media.pictures import Pixels, shown_picture
+from magi_ray.media.preview import write_png
 
 Array = npt.NDArray[Any]
 _CHANNELS = (1, 3, 4)
-_IN_PNG = ("1", "L", "LA", "P", "RGB", "RGBA")  # modes of PIL
 _ROUNDING = 0.002  # of tensors in half precision
 
 
@@ -64,18 +64,14 @@ class Frames(Sequence[Image.Image]):
 
 
 def write_picture(image: object, path: Path) -> Path:
-    """Writes one picture as PNG and returns its path: ``path`` with a suffix. Loses nothing beyond 8 bits.
+    """Writes one picture as PNG and returns its path: ``path`` with a suffix.
 
-    image: a PIL image of any mode, turned as its EXIF data say; or an array or tensor, [H, W], [H, W, 1, 3 or 4] or
+    image: a PIL image of any mode, as a viewer shows it; or an array or tensor, [H, W], [H, W, 1, 3 or 4] or
     [1, 3 or 4, H, W], alone or as a batch of one, of bytes or of floats in 0…1.  Raises MediaError.
     """
-    if isinstance(image, Image.Image):
-        picture = _upright(image)
-    else:
-        [pixels] = _channels_last(image, "image", dimensions=3)
-        picture = _picture(pixels)
+    pixels = _shown(image) if isinstance(image, Image.Image) else _rgb(_channels_last(image, "image", dimensions=3))[0]
     path = path.with_suffix(".png")
-    picture.save(path, compress_level=1)
+    write_png(path, pixels)
     return path
 
 
@@ -98,36 +94,32 @@ def write_clip(video: object, path: Path, *, fps: int) -> Path:
 
 def clip_pixels(video: object) -> Pixels:
     """uint8 RGB [T, H, W, 3] of what ``write_clip`` takes. Raises MediaError."""
-    if isinstance(video, list | tuple) and any(isinstance(frame, Image.Image) for frame in video):
-        video = [np.asarray(_upright(frame).convert("RGB")) for frame in video]
-    frames = _channels_last(video, "video", dimensions=4)
-    if frames.shape[-1] == 1:
-        frames = frames.repeat(3, axis=-1)
-    if frames.shape[-1] == 4:
-        raise _unusable("video", frames, "has an alpha channel", "Give its three colours: video[..., :3].")
-    return np.ascontiguousarray(frames)
+    if isinstance(video, list | tuple):
+        video = [_shown(frame) if isinstance(frame, Image.Image) else frame for frame in video]
+    return _rgb(_channels_last(video, "video", dimensions=4))
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """As its EXIF data turn it, in a mode that PNG holds with 8 bits. Raises MediaError."""
+def _shown(image: Image.Image) -> Pixels:
+    """uint8 RGB [H, W, 3], as a viewer shows it. Raises MediaError."""
     try:
         image.load()  # Pillow turns a TIFF as it loads
-        picture = ImageOps.exif_transpose(image)
-        if picture.mode in _IN_PNG:
-            return picture
-        if picture.mode[0] in "IF":  # 16 bits or more, or floats: Pillow would cut off what is above 255
-            values = np.asarray(picture)
-            values = values.astype(np.uint16) if picture.mode == "I" and values.max() > 255 else values
-            [pixels] = _channels_last(values, "image", dimensions=3)
-            return _picture(pixels)
-        return picture.convert("RGBA" if "a" in picture.mode else "RGB")
     except (OSError, ValueError) as exc:
-        raise MediaError(f"image: this PIL image of mode {image.mode} cannot be read: {exc}.") from exc
+        raise MediaError(f"image: this PIL image cannot be read: {exc}.") from exc
+    if image.mode in ("I", "F"):  # numbers, whose white only an array's type could tell
+        values = np.asarray(image)
+        return _rgb(_channels_last(values.astype(np.uint16) if values.max() > 255 else values, "image", dimensions=3))[
+            0
+        ]
+    return shown_picture(Path("image"), image.copy())[0]
 
 
-def _picture(pixels: Pixels) -> Image.Image:
-    """Of uint8 [H, W, 1, 3 or 4]."""
-    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+def _rgb(pixels: Pixels) -> Pixels:
+    """[T, H, W, 1, 3 or 4] as [T, H, W, 3]."""
+    if pixels.shape[-1] == 1:
+        return np.repeat(pixels, 3, axis=-1)
+    if pixels.shape[-1] == 4:
+        return np.stack([_shown(Image.fromarray(frame)) for frame in pixels])
+    return np.ascontiguousarray(pixels)
 
 
 def _channels_last(value: object, name: str, *, dimensions: int) -> Pixels:
@@ -153,7 +145,7 @@ def _channels_last(value: object, name: str, *, dimensions: int) -> Pixels:
         if last and values.size:
             return _bytes(values, name)
     layouts = "[H, W], [H, W, 3] or [3, H, W]" if dimensions == 3 else "[T, H, W], [T, H, W, 3] or [T, 3, H, W]"
-    raise _unusable(name, given, f"must be {layouts}", "A fourth channel of a picture is its alpha.")
+    raise _unusable(name, given, f"must be {layouts}", "A fourth channel is alpha.")
 
 
 def _bytes(values: Array, name: str) -> Pixels:
@@ -164,7 +156,7 @@ def _bytes(values: Array, name: str) -> Pixels:
     if kind == "b":
         return values.astype(np.uint8) * 255
     if values.dtype == np.uint16:
-        return np.round(values / 257).astype(np.uint8)
+        return (values >> 8).astype(np.uint8)
     if kind not in "iuf":
         raise _unusable(name, values, "must be numbers", "Give bytes, or floats from 0 to 1.")
     low, high = values.min(), values.max()

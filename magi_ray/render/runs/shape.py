@@ -18,10 +18,12 @@ from magi_ray.settings import Settings
 from magi_ray.timeline import SIZE_MULTIPLE
 
 
-def manifest_in_shape(rows: Sequence[Mapping[str, Any]], settings: Settings, files: MediaFiles, *, base: Path) -> Manifest:
+def manifest_in_shape(
+    rows: Sequence[Mapping[str, Any]], settings: Settings, files: MediaFiles, *, base: Path
+) -> Manifest:
     """``manifest_of`` these rows, which begin from the same image or clip, or from none: the videos have its shape.
 
-    What the rows do not say of their size follows, with about as many pixels as ``settings`` say; a note tells the size.
+    What the rows do not say of their size follows, with about as many pixels as ``settings`` say; a note tells.
     files: where the image or clip is fetched.  Problems are in the manifest. Raises StoreUnavailable.
     """
     defaults = Defaults.of(settings)

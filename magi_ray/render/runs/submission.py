@@ -122,9 +122,7 @@ Kept = Callable[[Sequence[Row], Mapping[str, Media]], Mapping[str, tuple[Media, 
 run, and the id of that run."""
 
 
-def look_at_media(
-    manifest: Manifest, files: MediaFiles | None = None, kept: Kept = lambda gone, media: {}
-) -> Looked:
+def look_at_media(manifest: Manifest, files: MediaFiles | None = None, kept: Kept = lambda gone, media: {}) -> Looked:
     """Opens what rows begin from, so that an unreadable file is found now; also that of rows with other problems.
 
     files: those fetched already.  kept: asked once, if files are gone.  Raises StoreUnavailable.
