@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from magi_ray.api import load as load
+    from magi_ray.api import submit as submit
 
     __version__: str
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: the command line imports this package too, and needs none of it.
-    if name == "load":
-        from magi_ray.api import load
+    if name in ("load", "submit"):
+        from magi_ray import api
 
-        return load
+        return getattr(api, name)
     if name == "__version__":
         from importlib.metadata import version
 

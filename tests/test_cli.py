@@ -18,7 +18,9 @@ from typing import Any
 import av
 import click
 import pytest
+import yaml
 from click.testing import CliRunner, Result
+from PIL import Image
 from rgw import Rgw
 from runs import MakeRun, prepared
 
@@ -240,7 +242,14 @@ WRONG: list[tuple[tuple[str, ...], int, str, tuple[str, ...]]] = [
     ((*RENDER, "--image", "small.toml"), 2, "--image: ", ("render", "--help")),
     ((*RENDER, "--image", "none.png"), 2, '--image: "none.png" does not exist', ("render", "--help")),
     ((*RENDER, "--prompt", " "), 2, "--prompt: ", ("render", "--help")),
-    (("render", "-o", "a.mp4"), 2, "Missing option '--prompt'", ("render", "--help")),
+    (("render", "-o", "a.mp4"), 2, "--prompt: is missing, and there is no schedule either", ("render", "--help")),
+    ((*RENDER, "--schedule", "rows.jsonl"), 2, "--schedule: ", ("render", "--help")),
+    ((*RENDER, "--schedule", "small.toml"), 2, "--schedule: small.toml ends in none of .json", ("render", "--help")),
+    ((*RENDER, "--schedule", "rows.jsnl"), 2, "Did you mean rows.jsonl?", (*RENDER, "--schedule", "rows.jsonl")),
+    ((*RENDER, "--prefix-from", "middle"), 2, '--prefix-from: "middle" is none of start, end', ("render", "--help")),
+    ((*RENDER, "--seed", "9223372036854775807", "--num-variations", "2"), 2, "--seed: 9223372036854775808",
+     ("render", "--help")),
+    ((*RENDER, "--num-variations", "0"), 2, "--num-variations", ("render", "--help")),
 ]  # fmt: skip
 
 
@@ -497,6 +506,67 @@ def test_render_goes_on_when_typed_again_and_replaces_the_file_only_when_done(he
     store = LocalStore(here / "magi-ray-store")
     assert (here / "a.mp4").read_bytes() == store.get(keys.video(run_id_of(), "video"))
     assert not list(here.glob(".a.mp4*"))
+
+
+def test_a_render_that_was_killed_writes_its_file_when_it_is_resumed(here: Path) -> None:
+    (here / "a.mp4").write_bytes(b"mine")
+    with interrupted_at(2):
+        run(*RENDER, "--seconds", "1.5")
+    resumed = run("resume", run_id_of(), "--local", "--json")
+    assert resumed.exit_code == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["out"] == "a.mp4"
+    video = LocalStore(here / "magi-ray-store").get(keys.video(run_id_of(), "video"))
+    assert (here / "a.mp4").read_bytes() == video
+    (here / "a.mp4").write_bytes(b"mine again")
+    assert run("resume", run_id_of()).stdout == "a.mp4\n"
+    assert (here / "a.mp4").read_bytes() == b"mine again", "it was written, and is the user's since"
+    assert run(*RENDER, "--seconds", "1.5").exit_code == 0
+    assert (here / "a.mp4").read_bytes() == video, "who types render wants it"
+
+
+def test_render_does_all_that_a_row_can(here: Path) -> None:
+    entries = [{"start_chunk": 0, "prompt": "sea"}, {"start_chunk": 1, "prompt": "hills", "kv_range": [1, 1, 3, 2]}]
+    (here / "s.json").write_text(json.dumps(entries))
+    (here / "s.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    (here / "s.yaml").write_text(yaml.safe_dump(entries))
+    clip = ("--video", str(CLIP), "--prefix-from", "start", "--prefix-frames", "8", "--include-prefix", "--fit", "pad")
+    size = ("--width", "32", "--height", "32")
+    words = ("render", "--job", "small.toml", "-o", "a.mp4", *clip, *size, "--num-chunks", "2", "--negative-prompt")
+    for schedule in ("s.json", "s.jsonl", "s.yaml"):
+        made = run(*words, "--schedule", schedule)
+        assert (made.exit_code, made.stdout) == (0, "a.mp4\n"), made.stderr
+    store = LocalStore(here / "magi-ray-store")
+    record = json.loads(store.get(keys.video_record(run_id_of(), "video")))
+    assert record["captions"] == ["sea", "hills"]
+    assert record["controls"] == {"1": {"kv_range": [1, 1, 3, 2]}}
+    assert record["prefix_frames"] == 8
+    assert record["settings"]["negative_prompt"] is True
+    chosen = {"max_frames": 8, "take": "start", "fit": "pad", "include": True}
+    assert record["settings"]["prefix"].items() >= chosen.items()
+    with av.open("a.mp4") as video:
+        assert video.streams.video[0].frames == record["frames"]
+
+
+def test_variations_differ_in_their_seed_and_share_the_rest(here: Path) -> None:
+    words = (*RENDER, "--image", str(IMAGE), "--num-chunks", "1", "--num-variations", "2", "--seed", "7")
+    made = run(*words)
+    assert (made.exit_code, made.stdout) == (0, "a-7.mp4\na-8.mp4\n"), made.stderr
+    assert not (here / "a.mp4").exists()
+    assert Path("a-7.mp4").read_bytes() != Path("a-8.mp4").read_bytes()
+    store = LocalStore(here / "magi-ray-store")
+    assert [sum(key.endswith("/commit.json") for key in store.list(kind)) for kind in ("texts/", "prefixes/")] == [1, 1]
+    alone = run(*RENDER, "--image", str(IMAGE), "--num-chunks", "1", "--seed", "8", "--json")
+    assert json.loads(alone.stdout)["stages_rendered"] == 0
+    assert Path("a.mp4").read_bytes() == Path("a-8.mp4").read_bytes()
+    assert json.loads(run(*words, "--json").stdout)["out"] == ["a-7.mp4", "a-8.mp4"]
+
+
+def test_a_video_of_render_has_the_shape_of_its_image(here: Path) -> None:
+    Image.new("RGB", (360, 640), "teal").save("tall.png")
+    made = run(*RENDER, "--image", "tall.png", "--num-chunks", "1")
+    assert "note: 32×48, after the image's shape." in made.stderr
+    with av.open("a.mp4") as video:
+        assert (video.streams.video[0].width, video.streams.video[0].height) == (32, 48)
 
 
 def test_a_render_that_fails_leaves_the_file_alone(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,14 +78,14 @@ def require_place(out: Path, typed: list[str]) -> None:
 
 @contextmanager
 def as_options() -> Iterator[None]:
-    """Errors in the one row of ``render`` name the options that it was made of."""
+    """Errors in the rows of ``render`` name the options that they were made of, each once."""
     try:
         yield
     except ManifestError as exc:
         lines = [
-            f"--{problem.column.replace('_', '-')}: {problem.value} {problem.rule}; {problem.remedy}"
+            f"--{problem.column.replace('_', '-')}: {f'{problem.value} {problem.rule}'.strip()}; {problem.remedy}"
             for problem in exc.problems
         ]
-        error = InputError("\n".join(lines))
+        error = InputError("\n".join(dict.fromkeys(lines)))
         error.problems = exc.problems
         raise error from exc

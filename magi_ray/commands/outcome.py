@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from magi_ray.commands.console import CANCELLED, FAILED_ROWS, INTERRUPTED, PAUSED, counted, print_json, say, say_next
 from magi_ray.commands.stores import StoredRun
+from magi_ray.drivers.delivery import deliver
 from magi_ray.drivers.status_file import DriverExit
 from magi_ray.render.driving.reports import RunResult
 from magi_ray.storage import keys
@@ -25,13 +26,11 @@ def report_exit(
     *,
     as_json: bool,
     again: str | None = None,
-    delivered: Mapping[str, Any] | None = None,
 ) -> None:
     """Say how rendering ended: the videos' paths to stdout, the rest to stderr. Exits with a code other than 0 unless
-    all videos are done.
+    all videos are done. Writes the files of a run of `render`, and gives their paths instead.
 
     again: the command that goes on and retries what failed; default: ``resume`` and ``retry``.
-    delivered: what the command made of the videos, printed in place of their paths.
     """
     result = ended.run_result
     resume, retry = again or stored.command("resume"), again or stored.command("retry --failed")
@@ -42,6 +41,7 @@ def report_exit(
         say_next(resume)
         sys.exit(INTERRUPTED)
     videos = {job: f"{stored.store.uri.rstrip('/')}/{keys.video(stored.run_id, job)}" for job in result.published}
+    files = [_from_here(file) for file in deliver(stored.store, stored.run_id, result.published).values()]
     if as_json:
         print_json(
             {
@@ -53,11 +53,11 @@ def report_exit(
                 "stages_rendered": result.stages_rendered,
                 "stages_reused": result.stages_reused,
                 "seconds": round(ended.seconds, 1),
-                **(delivered or {}),
+                **({"out": files[0] if len(stored.run.plans) == 1 else files} if files else {}),
             }
         )
     else:
-        for path in (delivered or videos).values():
+        for path in files or videos.values():
             click.echo(path)
     _say_result(stored, result, ended.seconds)
     match result.state:
@@ -80,6 +80,11 @@ def report_exit(
             return
     say_next(next_command)
     sys.exit(code)
+
+
+def _from_here(file: Path) -> str:
+    """As short as it can be typed."""
+    return str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)
 
 
 def _say_result(stored: StoredRun, result: RunResult, seconds: float) -> None:

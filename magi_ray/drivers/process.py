@@ -27,6 +27,7 @@ class DriverProcess:
 
     def __init__(self, store: Store, store_uri: str, run_id: str, options: Sequence[str], *, resume: str) -> None:
         self._run_id, self._resume = run_id, resume
+        self._last_status: DriverStatus | None = None
         self.log = log_path(store, run_id)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "magi_ray.cli", "drive", run_id, "--store", store_uri]
@@ -62,7 +63,8 @@ class DriverProcess:
 
     def status(self) -> DriverStatus | None:
         """What it says of itself; None until it has begun."""
-        return read_status(self._status_path)
+        self._last_status = read_status(self._status_path) or self._last_status
+        return self._last_status
 
     def result(self) -> DriverExit:
         """How it ended, which it has. Raises the error that ended it, with the traceback as a note if it is a bug;

@@ -109,11 +109,11 @@ def status_file(store: Store, run_id: str) -> Iterator[StatusFile]:
 
 def log_path(store: Store, run_id: str) -> Path:
     """The log of the background processes that rendered the run on this machine, one after the other."""
-    return _folder(store) / f"{run_id}.log"
+    return machine_folder(store) / f"{run_id}.log"
 
 
 def status_path(store: Store, run_id: str, pid: int) -> Path:
-    return _folder(store) / f"{run_id}.{pid}.json"
+    return machine_folder(store) / f"{run_id}.{pid}.json"
 
 
 def read_status(path: Path) -> DriverStatus | None:
@@ -131,7 +131,7 @@ def driver_on_this_machine(store: Store, run_id: str) -> Owner | None:
 
 def drivers_on_this_machine(store: Store, beginning: str) -> Iterator[tuple[str, Owner]]:
     """(run id, process) for each run that a process here renders and whose id begins so. Does not ask the store."""
-    for path in sorted(_folder(store).glob(f"{beginning}*.json")):
+    for path in sorted(machine_folder(store).glob(f"{beginning}*.json")):
         status = read_status(path)
         if status is not None and status.ended is None and not gone(status.driver):
             yield path.stem.rpartition(".")[0], status.driver
@@ -145,9 +145,9 @@ def last_error(store: Store, run_id: str) -> SerializedError | None:
 
 
 def _status_paths(store: Store, run_id: str) -> list[Path]:
-    return list(_folder(store).glob(f"{run_id}.*.json"))
+    return list(machine_folder(store).glob(f"{run_id}.*.json"))
 
 
-def _folder(store: Store) -> Path:
+def machine_folder(store: Store) -> Path:
     """A folder per store: several may hold the same run id."""
     return cache_folder() / "runs" / hashlib.sha256(store.uri.encode()).hexdigest()[:8]

@@ -34,19 +34,20 @@ from magi_ray.timeline import FRAMES_PER_LATENT
 
 
 def prepare(
-    manifest: Manifest, *, name: str, settings: Settings, store: Store | None = None, skip_invalid: bool = False
-) -> tuple[Run, MediaFiles]:
+    manifest: Manifest, *, name: str, settings: Settings, store: Store | None = None, skip_invalid: bool = False,
+    files: MediaFiles | None = None,
+) -> tuple[Run, MediaFiles]:  # fmt: skip
     """The run of ``manifest``, which was checked against these ``settings``, and the media files it needs.
 
     name: of the manifest.  store: where an earlier run of it may have media that are gone by now.
-    skip_invalid: leave out rows with problems, as long as there is another one.
+    skip_invalid: leave out rows with problems, as long as there is another one.  files: those fetched already.
     Writes nothing but made weights, and copies of media in S3 for as long as the MediaFiles exist.
     Raises ManifestError with every problem of rows and their media; SettingsError, WeightsError, MediaError as
     ``preflight.check`` and ``memory.require``; StoreUnavailable when media cannot be downloaded now.
     """
     name = redact(name)  # it is kept, and is part of the run's id
     kept = {} if store is None else {"kept": _kept_by_earlier_runs(store, manifest, settings)}
-    looked = look_at_media(manifest, **kept)
+    looked = look_at_media(manifest, files, **kept)
     manifest, media, files = looked.manifest, looked.media, looked.files
     if not (skip_invalid and manifest.rows):
         require_valid(manifest, name)
@@ -122,13 +123,13 @@ Kept = Callable[[Sequence[Row], Mapping[str, Media]], Mapping[str, tuple[Media, 
 run, and the id of that run."""
 
 
-def look_at_media(manifest: Manifest, kept: Kept = lambda gone, media: {}) -> Looked:
+def look_at_media(manifest: Manifest, files: MediaFiles | None = None, kept: Kept = lambda gone, media: {}) -> Looked:
     """Opens what rows begin from, so that an unreadable file is found now; also that of rows with other problems.
 
-    kept: asked once, if files are gone.  Raises StoreUnavailable.
+    files: those fetched already.  kept: asked once, if files are gone.  Raises StoreUnavailable.
     """
+    files = MediaFiles() if files is None else files
     media: dict[str, Media] = {}
-    files = MediaFiles()
     notes: list[str] = []
     problems: list[Problem] = []
     gone: dict[str, tuple[Row, Problem]] = {}

@@ -25,11 +25,20 @@ from magi_ray.timeline import SPATIAL_FACTOR
 
 def load_denoiser(settings: Settings, store: Store, *, run_id: str = "") -> Denoiser:
     """A Denoiser with the DiT of ``settings``. Raises WeightsError."""
+    return denoiser(settings, store, *load_networks(settings), run_id=run_id)
+
+
+def load_networks(settings: Settings) -> tuple[DiT, SpecialTokenTable]:
+    """What a Denoiser computes with. Raises WeightsError."""
     weights, engine, numeric = settings.weights, settings.engine, settings.numeric
     folder = published_folder(weights.dit, fp8=engine.fp8_quant, distill=engine.distill)
     dit = load_dit(settings.model, folder, device=numeric.device, attention=numeric.attention, fp8=engine.fp8_quant)
-    tokens = SpecialTokenTable.load(weights.special_tokens)
-    device = device_name(numeric.device)
+    return dit, SpecialTokenTable.load(weights.special_tokens)
+
+
+def denoiser(settings: Settings, store: Store, dit: DiT, tokens: SpecialTokenTable, *, run_id: str = "") -> Denoiser:
+    """A Denoiser of videos in ``store``."""
+    device = device_name(settings.numeric.device)
     return Denoiser(store, partial(_begin_video, store, dit, tokens), run_id=run_id, device=device)
 
 
