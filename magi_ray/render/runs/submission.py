@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from magi_ray.errors import InputError, MediaError, MediaMissing, ObjectDamaged, ObjectMissing, Problem
 from magi_ray.manifest import Manifest, Row, require_valid
+from magi_ray.manifest.messages import shown
 from magi_ray.media.reader import count_frames, inspect_clip, inspect_image
 from magi_ray.redaction import redact
 from magi_ray.render.artifacts.videos import read_video_record
@@ -143,7 +144,7 @@ def look_at_media(manifest: Manifest, files: MediaFiles | None = None, kept: Kep
             found, note = _inspect(row, path)
         except MediaError as exc:
             # The reason alone: the value names the file, and a download's own name means nothing.
-            problem = _problem(row, _kind(row), _written(row), exc.reason, exc.remedy)
+            problem = _problem(row, _kind(row), _written(row, exc), exc.reason, exc.remedy)
             if isinstance(exc, MediaMissing) and row.number in fit:
                 gone[row.job_id] = row, problem
             else:
@@ -234,8 +235,11 @@ def _kind(row: Row) -> Literal["image", "video"]:
     return "image" if row.image is not None else "video"
 
 
-def _written(row: Row) -> str:
-    return row.image or row.video or ""
+def _written(row: Row, error: MediaError | None = None) -> str:
+    """Where its image or clip lies, as messages show it: what names no file stands in quotes, as other cells do."""
+    written = row.image or row.video or ""
+    missing = isinstance(error, MediaMissing) and not written.lower().startswith("s3://")
+    return shown(written) if missing else written
 
 
 def _problem(row: Row, column: str, value: str, rule: str, remedy: str) -> Problem:

@@ -99,7 +99,7 @@ def test_a_medium_that_is_gone_from_the_store_too_matters_unless_the_row_is_publ
     (folder / "clip.mp4").unlink()
     assert submit(store, folder, settings).run_id == run.run_id
     store.delete(keys.video_record(run.run_id, "clip"))
-    with pytest.raises(ManifestError, match=r"column video: clip\.mp4 does not exist; put the file at"):
+    with pytest.raises(ManifestError, match=r'column video: "clip\.mp4" does not exist; put the file at'):
         submit(store, folder, settings)
 
 
