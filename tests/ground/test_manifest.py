@@ -882,8 +882,8 @@ def test_a_row_is_shown_as_plain_data() -> None:
 
     assert shown == {
         "row": 1, "job_id": "cat", "mode": "t2v", "captions": {"0": "A cat"}, "controls": {}, "from": None,
-        "length": "2.5 s", "size": "64×64", "fps": 24, "seed": 1234, "num_steps": 16, "priority": 0, "tags": {"a": "b"},
-        "extra": {"note": "x"},
+        "length": "2.5 s", "seconds": 2.5, "num_chunks": None, "size": "64×64", "width": 64, "height": 64, "fps": 24,
+        "seed": 1234, "num_steps": 16, "priority": 0, "tags": {"a": "b"}, "extra": {"note": "x"},
     }  # fmt: skip
 
 
