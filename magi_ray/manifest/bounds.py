@@ -6,7 +6,7 @@ from magi_ray.errors import ManifestError, Problem
 from magi_ray.manifest.messages import manifest_error
 
 MAX_BYTES = 256 * 2**20  # of a file, and of its table in memory
-MAX_ROWS = 500_000
+MAX_ROWS = 200_000
 MAX_COLUMNS = 1000
 MAX_VALUES = 5_000_000  # those in lists, structs and maps counted one by one
 MAX_DEPTH = 32  # of lists and maps in each other

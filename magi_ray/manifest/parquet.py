@@ -92,11 +92,11 @@ def require_bounded(data: bytes, name: str) -> None:
     groups, leaves = range(meta.num_row_groups), range(meta.num_columns)
     check_table(name, rows=meta.num_rows, columns=meta.num_columns)
     chunks = {leaf: [meta.row_group(group).column(leaf) for group in groups] for leaf in leaves}
-    check_table(
-        name,
-        values=sum(chunk.num_values for of_leaf in chunks.values() for chunk in of_leaf),
-        size=sum(chunk.total_uncompressed_size for of_leaf in chunks.values() for chunk in of_leaf),
-    )
+    check_table(name, values=sum(chunk.num_values for of_leaf in chunks.values() for chunk in of_leaf))
+    written = {leaf: sum(chunk.total_uncompressed_size for chunk in of_leaf) for leaf, of_leaf in chunks.items()}
+    if sum(written.values()) > MAX_BYTES:
+        largest = meta.schema.column(max(written, key=lambda leaf: written[leaf])).path.partition(".")[0]
+        raise too_large(name, f"has {sum(written.values())} bytes; at most {MAX_BYTES} are read", column=largest)
     sizes = {
         leaf: sum(chunk.num_values * _longest(chunk, meta.schema.column(leaf)) for chunk in of_leaf)
         for leaf, of_leaf in chunks.items()
@@ -123,11 +123,11 @@ def _longest(chunk: pq.ColumnChunkMetaData, leaf: pq.ColumnSchema) -> int:
 def _decoded_bytes(data: bytes, chunks: Sequence[pq.ColumnChunkMetaData], most: int, name: str) -> int:
     """What the texts of one leaf take when each has its own copy. Raises ManifestError: more than ``most``."""
     path = chunks[0].path_in_schema
-    file = _opened(data, name, read_dictionary=[path])
     # Texts that are written as differences from the one before, or as bytes of a fixed length, have no dictionary.
     indexed = all(
         chunk.physical_type == "BYTE_ARRAY" and not {"DELTA_BYTE_ARRAY"} & {*chunk.encodings} for chunk in chunks
     )
+    file = _opened(data, name, read_dictionary=[path] if indexed else [])
     longest = max(chunk.total_uncompressed_size for chunk in chunks)
     rows = 16_384 if indexed else max(1, most // 4 // max(1, longest))
     total = 0
@@ -293,11 +293,8 @@ def _plain_value(cell: pa.Scalar) -> Any:
 
 def column_meant(name: str) -> str:
     """The column of ours that ``name`` spells, in whatever case and with whatever between the words, or ''."""
-    return next((column for column in COLUMNS if _letters(column) == _letters(name)), "")
-
-
-def _letters(name: str) -> str:
-    return re.sub(r"[\W_]", "", name).lower()
+    letters = re.sub(r"[\W_]", "", name).lower()
+    return next((column for column in COLUMNS if column.replace("_", "") == letters), "")
 
 
 def unknown_columns(table: pa.Table) -> list[str]:

@@ -23,7 +23,7 @@ import yaml
 
 from magi_ray.errors import Problem
 from magi_ray.manifest import casting, parquet
-from magi_ray.manifest.bounds import MAX_BYTES, MAX_DEPTH, MAX_VALUES, check_size, check_table
+from magi_ray.manifest.bounds import MAX_BYTES, MAX_COLUMNS, MAX_DEPTH, MAX_VALUES, check_size, check_table
 from magi_ray.manifest.messages import file_error, shown
 from magi_ray.manifest.parquet import COLUMNS, column_meant
 
@@ -34,9 +34,10 @@ SUFFIXES: Mapping[str, str] = {
 KINDS = tuple(dict.fromkeys(SUFFIXES.values()))
 
 # Each value takes some 30 times its characters here, or 500 bytes as a node of YAML.
-_MAX_DOCUMENT_BYTES = 32 * 2**20
+_MAX_DOCUMENT_BYTES = 24 * 2**20
 _MAX_YAML_NODES = 500_000
 _MAX_PARTS = 10_000
+_MAX_SHEET_ROWS = 2**20  # Excel's own
 
 _MAGIC = {b"PAR1": "parquet", b"PK\x03\x04": "xlsx"}
 _FOREIGN = {
@@ -217,6 +218,7 @@ def _raw(data: bytes, name: str, short: str, kind: str | None) -> _Raw:
     notes: list[str] = []
     lines: list[int] = []
     rows: list[Mapping[str, Any]] = []
+    columns: set[str] = set()
     values = 0
     if kind != "xlsx":
         _no_foreign(data, name)
@@ -225,9 +227,11 @@ def _raw(data: bytes, name: str, short: str, kind: str | None) -> _Raw:
             if not isinstance(row, dict) or not all(isinstance(key, str) for key in row):
                 raise _UnreadableError(f"line {line}: a row must be a map from column to value, but is {shown(row)}")
             values += _values_in(row, line)
-            check_table(name, values=values)
+            columns.update(row)
             lines.append(line)
             rows.append(row)
+            in_table = len(rows) * len(columns)
+            check_table(name, rows=len(rows), columns=len(columns), values=max(values, in_table))
     except (_UnreadableError, UnicodeDecodeError, csv.Error, yaml.YAMLError, RecursionError, ValueError) as exc:
         reason = "it is nested too deeply" if isinstance(exc, RecursionError) else " ".join(str(exc).split())
         raise file_error(name, f"is not readable as {kind}: {reason}", "correct it there") from exc
@@ -372,9 +376,10 @@ def _past_blanks(text: str, at: int) -> int:
 
 
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if repeated := _repeated(key for key, _ in pairs):
-        raise ValueError(f"{repeated} is there twice")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"{_repeated(key for key, _ in pairs)} is there twice")
+    return found
 
 
 def _json_int(digits: str) -> int | str:
@@ -413,6 +418,8 @@ def _read_csv(data: bytes, notes: list[str]) -> Iterator[tuple[int, Any]]:
 
 def _delimiter(header: str) -> str:
     """The character that separates the most names of columns in ``header``."""
+
+    header = header[:10_000]
 
     def names(delimiter: str) -> int:
         try:
@@ -461,8 +468,8 @@ def _sheet(sheet: Any) -> Iterator[tuple[int, list[Any]]]:
     cells_read = 0
     for line, cells in enumerate(sheet.iter_rows(values_only=True), 1):
         cells_read += len(cells)
-        if cells_read > 4 * MAX_VALUES:  # many of them empty
-            raise _UnreadableError(f"line {line}: here are more than {4 * MAX_VALUES} cells; delete the empty columns")
+        if cells_read > 4 * MAX_VALUES or line > _MAX_SHEET_ROWS:  # most of them empty
+            raise _UnreadableError(f"line {line}: there are too many cells; delete the empty rows and columns")
         yield line, [None if isinstance(cell, str) and not cell.strip() else cell for cell in cells]
 
 
@@ -478,6 +485,8 @@ def _records(
             continue
         if not header:
             header = ["" if cell is None else str(cell).strip() for cell in cells]
+            if len(header) > MAX_COLUMNS:
+                raise _UnreadableError(f"line {line}: there are {len(header)} columns; at most {MAX_COLUMNS} are read")
             if repeated := _repeated(filter(None, header)):
                 raise _UnreadableError(f"line {line}: column {repeated} is there twice")
             continue
