@@ -246,14 +246,13 @@ def _kind_of(data: bytes, name: str) -> str:
     _no_foreign(data, name)
     if kind := SUFFIXES.get(Path(name).suffix.lower(), ""):
         return kind
-    first = next(
-        (line.strip() for line in _decoded(data[:65536], [], errors="replace").split("\n") if line.strip()), ""
-    )
+    lines = (line.strip() for line in _decoded(data[:65536], [], errors="replace").split("\n"))
+    first = next((line for line in lines if line and not line.startswith("#")), "")
     if first.startswith(("[", "{")) or not first:
         return "json"
     if first.startswith(("- ", "---")) or first == "-":
         return "yaml"
-    if any(map(column_meant, next(csv.reader([first], delimiter=_delimiter(first))))):
+    if _SEPARATOR.match(first) or any(map(column_meant, next(csv.reader([first], delimiter=_delimiter(first))))):
         return "csv"
     raise file_error(name, "is of a kind that is not recognised", f"name it: --format {'|'.join(KINDS)}")
 
@@ -281,6 +280,8 @@ def _values_in(row: Mapping[str, Any], line: int) -> int:
         if depth > MAX_DEPTH:
             raise _UnreadableError(f"line {line}: lists and maps are nested more than {MAX_DEPTH} deep")
         count += len(value)
+        if count > MAX_VALUES:
+            break  # which is told
         below = value.values() if isinstance(value, dict) else value
         inside += [(each, depth + 1) for each in below if isinstance(each, dict | list)]
     return count
@@ -393,11 +394,13 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_without_repeated_keys, parse_int=
 
 # CSV and Excel
 
+_SEPARATOR = re.compile(r"sep=(.)\r?(\n|$)")  # Excel's way to name it
+
 
 def _read_csv(data: bytes, notes: list[str]) -> Iterator[tuple[int, Any]]:
     """Cells stay text; an empty one is null."""
     text = _decoded(data, notes)
-    marked = re.match(r"sep=(.)\r?\n", text)  # Excel's way to name it
+    marked = _SEPARATOR.match(text)
     first = next((line for line in text.splitlines() if line.strip()), "")
     delimiter = marked[1] if marked else _delimiter(first)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
