@@ -91,8 +91,6 @@ def _explain(error: MagiRayError, typed: Sequence[str]) -> None:
     if isinstance(error, ManifestError) and any(problem.row or problem.column for problem in error.problems):
         # Not the error's own command: only the typed one has the settings that the rows were checked with.
         remedy, following = error.remedy or "Correct the rows, then run the command again.", again
-    elif isinstance(error, ManifestError):
-        remedy, following = error.remedy, "magi-ray manifest build --help"
     elif isinstance(error, InputError):
         remedy = error.remedy
         following = error.next_command or f"{_command_path(typed)} --help"

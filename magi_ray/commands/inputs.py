@@ -5,26 +5,68 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from magi_ray.commands.console import command_line
-from magi_ray.errors import InputError, ManifestError
+from magi_ray.errors import InputError, ManifestError, ObjectMissing, StoreError
+from magi_ray.manifest import Defaults, Manifest, manifest_of_bytes, read_manifest
+from magi_ray.manifest.bounds import MAX_BYTES, check_size
+from magi_ray.manifest.sources import SUFFIXES
 
-SOURCES = (".jsonl", ".csv", ".yaml", ".yml")
+STDIN = "-"
 
 
-def require_manifest(path: Path, typed: list[str]) -> None:
-    if path.suffix.lower() in SOURCES and path.is_file():
-        built = path.with_suffix(".parquet")
-        if built.is_file():
-            remedy, following = f"Did you mean {built}?", _instead(typed, path, built)
-        else:
-            remedy = "Build a manifest of it first."
-            following = command_line(["manifest", "build", str(path), "-o", str(built)])
-        raise InputError(f"{path} is not a Parquet file.", remedy=remedy, next_command=following)
-    require_file(path, (".parquet",), typed)
+@dataclass(frozen=True, kw_only=True)
+class GivenManifest:
+    """A manifest as it was typed. written: a file, a folder of parts, - or s3://bucket/key.  kind: of its table, None
+    where its name or its content tells."""
+
+    written: str
+    kind: str | None
+
+    @property
+    def name(self) -> str:
+        """What messages and runs call it."""
+        return "stdin" if self.written == STDIN else self.written
+
+    def read(self, typed: list[str], defaults: Defaults, *, strict: bool = True) -> Manifest:
+        """The manifest; strict as ``read_manifest``. Relative media paths start from its folder, or from the current
+        one. Raises ManifestError, InputError; StoreError."""
+        if self.written == STDIN:
+            data = sys.stdin.buffer.read(MAX_BYTES + 1)
+            return manifest_of_bytes(data, defaults, base=Path.cwd(), name=self.name, kind=self.kind, strict=strict)
+        if self.written.lower().startswith("s3://"):
+            base = self.written.rpartition("/")[0]
+            data = _object(self.written)
+            return manifest_of_bytes(data, defaults, base=base, name=self.name, kind=self.kind, strict=strict)
+        path = Path(self.written)
+        require_table(path, typed)
+        return read_manifest(path, defaults, kind=self.kind, strict=strict)
+
+
+def _object(uri: str) -> bytes:
+    """The object at ``uri``, s3://bucket/key. Raises InputError; StoreError."""
+    from magi_ray.storage.opening import open_object
+
+    bucket, key = open_object(uri)
+    if not key:
+        raise InputError(f"{uri} names no object.", remedy="Write s3://bucket/key.")
+    with suppress(StoreError, ValueError):  # nobody may list this bucket, or a key is unusual: its size is not known
+        check_size(uri, next((entry.size for entry in bucket.entries(key) if entry.key == key), 0))
+    try:
+        return bucket.get(key)
+    except ObjectMissing as exc:
+        raise InputError(f"There is no object {uri}.", remedy="Upload it, or correct the address.") from exc
+
+
+def require_table(path: Path, typed: list[str]) -> None:
+    """Raises InputError unless ``path`` is a file or a folder."""
+    if not path.is_dir():
+        require_file(path, tuple(SUFFIXES), typed)
 
 
 def require_file(path: Path, suffixes: Sequence[str], typed: list[str]) -> None:

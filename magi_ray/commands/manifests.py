@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from magi_ray.commands.console import command_line, counted, print_json, print_table, say, say_next
-from magi_ray.commands.inputs import SOURCES, require_file, require_manifest
-from magi_ray.commands.options import example, json_option, settings_options
+from magi_ray.commands.inputs import GivenManifest, require_table
+from magi_ray.commands.options import example, json_option, manifest_argument, settings_options
 from magi_ray.errors import ManifestError
 from magi_ray.settings import Settings
 
@@ -28,13 +28,15 @@ def manifest() -> None:
 @json_option
 @click.pass_obj
 def build(typed: list[str], rows: Path, out: Path, no_check: bool, settings: Settings, as_json: bool) -> None:
-    """Build the manifest FILE (.parquet) from ROWS (.jsonl, .csv or .yaml). Media paths start from FILE's folder."""
+    """Build the manifest FILE (.parquet) from ROWS, a table of any kind. Media paths start from FILE's folder."""
     from magi_ray.manifest import Defaults, build_manifest
 
-    require_file(rows, SOURCES, typed)
-    count = build_manifest(rows, out, defaults=None if no_check else Defaults.of(settings))
+    require_table(rows, typed)
+    count, notes = build_manifest(rows, out, defaults=None if no_check else Defaults.of(settings))
+    for note in notes:
+        say(f"note: {note}", style="yellow")
     if as_json:
-        print_json({"manifest": str(out), "rows": count, "checked": not no_check})
+        print_json({"manifest": str(out), "rows": count, "checked": not no_check, "notes": list(notes)})
     else:
         click.echo(str(out))
     say(f"{counted(count, 'row')}, {'not checked' if no_check else 'all valid'}.")
@@ -42,20 +44,19 @@ def build(typed: list[str], rows: Path, out: Path, no_check: bool, settings: Set
 
 
 @manifest.command(epilog=example("magi-ray manifest validate manifests/quickstart.parquet"))
-@click.argument("path", metavar="MANIFEST", type=click.Path(path_type=Path))
+@manifest_argument
 @click.option("--media/--no-media", default=True, help="Open the images and clips too; the default.")
 @settings_options
 @json_option
 @click.pass_obj
-def validate(typed: list[str], path: Path, media: bool, settings: Settings, as_json: bool) -> None:
+def validate(typed: list[str], given: GivenManifest, media: bool, settings: Settings, as_json: bool) -> None:
     """Check every row of MANIFEST and the media it names, as `submit` does; exit code 3 if any is invalid."""
-    from magi_ray.manifest import Defaults, read_manifest, require_valid
+    from magi_ray.manifest import Defaults, require_valid
     from magi_ray.render.runs.captions import notes_on_prompts
 
-    require_manifest(path, typed)
-    content: dict[str, Any] = {"manifest": str(path), "valid": False, "rows": 0, "problems": [], "notes": []}
+    content: dict[str, Any] = {"manifest": given.name, "valid": False, "rows": 0, "problems": [], "notes": []}
     try:
-        checked = read_manifest(path, Defaults.of(settings), strict=False)
+        checked = given.read(typed, Defaults.of(settings), strict=False)
         if media:
             from magi_ray.render.runs.submission import look_at_media
 
@@ -64,29 +65,28 @@ def validate(typed: list[str], path: Path, media: bool, settings: Settings, as_j
         content |= {"rows": checked.table.num_rows, "notes": notes, "valid": not checked.problems}
         for note in notes:
             say(f"note: {note}", style="yellow")
-        require_valid(checked, str(path))
+        require_valid(checked, given.name)
     except ManifestError as exc:
         exc.json_beside = content | {"problems": [asdict(problem) for problem in exc.problems]}
         raise
     if as_json:
         print_json(content)
     opened = "" if media else " Media were not opened."
-    say(f"{path}: {counted(len(checked.rows), 'row')}, all valid.{opened}")
+    say(f"{given.name}: {counted(len(checked.rows), 'row')}, all valid.{opened}")
     say_next(command_line(["submit", *typed[2:]], without=["--json", "--media", "--no-media"]))
 
 
 @manifest.command(epilog=example("magi-ray manifest show manifests/quickstart.parquet"))
-@click.argument("path", metavar="MANIFEST", type=click.Path(path_type=Path))
+@manifest_argument
 @settings_options
 @json_option
 @click.pass_obj
-def show(typed: list[str], path: Path, settings: Settings, as_json: bool) -> None:
+def show(typed: list[str], given: GivenManifest, settings: Settings, as_json: bool) -> None:
     """Show the rows of MANIFEST with the defaults of a run filled in."""
-    from magi_ray.manifest import Defaults, read_manifest, table_for_show
+    from magi_ray.manifest import Defaults, table_for_show
     from magi_ray.report import manifest_table
 
-    require_manifest(path, typed)
-    rows = table_for_show(read_manifest(path, Defaults.of(settings)))
+    rows = table_for_show(given.read(typed, Defaults.of(settings)))
     if as_json:
         print_json({"rows": rows})
     else:

@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 import click
 
+from magi_ray.commands.inputs import GivenManifest
 from magi_ray.commands.stores import DEFAULT_STORE
 from magi_ray.errors import SettingsError
+from magi_ray.manifest.sources import KINDS
 from magi_ray.settings import PRESETS, device_here, job, override, preset, published
 
 _PATH = click.Path(path_type=Path)
@@ -21,6 +23,18 @@ _PRESETS = ", ".join(PRESETS)
 def example(command: str) -> str:
     """The end of a command's help."""
     return f"\b\nExample:\n  {command}"
+
+
+def manifest_argument(command: Callable[..., Any]) -> Callable[..., Any]:
+    """MANIFEST and --format; the command gets ``given``."""
+
+    @functools.wraps(command)
+    def with_manifest(*args: Any, manifest: str, kind: str | None, **others: Any) -> Any:
+        return command(*args, given=GivenManifest(written=manifest, kind=kind), **others)
+
+    help_text = "The kind of table, where neither its name nor its content tells."
+    with_manifest = click.option("--format", "kind", type=click.Choice(KINDS), help=help_text)(with_manifest)
+    return click.argument("manifest")(with_manifest)
 
 
 def run_argument(command: Callable[..., Any]) -> Callable[..., Any]:

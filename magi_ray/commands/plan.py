@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING
 import click
 
 from magi_ray.commands.console import command_line, counted, print_json, print_table, say, say_next
-from magi_ray.commands.inputs import require_manifest
-from magi_ray.commands.options import example, json_option, settings_options, skip_invalid_option, store_option
+from magi_ray.commands.inputs import GivenManifest
+from magi_ray.commands.options import (
+    example,
+    json_option,
+    manifest_argument,
+    settings_options,
+    skip_invalid_option,
+    store_option,
+)
 from magi_ray.commands.stores import free_bytes, store_to_write
 from magi_ray.errors import InputError
 from magi_ray.settings import Settings
@@ -24,34 +31,33 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog=example("magi-ray plan manifests/quickstart.parquet --store ./magi-ray-store"))
-@click.argument("manifest", type=click.Path(path_type=Path))
+@manifest_argument
 @store_option
 @settings_options
 @skip_invalid_option
 @json_option
 @click.pass_obj
 def plan(
-    typed: list[str], manifest: Path, store_uri: str, settings: Settings, skip_invalid: bool, as_json: bool
+    typed: list[str], given: GivenManifest, store_uri: str, settings: Settings, skip_invalid: bool, as_json: bool
 ) -> None:
     """Show what `submit` would do with each row of MANIFEST, and why. Counts the forwards that it would cost; writes
     nothing."""
-    store, run, _ = prepared(typed, manifest, store_uri, settings, skip_invalid=skip_invalid)
+    store, run, _ = prepared(typed, given, store_uri, settings, skip_invalid=skip_invalid)
     show_plan(typed, store, run, as_json=as_json)
 
 
 def prepared(
-    typed: list[str], manifest: Path, store_uri: str, settings: Settings, *, skip_invalid: bool
+    typed: list[str], given: GivenManifest, store_uri: str, settings: Settings, *, skip_invalid: bool
 ) -> tuple[Store, Run, dict[str, Path]]:
-    """The store, the run that ``manifest`` asks for, and the media it needs, by sha256. Nothing is written."""
-    from magi_ray.manifest import Defaults, explain, read_manifest
+    """The store, the run that the manifest asks for, and the media it needs, by sha256. Nothing is written."""
+    from magi_ray.manifest import Defaults, explain
 
-    require_manifest(manifest, typed)
     # Rows first: this takes a moment, the rest loads torch.
-    checked = read_manifest(manifest, Defaults.of(settings), strict=False)
+    checked = given.read(typed, Defaults.of(settings), strict=False)
     store = store_to_write(store_uri)
     from magi_ray.render.runs.submission import prepare
 
-    run, files = prepare(checked, name=str(manifest), settings=settings, store=store, skip_invalid=skip_invalid)
+    run, files = prepare(checked, name=given.name, settings=settings, store=store, skip_invalid=skip_invalid)
     for note in run.manifest.notes:
         say(f"note: {note}", style="yellow")
     if run.record.problems:

@@ -9,10 +9,12 @@ from pathlib import Path
 import click
 
 from magi_ray.commands.console import counted, say
+from magi_ray.commands.inputs import GivenManifest
 from magi_ray.commands.options import (
     RenderOptions,
     example,
     json_option,
+    manifest_argument,
     no_wait_option,
     render_options,
     run_options,
@@ -27,7 +29,7 @@ from magi_ray.settings import Settings
 
 
 @click.command(epilog=example("magi-ray submit manifests/quickstart.parquet --store ./magi-ray-store"))
-@click.argument("manifest", type=click.Path(path_type=Path))
+@manifest_argument
 @store_option
 @settings_options
 @render_options
@@ -41,7 +43,7 @@ from magi_ray.settings import Settings
 @click.pass_obj
 def submit(
     typed: list[str],
-    manifest: Path,
+    given: GivenManifest,
     store_uri: str,
     settings: Settings,
     options: RenderOptions,
@@ -55,7 +57,7 @@ def submit(
 
     A background process renders and this one follows it. Ctrl-C leaves it running; `magi-ray watch` follows it again.
     """
-    store, run, files = prepared(typed, manifest, store_uri, settings, skip_invalid=skip_invalid)
+    store, run, files = prepared(typed, given, store_uri, settings, skip_invalid=skip_invalid)
     if dry_run:
         show_plan(typed, store, run, as_json=as_json)
         return

@@ -13,45 +13,72 @@ import pyarrow as pa
 
 from magi_ray.errors import InputError, Problem
 from magi_ray.manifest import parquet, sources
-from magi_ray.manifest.messages import file_error, manifest_error
-from magi_ray.manifest.parquet import COLUMNS, CONTROLS, SCHEMA, VERSION
+from magi_ray.manifest.messages import manifest_error, shown
+from magi_ray.manifest.parquet import COLUMNS, CONTROLS, SCHEMA, VERSION, column_meant, unknown_columns
 from magi_ray.manifest.rows import Caption, Defaults, Manifest, Row, plain
 from magi_ray.manifest.rules import PREFIX_COLUMNS, Cells, Checked, Context, Entry, check, location, notes
+from magi_ray.manifest.sources import Source
 from magi_ray.settings import AS_THE_RUN, ChunkControl, PrefixSettings
 
 
-def read_manifest(path: Path, defaults: Defaults, *, strict: bool = True) -> Manifest:
-    """The manifest at ``path``; relative media paths start from its folder.
+def read_manifest(path: Path, defaults: Defaults, *, kind: str | None = None, strict: bool = True) -> Manifest:
+    """The manifest in the table at ``path``, a file or a folder of parts; relative media paths start from its folder.
+
+    kind: one of KINDS, where the file's name does not tell.
 
     strict: raises ManifestError, which carries every problem of every row. Otherwise only for what is no table:
     other problems are in the manifest, and whether media exist is left to ``render.runs.submission``.
     """
-    name = str(path)
-    try:
-        data = path.read_bytes()
-    except OSError as exc:
-        reason = "does not exist" if isinstance(exc, FileNotFoundError) else f"cannot be read ({exc.strerror})"
-        raise file_error(name, reason, "give the path of a Parquet manifest") from exc
-    manifest = _of_table(parquet.decode(data, name), _context(defaults, path.parent, media_must_exist=strict))
+    manifest = _manifest(
+        sources.read(path, kind),
+        _context(defaults, path if path.is_dir() else path.parent, media_must_exist=strict),
+    )
     if strict:
-        require_valid(manifest, name, next_command=f"magi-ray manifest validate {path}")
+        require_valid(manifest, str(path), next_command=f"magi-ray manifest validate {path}")
+    return manifest
+
+
+def manifest_of_bytes(
+    data: bytes, defaults: Defaults, *, base: Path | str, name: str, kind: str | None = None, strict: bool = True
+) -> Manifest:
+    """The manifest in the table that ``data`` holds. ``base``: where relative media paths start, a path or
+    s3://bucket/folder. ``name``: what errors call it; where neither its end nor ``kind`` tells the kind, the first
+    lines do. strict: as ``read_manifest``.
+
+    Raises ManifestError.
+    """
+    manifest = _manifest(sources.parse(data, name, kind), _context(defaults, base, media_must_exist=strict))
+    if strict:
+        require_valid(manifest, name)
     return manifest
 
 
 def parse_manifest(
     data: bytes, defaults: Defaults, *, base: Path, name: str, stored: bool = False, left_out: Sequence[Problem] = ()
 ) -> Manifest:
-    """The manifest in ``data``, the bytes of a Parquet file. ``base``: where relative media paths start.
-    ``name``: what errors call it. ``stored`` is for a run that is resumed: its rows were checked when it was submitted,
-    and a file that is gone by now fails one row only. left_out: the problems that rows were left out for then.
+    """The manifest in ``data``, the bytes of the Parquet file that a run keeps. ``base``: where relative media paths
+    start. ``name``: what errors call it. ``stored`` is for a run that is resumed: its rows were checked when it was
+    submitted, and a file that is gone by now fails one row only. left_out: the problems that rows were left out for
+    then.
 
     Raises ManifestError, which carries every problem of every other row.
     """
     context = _context(defaults, base, media_must_exist=not stored, stored=stored)
-    manifest = _of_table(parquet.decode(data, name), context)
+    manifest = _manifest(sources.of_table(parquet.decode(data, name)), context)
     known = {problem.row for problem in left_out}
     require_valid(replace(manifest, problems=tuple(p for p in manifest.problems if p.row not in known)), name)
     return replace(manifest, problems=()).without(left_out)
+
+
+def manifest_of_table(
+    table: pa.Table, defaults: Defaults, *, base: Path, name: str = "the table", strict: bool = True
+) -> Manifest:
+    """The manifest in an Arrow table, whose columns may have any types that ``casting`` casts. strict: as
+    ``read_manifest``. Raises ManifestError."""
+    manifest = _manifest(sources.of_table(table), _context(defaults, base, media_must_exist=strict))
+    if strict:
+        require_valid(manifest, name)
+    return manifest
 
 
 def manifest_of(
@@ -61,9 +88,7 @@ def manifest_of(
 
     Raises ManifestError.
     """
-    context = _context(defaults, base, media_must_exist=strict)
-    checked, table = _checked(rows, context)
-    manifest = _manifest(checked, table, context)
+    manifest = _manifest(sources.of_rows(rows), _context(defaults, base, media_must_exist=strict))
     if strict:
         require_valid(manifest, name)
     return manifest
@@ -73,7 +98,8 @@ def require_valid(manifest: Manifest, name: str, *, next_command: str = "") -> N
     """Raises ManifestError with every problem of ``manifest``, which messages call ``name``, if it has any."""
     if not manifest.problems:
         return
-    error = manifest_error(name, manifest.problems, rows=manifest.table.num_rows, next_command=next_command)
+    problems = _located(manifest.problems, manifest.places)
+    error = manifest_error(name, problems, rows=manifest.table.num_rows, next_command=next_command)
     if manifest.rows:
         good = len(manifest.rows)
         error.remedy = (
@@ -82,76 +108,83 @@ def require_valid(manifest: Manifest, name: str, *, next_command: str = "") -> N
     raise error
 
 
+def _located(problems: Sequence[Problem], places: Sequence[str]) -> Sequence[Problem]:
+    """``problems`` with the place of each row in its text file."""
+    if not places:
+        return problems
+    return [
+        replace(found, rule=f"{found.rule} ({places[found.row - 1]})") if found.row else found for found in problems
+    ]
+
+
 def write_manifest(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Writes ``rows`` (as for ``manifest_of``) to a Parquet file. Their types are checked, the rules are not.
 
     Raises ManifestError: a value has the wrong type. InputError: the file cannot be written.
     """
-    checked, table = _checked(rows, None)
+    source = sources.of_rows(rows)
+    _require_types(_checked(source, None), source, "the rows")
+    parquet.write(source.table, path)
+
+
+def _require_types(checked: Checked, source: Source, name: str, *, next_command: str = "") -> None:
     if checked.problems:
-        raise manifest_error("the rows", checked.problems, rows=len(rows))
-    parquet.write(table, path)
+        problems = _located(checked.problems, source.places)
+        raise manifest_error(name, problems, rows=len(source.rows), next_command=next_command)
 
 
-def build_manifest(source: Path, out: Path, *, defaults: Defaults | None) -> int:
-    """Builds the Parquet manifest ``out`` from ``source`` (.jsonl, .csv, .yaml, .yml); gives the number of rows.
+def build_manifest(
+    path: Path, out: Path, *, defaults: Defaults | None, kind: str | None = None
+) -> tuple[int, Sequence[str]]:
+    """Builds the Parquet manifest ``out`` from the table at ``path``; gives the number of rows, and notes.
 
-    The values get the types of their columns. In CSV an empty cell is null, a schedule or tags are JSON in their
-    cell, and unknown columns stay text. Relative media paths start from the folder of ``out``.
+    The values get the types of their columns; relative media paths start from the folder of ``out``.
     ``defaults=None`` writes rows that break rules as well; types are always checked.
 
-    Raises ManifestError, whose problems name the line of ``source`` too; nothing is written then.
+    Raises ManifestError, whose problems name the line of the table too; nothing is written then.
     InputError: ``out`` cannot be written.
     """
     if out.suffix != ".parquet":
         raise InputError(f"{out} does not end in .parquet.", remedy="Name the manifest to write, e.g. -o rows.parquet.")
-    lines, rows = sources.load(source)
-    checked, table = _checked(rows, None if defaults is None else _context(defaults, out.parent))
-    if checked.problems:
-        located = [
-            replace(found, rule=f"{found.rule} ({source.name}:{lines[found.row - 1]})") if found.row else found
-            for found in checked.problems
-        ]
-        again = f"magi-ray manifest build {source} -o {out}"
-        raise manifest_error(str(source), located, rows=len(rows), next_command=again)
-    parquet.write(table, out)
-    return len(rows)
+    source = sources.read(path, kind)
+    checked = _checked(source, None if defaults is None else _context(defaults, out.parent))
+    _require_types(checked, source, str(path), next_command=f"magi-ray manifest build {path} -o {out}")
+    parquet.write(source.table, out)
+    return len(source.rows), source.notes
 
 
-def _context(defaults: Defaults, base: Path, *, media_must_exist: bool = True, stored: bool = False) -> Context:
-    return Context(defaults=defaults, base=base.absolute(), media_must_exist=media_must_exist, stored=stored)
+def _context(defaults: Defaults, base: Path | str, *, media_must_exist: bool = True, stored: bool = False) -> Context:
+    base = base.absolute() if isinstance(base, Path) else base
+    return Context(defaults=defaults, base=base, media_must_exist=media_must_exist, stored=stored)
 
 
-def _checked(rows: Sequence[Mapping[str, Any]], context: Context | None) -> tuple[Checked, pa.Table]:
-    """The checked cells and the table of plain rows. Without a context only types are checked."""
-    problems = [] if context is None else list(_missing(len(rows), {name for row in rows for name in row}))
-    checked = check(rows, context, unusable={problem.column for problem in problems})
-    table, unfit = parquet.tabulate(rows, skip={problem.column for problem in checked.problems})
-    return replace(checked, problems=[*problems, *unfit, *checked.problems]), table
+def _checked(source: Source, context: Context | None) -> Checked:
+    """The checked cells, with the problems of the table too. Without a context only types are checked."""
+    problems = [*source.problems, *([] if context is None else _missing(source.table))]
+    checked = check(source.rows, context, unusable={problem.column for problem in problems} & COLUMNS.keys())
+    return replace(checked, problems=[*problems, *checked.problems])
 
 
-def _of_table(table: pa.Table, context: Context) -> Manifest:
-    """The manifest in ``table``, with its problems."""
-    problems = [*parquet.table_problems(table), *_missing(table.num_rows, set(table.column_names))]
-    unusable = {problem.column for problem in problems if problem.column in COLUMNS}
-    names = [column for column in COLUMNS if column in table.column_names and column not in unusable]
-    columns = [parquet.plain_values(table.column(column)) for column in names]
-    rows = (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
-    checked = check(rows, context, unusable=unusable)
-    return _manifest(replace(checked, problems=[*problems, *checked.problems]), table, context)
-
-
-def _missing(rows: int, columns: set[str]) -> Iterator[Problem]:
-    if rows == 0:
+def _missing(table: pa.Table) -> Iterator[Problem]:
+    columns = set(table.column_names)
+    meant = {column_meant(name): name for name in table.column_names if name not in COLUMNS}
+    if table.num_rows == 0:
         yield Problem(value="the manifest", rule="holds no rows", remedy="write one row for each video")
-    elif "job_id" not in columns:
-        yield Problem(column="job_id", rule="the column is missing", remedy="give every row a name of its own")
+        return
+    if "job_id" not in columns:
+        remedy = f"rename column {shown(meant['job_id'])}" if "job_id" in meant else "give every row a name of its own"
+        yield Problem(column="job_id", rule="the column is missing", remedy=remedy)
+    spelled = next((column for column in ("prompt", "schedule") if column in meant), "")
+    if spelled and not columns & {"prompt", "schedule"}:
+        remedy = f"rename column {shown(meant[spelled])}"
+        yield Problem(column=spelled, rule="the column is missing", remedy=remedy)
 
 
-def _manifest(checked: Checked, table: pa.Table, context: Context) -> Manifest:
-    """The manifest of ``checked`` rows; ``table`` holds the unknown columns."""
+def _manifest(source: Source, context: Context) -> Manifest:
+    """The manifest in ``source``, with its problems."""
+    checked, table = _checked(source, context), source.table
     usable = all(problem.row for problem in checked.problems)
-    names = parquet.unknown_columns(table) if usable else []
+    names = unknown_columns(table) if usable else []
     unknown = {name: parquet.plain_values(table.column(name)) for name in names}
 
     def rows(cells: Mapping[int, Cells]) -> tuple[Row, ...]:
@@ -166,7 +199,8 @@ def _manifest(checked: Checked, table: pa.Table, context: Context) -> Manifest:
         problems=(),
         digest="",
         table=table,
-        notes=tuple(notes(checked.cells, unknown)),
+        places=tuple(source.places),
+        notes=(*source.notes, *notes(checked.cells, unknown)),
     )
     return replace(manifest, digest=_digest(manifest, checked)).without(checked.problems)
 

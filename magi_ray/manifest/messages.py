@@ -8,8 +8,6 @@ from collections.abc import Sequence
 
 from magi_ray.errors import ManifestError, Problem
 
-BUILD = "magi-ray manifest build rows.jsonl|rows.csv|rows.yaml -o rows.parquet"
-
 
 def explain(problems: Sequence[Problem], *, limit: int = 40) -> str:
     """One line for each problem, rows in order; after ``limit`` lines, how many more there are in which columns.
@@ -36,7 +34,10 @@ def _line(problem: Problem) -> str:
 
 def shown(value: object) -> str:
     """A value as a message shows it: text in quotes, at most 60 characters."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):  # thousands of digits, or lists in lists
+        text = f"a value of type {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:56]} …" + ('"' if text.endswith('"') else "")
 
 

@@ -102,6 +102,7 @@ class Manifest:
     its columns do not count. Of media only the written paths count; their contents are hashed with the prefix of each
     video. Rows that break a rule count as they were written.
     table: the whole table with its own types, so that unknown columns stay unchanged; row n is its line n.
+    places: where each row begins in a text file ("rows.csv:7"), or in which part of a folder; empty for others.
     notes: what is allowed but probably not meant, a sentence each.
     """
 
@@ -111,6 +112,7 @@ class Manifest:
     digest: str
     table: pa.Table
     notes: tuple[str, ...]
+    places: tuple[str, ...] = ()
 
     def without(self, problems: Sequence[Problem]) -> Self:
         """This manifest with ``problems`` too, and without the rows that have them."""

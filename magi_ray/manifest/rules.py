@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -22,8 +23,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from magi_ray.errors import Problem
+from magi_ray.manifest.casting import EXACT, Unfit
 from magi_ray.manifest.messages import shown
-from magi_ray.manifest.parquet import COLUMNS, CONTROLS
+from magi_ray.manifest.parquet import COLUMNS, CONTROLS, column_meant
 from magi_ray.manifest.rows import Defaults
 from magi_ray.settings import nearest, step_problems
 from magi_ray.timeline import (
@@ -49,11 +51,12 @@ _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
-    """What rules need besides the row's cells. number: the row's, from 1.  base: where relative media paths start,
-    absolute.  stored: the row was submitted before: bounds that are newer than it do not apply."""
+    """What rules need besides the row's cells. number: the row's, from 1.  base: where relative media paths start, an
+    absolute path or s3://bucket/folder.  stored: the row was submitted before: bounds that are newer than it do not
+    apply."""
 
     defaults: Defaults
-    base: Path
+    base: Path | str
     media_must_exist: bool
     stored: bool = False
     number: int = 0
@@ -188,7 +191,7 @@ def _can_be_read(written: str, context: Context) -> Iterator[Broken]:
     elif url is not None and scheme == "file" and url.netloc not in ("", "localhost"):
         rule = f"names the machine {url.netloc}, but only files of this one are read"
         yield Broken(rule=rule, remedy="write file:///absolute/path")
-    elif scheme != "s3" and context.media_must_exist:
+    elif not location(written, context.base).startswith("s3:") and context.media_must_exist:
         yield from is_a_file(Path(location(written, context.base)))
 
 
@@ -209,12 +212,15 @@ def _scheme(written: str) -> str:
     return found[1].lower() if found else ""
 
 
-def location(written: str, base: Path) -> str:
+def location(written: str, base: Path | str) -> str:
     """Where an image or clip lies whose cell breaks no rule: an absolute path, or its s3:// URI."""
     scheme = _scheme(written)
     if scheme == "s3":
         return written
-    return str(base / (unquote(urlsplit(written).path) if scheme == "file" else written))
+    path = unquote(urlsplit(written).path) if scheme == "file" else written
+    if isinstance(base, Path) or path.startswith("/"):
+        return str(Path(base) / path)
+    return f"s3://{posixpath.normpath(f'{base}/{path}'.removeprefix('s3://'))}"
 
 
 def _one_of(*known: str) -> Rule:
@@ -518,8 +524,14 @@ def _problems(error: ValidationError, number: int, row: Mapping[str, Any]) -> It
     faults, mistyped = error.errors(include_url=False, include_input=False), _mistyped(error)
     for column in mistyped:
         wanted = COLUMNS[column]
-        remedy = "put the value in quotes" if wanted == pa.string() else "correct the value"
-        yield _problem(number, row.get("job_id"), column, shown(row[column]), f"must be {_TYPES[wanted]}", remedy)
+        cell, rule, remedy = row[column], f"must be {_TYPES[wanted]}", "correct the value"
+        if isinstance(cell, Unfit):
+            yield _problem(number, row.get("job_id"), column, cell.value, cell.rule, cell.remedy)
+            continue
+        if wanted == pa.int64() and isinstance(cell, float) and EXACT < abs(cell) < 2**63:
+            rule += " without a rounding, which a float above 2^53 may have had"
+            remedy = "write it as an integer or as text"
+        yield _problem(number, row.get("job_id"), column, shown(cell), rule, remedy)
     for fault in faults:
         column, inside = str(fault["loc"][0]), fault["loc"][1:]
         if column in mistyped:
@@ -553,9 +565,9 @@ def notes(cells: Mapping[int, Cells], unknown: Iterable[str]) -> Iterator[str]:
     """Notes on what is allowed but probably not meant. cells: by row.  unknown: the columns that magi-ray does not
     know."""
     for name in unknown:
-        close = difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.7)
+        close = column_meant(name) or next(iter(difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.7)), "")
         if close:
-            yield f"Column {name} is not one of ours and only travels into the results. Did you mean {close[0]}?"
+            yield f"Column {name} is not one of ours and only travels into the results. Did you mean {close}?"
     for column in PREFIX_COLUMNS:
         what = "an image or a clip" if column == "fit" else "a clip"
         idle = [

@@ -192,7 +192,7 @@ def test_rows_survive_pickling() -> None:
 # Rules beside those of mistakes.parquet
 
 
-@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("seconds", [float("inf"), float("-inf"), -1.0])
 def test_a_length_must_be_a_positive_number(seconds: float) -> None:
     assert complaint(seconds=seconds).endswith("is not a length; write a number above 0, for example 2.5")
 
@@ -386,20 +386,14 @@ def test_a_resumed_run_reads_its_rows_although_a_picture_has_gone(tmp_path: Path
 
 
 def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
-    assert refused(tmp_path / "m.parquet") == [
-        f"{tmp_path}/m.parquet does not exist; give the path of a Parquet manifest"
-    ]
-
-
-def test_a_folder_is_no_manifest(tmp_path: Path) -> None:
-    assert refused(tmp_path) == [f"{tmp_path} cannot be read (Is a directory); give the path of a Parquet manifest"]
+    assert refused(tmp_path / "m.parquet") == [f"{tmp_path}/m.parquet does not exist; give the path of a table"]
 
 
 @pytest.mark.parametrize("data", [b"", b"job_id,prompt\n"])
 def test_another_kind_of_file_is_named_as_such(data: bytes) -> None:
     (line,) = refused(data)
 
-    assert line.startswith("m.parquet is not a Parquet file; make one: magi-ray manifest build")
+    assert line == "m.parquet is not a Parquet file; name its kind: --format csv, for example"
 
 
 def test_a_file_cut_anywhere_is_refused() -> None:
@@ -427,15 +421,12 @@ def test_a_damaged_footer_is_refused() -> None:
     assert line.startswith("m.parquet is damaged: ")
 
 
-def test_a_file_without_a_schema_version_is_refused_along_with_what_else_is_wrong() -> None:
-    plain = table(width=[3]).replace_schema_metadata({"magi_ray": "version one"})
+@pytest.mark.parametrize("metadata", [None, {"magi_ray": "version one"}, {"magi_ray": "[]"}])
+def test_a_file_without_a_schema_version_has_the_current_one(metadata: dict[str, str] | None) -> None:
+    plain = parse(parquet(table(width=[32]).replace_schema_metadata(metadata)))
 
-    version, width = refused(parquet(plain))
-
-    assert version.startswith(
-        "the file does not say in its metadata (key magi_ray) which version of the schema it has;"
-    )
-    assert width == 'row 1 (job "cat"), column width: 3 is not a multiple of 16; use 16'
+    assert plain.digest == parse(parquet(table(width=[32]))).digest
+    assert json.loads(pq.read_schema(pa.BufferReader(plain.parquet())).metadata[b"magi_ray"])["version"] == 1
 
 
 def test_a_newer_schema_is_not_guessed_at() -> None:
@@ -461,29 +452,24 @@ def test_a_manifest_without_names_is_refused_once_and_not_for_each_row() -> None
 @pytest.mark.parametrize(
     ("column", "found", "types"),
     [
-        ("width", ["64"], "type string is not int64"),
-        ("width", [64.0], "type double is not int64"),
-        ("seconds", ["2"], "type string is not double"),
-        ("prompt", [1], "type int64 is not string"),
-        ("tags", [["a"]], "type list<element: string> is not map<string, string>"),
-        (
-            "schedule",
-            ["[]"],
-            "type string is not list<item: struct<start_chunk: int64, prompt: string, kv_range: list<item: int64>, "
-            "text_scales: list<item: double>, prev_chunk_scales: list<item: double>>>",
-        ),
+        ("width", [[64]], "type list<element: int64> cannot be cast to int64"),
+        ("seconds", [datetime.date(2026, 11, 20)], "type date32[day] cannot be cast to double"),
+        ("prompt", [{"en": "A cat"}], "type struct<en: string> cannot be cast to string"),
+        ("tags", [1], "type int64 cannot be cast to map<string, string>"),
+        ("schedule", [{"start_chunk": 0}], "type struct<start_chunk: int64> cannot be cast to list<item: struct<"),
     ],
 )
 def test_a_column_of_the_wrong_type_is_named_with_both_types(column: str, found: Any, types: str) -> None:
-    assert refused(parquet(table(**{column: found}))) == [
-        f"column {column}: {types}, the type of this column; cast the column"
-    ]
+    (line,) = refused(parquet(table(**{column: found})))
+
+    assert line.startswith(f"column {column}: {types}")
+    assert line.endswith(", the type of this column; cast the column")
 
 
 def test_rows_are_checked_beside_a_column_of_the_wrong_type() -> None:
-    first, second = refused(parquet(table(prompt=[1], height=[7])))
+    first, second = refused(parquet(table(prompt=[[1]], height=[7])))
 
-    assert "column prompt: type int64" in first
+    assert "column prompt: type list<element: int64>" in first
     assert second.endswith("column height: 7 is not a multiple of 16; use 16")
 
 
@@ -573,14 +559,16 @@ def test_a_schedule_without_the_newer_fields_is_as_valid_as_ever_and_the_same_ma
     assert found.digest != of(controlled(kv_range=[1])).digest != of(controlled(kv_range=[2])).digest
 
 
-@pytest.mark.parametrize(
-    "fields", [[("start_chunk", pa.int64())], [("start_chunk", pa.int64()), ("prompt", pa.string()), ("x", pa.int64())]]
-)
-def test_a_schedule_with_other_fields_is_of_the_wrong_type(fields: list[tuple[str, pa.DataType]]) -> None:
-    column = pa.array([[]], pa.list_(pa.struct(fields)))
-    (line,) = refused(parquet(pa.table({"job_id": ["cat"], "schedule": column}).replace_schema_metadata(MARK)))
+def test_a_field_of_a_schedule_that_is_none_of_ours_is_refused_where_it_says_something() -> None:
+    entry = pa.struct([("start_chunk", pa.int64()), ("prompt", pa.string()), ("note", pa.string())])
+    column = pa.array(
+        [[{"start_chunk": 0, "prompt": "A cat"}], [{"start_chunk": 0, "prompt": "B", "note": "x"}]], pa.list_(entry)
+    )
+    (line,) = refused(parquet(pa.table({"job_id": ["a", "b"], "schedule": column})))
 
-    assert line.startswith("column schedule: type list<element: struct<")
+    assert line.startswith(
+        'row 2 (job "b"), column schedule: [{"start_chunk": 0, "prompt": "B", "note": "x"}] must be a'
+    )
 
 
 def test_the_transitions_explained_are_valid(folder: Path) -> None:
@@ -611,8 +599,8 @@ def test_what_a_row_says_of_its_prefix_wins_over_the_run() -> None:
         ("prefix_frames", -32, "-32 is shorter than one latent frame"),
         ("prefix_from", "End", '"End" is none of start, end; use end'),
         ("fit", "stretch", '"stretch" is none of crop, pad, fit; use crop'),
-        ("include_prefix", 1, "1 must be true or false"),
-        ("include_prefix", "yes", '"yes" must be true or false'),
+        ("include_prefix", 0.7, "0.7 must be true or false"),
+        ("include_prefix", "perhaps", '"perhaps" must be true or false'),
     ],
 )
 def test_a_prefix_that_cannot_be_is_named(column: str, value: Any, words: str) -> None:
@@ -782,11 +770,11 @@ def test_csv_cells_get_the_types_of_their_columns(folder: Path) -> None:
 
 
 def test_wrong_types_in_text_are_all_reported_with_their_lines(folder: Path) -> None:
-    content = '{"job_id": 7, "prompt": "A cat"}\n\n{"job_id": "b", "prompt": "A cat", "width": "64", "fps": 999}\n'
+    content = '{"job_id": [7], "prompt": "A cat"}\n\n{"job_id": "b", "prompt": "A cat", "width": "6x", "fps": 999}\n'
 
     assert build_complaints(folder, "rows.jsonl", content) == [
-        "row 1, column job_id: 7 must be text (rows.jsonl:1); put the value in quotes",
-        'row 2 (job "b"), column width: "64" must be a whole number below 2^63 (rows.jsonl:3); correct the value',
+        "row 1, column job_id: [7] must be text (rows.jsonl:1); correct the value",
+        'row 2 (job "b"), column width: "6x" must be a whole number below 2^63 (rows.jsonl:3); correct the value',
         'row 2 (job "b"), column fps: 999 is not between 1 and 120 (rows.jsonl:3); use a number between them',
     ]
 
@@ -796,8 +784,8 @@ def test_wrong_types_in_text_are_all_reported_with_their_lines(folder: Path) -> 
     [
         ("width", True, "true must be a whole number below 2^63"),
         ("seed", 2**63, "9223372036854775808 must be a whole number below 2^63"),
-        ("seconds", "2", '"2" must be a number'),
-        ("tags", {"take": 3}, '{"take": 3} must be a map from text to text'),
+        ("seconds", "2 s", '"2 s" must be a number'),
+        ("tags", {"take": [3]}, "must be a map from text to text"),
         ("schedule", "A cat", '"A cat" must be a list of {start_chunk, prompt}'),
         ("schedule", [{"chunk": 0}], '[{"chunk": 0}] must be a list of {start_chunk, prompt}'),
         ("note", "\ud800", "is not valid Unicode"),
@@ -820,16 +808,16 @@ def test_a_csv_cell_that_is_no_number_is_named_with_its_line(folder: Path) -> No
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("rows.jsonl", '{"job_id": "a"}\n{"job_id"', "is not readable as UTF-8 jsonl: line 2: "),
+        ("rows.jsonl", '{"job_id": "a"}\n{"job_id"', "is not readable as jsonl: line 2: "),
         ("rows.jsonl", '{"job_id": "a", "job_id": "b"}', "line 1: job_id is there twice"),
         ("rows.jsonl", "[1]", "line 1: a row must be a map from column to value, but is [1]"),
-        ("rows.jsonl", b"\xff", "is not readable as UTF-8 jsonl: "),
+        ("rows.jsonl", b"\xff", "is not readable as jsonl: "),
         ("rows.csv", "job_id,prompt\na,b,c\n", "line 2: 3 cells, but the header has 2"),
         ("rows.csv", "job_id,job_id\na,b\n", "line 1: column job_id is there twice"),
         ("rows.yaml", "job_id: a", "the file must be a list of rows, each beginning with '- '"),
-        ("rows.yaml", "- a: [", "is not readable as UTF-8 yaml: "),
+        ("rows.yaml", "- a: [", "is not readable as yaml: "),
         ("rows.yaml", "- job_id: a\n- 3", "line 2: a row must be a map from column to value, but is 3"),
-        ("rows.txt", "", "ends in none of .jsonl, .csv, .yaml, .yml"),
+        ("rows.txt", "cat sofa", "is of a kind that is not recognised; name it: --format parquet|csv|"),
         ("rows.yaml", "", "holds no rows"),
         ("rows.csv", "", "holds no rows"),
         ("rows.jsonl", "", "holds no rows"),
