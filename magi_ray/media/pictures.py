@@ -60,7 +60,10 @@ def shown_picture_size(picture: Image.Image) -> tuple[int, int]:
 
 
 def shown_picture(path: Path, opened: Image.Image) -> tuple[Pixels, tuple[str, ...]]:
-    """Its pixels as a viewer shows them, uint8 sRGB [H, W, 3], and notes on what was done to it. Raises MediaError."""
+    """Its pixels as a viewer shows them, uint8 sRGB [H, W, 3], and notes on what was done to it.
+
+    path: names it in errors.  opened: is turned and closed on the way.  Raises MediaError.
+    """
     if _is_hdr(path, opened):
         remedy = (
             "convert it: ffmpeg -i IN -vf zscale=t=linear:npl=203,format=gbrpf32le,tonemap=mobius:peak=5,"
