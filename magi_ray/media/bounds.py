@@ -10,7 +10,7 @@ from pathlib import Path
 
 from magi_ray.errors import MediaError
 
-MAX_PICTURE_PIXELS = 80_000_000
+MAX_PICTURE_PIXELS = 75_000_000
 MAX_FRAME_PIXELS = 8192 * 4352  # 8K; a decoder may hold seventeen of them
 MAX_CLIP_S = 12 * 3600
 MAX_GAP_S = 600  # between two frames, which a higher rate fills with copies

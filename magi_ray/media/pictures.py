@@ -60,7 +60,10 @@ def shown_picture_size(picture: Image.Image) -> tuple[int, int]:
 
 
 def shown_picture(path: Path, opened: Image.Image) -> tuple[Pixels, tuple[str, ...]]:
-    """Its pixels as a viewer shows them, uint8 sRGB [H, W, 3], and notes on what was done to it. Raises MediaError."""
+    """Its pixels as a viewer shows them, uint8 sRGB [H, W, 3], and notes on what was done to it.
+
+    path: names it in errors.  opened: is turned and closed on the way.  Raises MediaError.
+    """
     if _is_hdr(path, opened):
         remedy = (
             "convert it: ffmpeg -i IN -vf zscale=t=linear:npl=203,format=gbrpf32le,tonemap=mobius:peak=5,"
@@ -77,12 +80,13 @@ def shown_picture(path: Path, opened: Image.Image) -> tuple[Pixels, tuple[str, .
     profile = opened.info.get("icc_profile")
     picture = _plain_mode(path, opened)
     if picture.mode in ("LA", "RGBA"):
-        alpha, picture = picture.getchannel("A"), picture.convert(picture.mode[:-1])
-        if alpha.getextrema()[0] != 255:
-            over = Image.new(picture.mode, picture.size, _BACKGROUND)
-            over.paste(picture, mask=alpha)
+        if picture.getchannel("A").getextrema()[0] != 255:
+            over = Image.new(picture.mode[:-1], picture.size, _BACKGROUND)
+            over.paste(picture if picture.mode == "RGBA" else picture.getchannel("L"), mask=picture.getchannel("A"))
             picture = over
             notes.append(f"is transparent in places; they are shown over {_BACKGROUND}")
+        else:
+            picture = picture.convert(picture.mode[:-1])
     if profile:
         try:
             picture = _to_srgb(picture, profile)
@@ -90,7 +94,10 @@ def shown_picture(path: Path, opened: Image.Image) -> tuple[Pixels, tuple[str, .
             notes.append(f"has a colour profile that cannot be used ({exc}); its colours are taken as sRGB")
     elif picture.mode == "CMYK":
         notes.append("is CMYK without a colour profile; its colours are a guess")
-    return np.asarray(_as(picture, "RGB")), tuple(notes)
+    shown = _as(picture, "RGB")
+    if shown is not opened:
+        opened.close()  # its memory is needed for the copy
+    return np.asarray(shown), tuple(notes)
 
 
 def _is_hdr(path: Path, picture: Image.Image) -> bool:
