@@ -1,5 +1,6 @@
 # make demo   render manifests/quickstart.parquet and say where the videos are
-# make test   run the tests
+# make check  style, and the tests that need no network, process or server: for every change; under two minutes
+# make test   run all tests, on the cores there are (at most 8)
 # make lint   style, format and types
 # make nightly   the long tests: a crash at every call to the store, 20,000 simulated runs
 #
@@ -12,7 +13,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test lint nightly
+# As many as there are cores, but each needs some 2 GB of memory.
+WORKERS := -n logical --maxprocesses 8 --dist loadfile
+QUICK := tests/test_floors.py tests/ground tests/render/plans tests/render/driving/test_scheduler.py tests/test_report.py \
+	tests/sampling/test_guidance.py tests/sampling/test_noise.py tests/sampling/test_ranges.py \
+	tests/storage/test_local.py tests/storage/test_memory.py tests/storage/test_records.py tests/storage/test_retrying.py
+
+.PHONY: demo check test lint nightly
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -20,8 +27,13 @@ demo: $(VENV)/installed
 	@echo "The videos:"
 	@ls -1 magi-ray-store/runs/*/videos/*.mp4
 
+check: $(VENV)/installed-test
+	@$(BIN)/ruff check .
+	@$(BIN)/python -m pytest -q $(WORKERS) $(QUICK)
+	@$(BIN)/python -m pytest -q tests/test_cli.py -k "a_mistake_is_told or every_command_has_help"
+
 test: $(VENV)/installed-test
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -q $(WORKERS)
 
 nightly: $(VENV)/installed-test
 	@$(BIN)/python -m pytest -q --timeout=0 --all-crash-points tests/test_crash_points.py

@@ -10,8 +10,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from magi_ray.drivers.status_file import machine_folder
+from magi_ray.render.artifacts.videos import copy_video, read_video_record
 from magi_ray.settings import Frozen
-from magi_ray.storage import keys
 from magi_ray.storage.store import Store
 
 
@@ -32,7 +32,7 @@ def note_files(store: Store, run_id: str, files: Mapping[str, Path]) -> None:
 
 def deliver(store: Store, run_id: str, published: Collection[str]) -> dict[str, Path]:
     """Write those noted files of the run whose videos are ``published``, each whole or not at all, unless they were
-    written before. Returns those that are there, by job_id. Raises StoreError, OSError."""
+    written before. Returns those that are there, by job_id. Raises StoreError (also if a video is damaged), OSError."""
     path = _note(store, run_id)
     try:
         note = _Delivery.model_validate_json(path.read_bytes())
@@ -41,20 +41,12 @@ def deliver(store: Store, run_id: str, published: Collection[str]) -> dict[str, 
     ready = {job: file for job, file in note.files.items() if job in published}
     if not note.done:
         for job, file in ready.items():
-            _write(store, keys.video(run_id, job), file)
+            if (record := read_video_record(store, run_id, job)) is not None:
+                copy_video(store, run_id, job, record, file)
         if len(ready) == len(note.files):
             with suppress(OSError):
                 path.write_text(note.model_copy(update={"done": True}).model_dump_json())
     return {job: file for job, file in ready.items() if file.exists()}
-
-
-def _write(store: Store, key: str, file: Path) -> None:
-    part = file.with_name(f".{file.name}.part")
-    try:
-        store.get_to_file(key, part)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _note(store: Store, run_id: str) -> Path:

@@ -105,9 +105,10 @@ def _shown(image: Image.Image) -> Pixels:
         image.load()  # Pillow turns a TIFF as it loads
     except (OSError, ValueError) as exc:
         raise MediaError(f"image: this PIL image cannot be read: {exc}.") from exc
-    if image.mode in ("I", "F"):  # numbers, whose white only an array's type could tell
+    if image.mode in ("I", "F"):  # numbers: as those of an array
         values = np.asarray(image)
-        values = values.astype(np.uint16) if values.max() > 255 else values
+        if values.dtype.kind == "i" and values.max() > 255:
+            values = values.astype(np.uint16)
         pixels: Pixels = _rgb(_channels_last(values, "image", dimensions=3))[0]
         return pixels
     return shown_picture(Path("image"), image.copy())[0]
@@ -116,7 +117,7 @@ def _shown(image: Image.Image) -> Pixels:
 def _rgb(pixels: Pixels) -> Pixels:
     """[T, H, W, 1, 3 or 4] as [T, H, W, 3]."""
     if pixels.shape[-1] == 1:
-        return np.repeat(pixels, 3, axis=-1)
+        return np.concatenate([pixels] * 3, axis=-1)
     if pixels.shape[-1] == 4:
         return np.stack([_shown(Image.fromarray(frame)) for frame in pixels])
     return np.ascontiguousarray(pixels)
