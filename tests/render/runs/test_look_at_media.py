@@ -79,7 +79,7 @@ def test_a_medium_that_is_gone_does_not_matter_while_the_store_keeps_it(folder: 
     again = submit(store, folder, settings)
     assert again.record.media == run.record.media
     assert again.run_id == run.run_id
-    assert again.manifest.notes == (f"Row 2: its video clip.mp4 is gone; run {run.run_id} has it as submitted.",)
+    assert again.manifest.notes == (f'Row 2: its video "clip.mp4" is gone; run {run.run_id} has it as submitted.',)
     # Another picture makes another run, which begins the clip's row from the very same clip.
     (folder / "pic.png").write_bytes((folder / "pic.png").read_bytes() + b"\0")
     other = submit(store, folder, settings)
