@@ -235,7 +235,8 @@ def plan_table(rows: Sequence[Forecast]) -> Table:
     table = _table("job", "what", "why", "frames", "stages left", "forwards left")
     for row in rows:
         numbers = row.frames, row.stages_left, row.forwards_left
-        table.add_row(row.job_id, row.what, "; ".join(row.reasons), *map(str, numbers))
+        why = "; ".join(row.reasons) + (f"\n(of its clip: {row.clip})" if row.clip else "")
+        table.add_row(row.job_id, row.what, why, *map(str, numbers))
     return table
 
 
@@ -251,7 +252,8 @@ def manifest_table(rows: Sequence[Mapping[str, object]]) -> Table:
         assert isinstance(captions, dict)
         lines = [prompt if len(captions) == 1 else f"{start}: {prompt}" for start, prompt in captions.items()]
         if row["from"] is not None:
-            lines.insert(0, f"(from {kinds[str(row['mode'])]} {row['from']})")
+            taken = f": {row['clip']}" if row.get("clip") else ""
+            lines.insert(0, f"(from {kinds[str(row['mode'])]} {row['from']}{taken})")
         table.add_row(*(str(row[name]) for name in names), "\n".join(lines))
     return table
 

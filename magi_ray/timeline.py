@@ -25,12 +25,14 @@ class Timeline:
     num_chunks: denoised chunks, ≥ 1.  window_size: chunks in flight, ≥ 1.
     prefix_latents: latent frames of the prefix: 0 for text, 1 for an image, frames // 4 for a video.
     include_prefix: whether the finished video begins with the prefix's frames.
+    new_frames: frames of new video, if that is fewer than the chunks hold: the end of the last chunk is not shown.
     """
 
     num_chunks: int
     window_size: int
     prefix_latents: int = 0
     include_prefix: bool = False
+    new_frames: int | None = None
 
     @property
     def offset(self) -> int:
@@ -52,6 +54,13 @@ class Timeline:
         return 0 if self.prefix_latents == 1 else self.prefix_latents_in_first_chunk * FRAMES_PER_LATENT
 
     @property
+    def trimmed_frames(self) -> int:
+        """Frames at the end of the last chunk that are not emitted."""
+        if self.new_frames is None:
+            return 0
+        return self.num_chunks * FRAMES_PER_CHUNK - self.dropped_frames - self.new_frames
+
+    @property
     def included_frames(self) -> int:
         """Frames of a video prefix that the finished video begins with. One latent frame is in its chunk already."""
         return self.prefix_latents * FRAMES_PER_LATENT if self.include_prefix and self.prefix_latents > 1 else 0
@@ -59,11 +68,14 @@ class Timeline:
     @property
     def num_frames(self) -> int:
         """Frames of the finished video."""
-        return self.included_frames + self.num_chunks * FRAMES_PER_CHUNK - self.dropped_frames
+        shown = self.num_chunks * FRAMES_PER_CHUNK - self.dropped_frames - self.trimmed_frames
+        return self.included_frames + shown
 
     def chunk_frames(self, chunk: int) -> int:
         """Frames that chunk ``chunk`` contributes to the finished video."""
-        return FRAMES_PER_CHUNK - (self.dropped_frames if chunk == 0 else 0)
+        dropped = self.dropped_frames if chunk == 0 else 0
+        trimmed = self.trimmed_frames if chunk == self.num_chunks - 1 else 0
+        return FRAMES_PER_CHUNK - dropped - trimmed
 
     def first_frame(self, chunk: int) -> int:
         """Index in the finished video of the first frame that ``chunk`` contributes."""
@@ -99,9 +111,13 @@ class Timeline:
         return min(self.num_chunks - chunk - 1, 7) + 1
 
 
-def chunks_for_seconds(seconds: float, fps: float, prefix_latents: int = 0) -> int:
-    """Fewest denoised chunks whose frames last at least ``seconds`` at ``fps`` (prefix frames not counted)."""
-    # Rounded to a whole frame first: 0.1 + 0.2 s must not cost one more chunk.
-    frames = max(1, ceil(round(seconds * fps, 6)))
+def frames_for_seconds(seconds: float, fps: float) -> int:
+    """Fewest frames that last at least ``seconds`` at ``fps``, at least one."""
+    # Rounded to a whole frame first: 0.1 + 0.2 s must not cost one more.
+    return max(1, ceil(round(seconds * fps, 6)))
+
+
+def chunks_for_frames(frames: int, prefix_latents: int = 0) -> int:
+    """Fewest denoised chunks that hold ``frames``, ≥ 1, of new video (prefix frames not counted)."""
     dropped = Timeline(num_chunks=1, window_size=1, prefix_latents=prefix_latents).dropped_frames
-    return max(1, ceil((frames + dropped) / FRAMES_PER_CHUNK))
+    return ceil((frames + dropped) / FRAMES_PER_CHUNK)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,23 @@ def test_what_submit_then_does_is_what_was_planned(here: Path) -> None:
         done = told(*shlex.split(planned["next_command"])[1:], "--local")
         assert done["stages_rendered"] == planned["stages_left"]
         assert {video["what"] for video in told("plan", *JOB)["videos"]} == {"reuse"}
+
+
+def test_what_is_taken_from_a_clip_is_shown_and_a_clip_that_cannot_be_read_hides_no_row(here: Path) -> None:
+    shutil.copy(Path(__file__).parents[1] / "manifests" / "quickstart-clip.mp4", here / "clip.mp4")
+    (here / "letter.mp4").write_text("not a clip, but a letter")
+    on = {"job_id": "on", "prompt": "sea", "num_chunks": 1, "video": "clip.mp4"}
+    slow = on | {"job_id": "slow", "fps": 12, "prefix_from": "start", "prefix_frames": 10}
+    write_manifest([on, slow, ROWS[0]], here / "m.parquet")
+    ends, begins = "frames 16–47 of 48, ends at 2.00 s", "frames 0–7 of 24, ends at 0.67 s"
+    for words in (("plan", *JOB), ("manifest", "show", "m.parquet")):
+        output = run(*words).stdout
+        assert ends in output
+        assert begins in output
+    for words, name in ((("plan", *JOB), "videos"), (("manifest", "show", "m.parquet"), "rows")):
+        clips = [row["clip"] for row in told(*words)[name]]
+        assert clips[0] == {"first": 16, "last": 47, "of": 48, "begins_s": pytest.approx(2 / 3), "ends_s": 2.0}
+        assert clips[1] == {"first": 0, "last": 7, "of": 24, "begins_s": 0.0, "ends_s": pytest.approx(2 / 3)}
+        assert clips[2] is None
+    write_manifest([on, on | {"job_id": "odd", "video": "letter.mp4"}], here / "m.parquet")
+    assert [row["clip"] is None for row in told("manifest", "show", "m.parquet")["rows"]] == [False, True]

@@ -90,7 +90,8 @@ class CallOptions(TypedDict, total=False):
         or a tensor (see ``write_clip``).
     prefix_from: which end of the clip.  prefix_frames: how many frames of it, ≥ 4.
     include_prefix: whether they come first.  fit: how an image or clip of another aspect ratio is made to fit.
-    num_frames, num_chunks (of 24 frames) or seconds: the least length of new video, rounded up to whole chunks.
+    num_frames, num_chunks (of 24 frames) or seconds: the length of new video, rounded up to whole chunks; after a
+    clip exact, to the frame.
     height, width: pixels, multiples of 16. Without them the video has the shape of its image or clip, and about as many
         pixels as the settings say.
     fps: 1…120.  num_inference_steps: a multiple of window_size.

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from magi_ray.commands.console import command_line, counted, print_json, print_table, say, say_next
 from magi_ray.commands.inputs import GivenManifest, require_table
 from magi_ray.commands.options import example, json_option, manifest_argument, settings_options
-from magi_ray.errors import ManifestError
+from magi_ray.errors import ManifestError, MediaError
 from magi_ray.settings import Settings
+from magi_ray.timeline import FRAMES_PER_LATENT
+
+if TYPE_CHECKING:
+    from magi_ray.manifest import Row
+    from magi_ray.media.clips import Taken
 
 
 @click.group(epilog=example("magi-ray manifest validate manifests/quickstart.parquet"))
@@ -86,8 +92,24 @@ def show(typed: list[str], given: GivenManifest, settings: Settings, as_json: bo
     from magi_ray.manifest import Defaults, table_for_show
     from magi_ray.report import manifest_table
 
-    rows = table_for_show(given.read(typed, Defaults.of(settings)))
+    read = given.read(typed, Defaults.of(settings))
+    rows, clips = table_for_show(read), [_taken(row) for row in read.rows]
     if as_json:
-        print_json({"rows": rows})
+        numbers = [clip and asdict(clip) for clip in clips]
+        print_json({"rows": [row | {"clip": clip} for row, clip in zip(rows, numbers, strict=True)]})
     else:
-        print_table(manifest_table(rows))
+        print_table(manifest_table([row | {"clip": clip} for row, clip in zip(rows, clips, strict=True)]))
+
+
+def _taken(row: Row) -> Taken | None:
+    """Which frames of its clip ``row`` continues; None if the clip is not on this machine or cannot be read."""
+    from magi_ray.media.clips import Taken
+    from magi_ray.media.reader import clip_frames
+
+    if row.video is None or row.prefix_location is None or row.prefix_location.lower().startswith("s3://"):
+        return None
+    with suppress(MediaError):
+        found = clip_frames(Path(row.prefix_location), fps=row.fps)
+        if frames := min(found, row.prefix.max_frames) // FRAMES_PER_LATENT * FRAMES_PER_LATENT:
+            return Taken.of_clip(found, frames=frames, part=row.prefix.clip_end, fps=row.fps)
+    return None

@@ -72,6 +72,7 @@ def submit(
         warn_of_made_weights(settings)
     else:
         stored = replace(stored, run=with_takes(store, run))
+        options = replace(options, retry=rows_to_mend(stored))
         if not stored.all_published():
             say(f"Run {run.run_id} was submitted before; going on with it.")
         if read_run(store, run.run_id)[0].settings.weights != settings.weights:
@@ -88,6 +89,15 @@ def create_run(stored: StoredRun, files: Mapping[str, Path]) -> bool:
     # Not before the run is sure to be written: this leaves a folder behind.
     check_store(stored.store)
     return create(stored.store, stored.run, files)
+
+
+def rows_to_mend(stored: StoredRun) -> tuple[str, ...]:
+    """The rows that failed for the image or clip that they begin from: it was given again just now."""
+    from magi_ray.render.driving.reports import failed_for_its_medium, read_failures
+
+    plans = stored.run.plans
+    failures = read_failures(stored.store, stored.run_id, plans)
+    return tuple(job for job, failed in failures.items() if failed_for_its_medium(failed, plans[job]))
 
 
 def warn_of_made_weights(settings: Settings) -> None:

@@ -259,7 +259,10 @@ def _digest(manifest: Manifest, checked: Checked) -> str:
             for caption in row.captions
         ]
         own = {"prompt": captions, "schedule": None, "priority": row.priority, "tags": row.tags}
-        whole[row.number] = {**vars(checked.cells[row.number]), **row.extra, **own}
+        # Where media lie does not count: what they show is hashed when they are read.
+        written = checked.cells[row.number]
+        own |= {name: True for name in ("image", "video") if getattr(written, name) is not None}
+        whole[row.number] = {**vars(written), **row.extra, **own}
     for row in manifest.unfit:
         whole[row.number] = {**checked.written[row.number], **row.extra}
     content = [{key: value for key, value in whole[n].items() if value is not None} for n in sorted(whole)]

@@ -13,7 +13,7 @@ import pyarrow as pa
 from magi_ray.errors import Problem
 from magi_ray.manifest.parquet import encode, unknown_columns
 from magi_ray.settings import AS_THE_RUN, ChunkControl, Frozen, PrefixSettings, RuntimeConfig, Settings
-from magi_ray.timeline import FRAMES_PER_LATENT, LATENTS_PER_CHUNK, chunks_for_seconds
+from magi_ray.timeline import FRAMES_PER_CHUNK, FRAMES_PER_LATENT, LATENTS_PER_CHUNK, frames_for_seconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,12 +60,13 @@ class Row:
         """What the video starts from: text only, an image, a video."""
         return "i2v" if self.image is not None else "v2v" if self.video is not None else "t2v"
 
-    def chunks(self, prefix_latents: int) -> int:
-        """Chunks to denoise, once the latent frames of the prefix are known."""
+    @property
+    def frames(self) -> int:
+        """Frames of new video that are asked for."""
         if self.num_chunks is not None:
-            return self.num_chunks
+            return self.num_chunks * FRAMES_PER_CHUNK
         assert self.seconds is not None
-        return chunks_for_seconds(self.seconds, self.fps, prefix_latents)
+        return frames_for_seconds(self.seconds, self.fps)
 
 
 class Defaults(Frozen):
@@ -99,8 +100,8 @@ class Manifest:
     problems: what the others were left out for, in row order. One of row 0 is of the whole table: no row is left then.
     digest: sha256 (hex) over the rows as written, without the run's defaults, in order: job_id, captions (a prompt is a
     schedule of one) and every other value that is not null, unknown columns included. The file's bytes and the order of
-    its columns do not count. Of media only the written paths count; their contents are hashed with the prefix of each
-    video. Rows that break a rule count as they were written.
+    its columns do not count. Where images and clips lie does not count either; what they show is hashed with the run.
+    Rows that break a rule count as they were written.
     table: the whole table with its own types, so that unknown columns stay unchanged; row n is its line n.
     places: where each row begins in a text file ("rows.csv:7"), or in which part of a folder; empty for others.
     notes: what is allowed but probably not meant, a sentence each.

@@ -33,7 +33,8 @@ from magi_ray.timeline import (
     FRAMES_PER_LATENT,
     LATENTS_PER_CHUNK,
     SIZE_MULTIPLE,
-    chunks_for_seconds,
+    chunks_for_frames,
+    frames_for_seconds,
 )
 
 MAX_FPS = 120
@@ -330,12 +331,12 @@ def _ends_in_time(cells: Mapping[str, Any], context: Context) -> Iterator[Broken
         fps = context.defaults.fps if cells["fps"] is None else cells["fps"]
         if not (math.isfinite(seconds * fps) and seconds > 0 and 1 <= fps <= MAX_FPS):
             return
-        # How many frames a clip takes from its first chunk is known once it is read; at most all but one latent.
-        taken = LATENTS_PER_CHUNK - 1 if cells["video"] is not None else 0
-        chunks = chunks_for_seconds(seconds, fps, taken)
+        frames = frames_for_seconds(seconds, fps)
     else:
-        chunks = context.defaults.num_chunks if num_chunks is None else num_chunks
-    if last >= chunks >= 1:
+        frames = FRAMES_PER_CHUNK * (context.defaults.num_chunks if num_chunks is None else num_chunks)
+    # How many frames a clip takes from its first chunk is known once it is read; at most all but one latent.
+    taken = LATENTS_PER_CHUNK - 1 if cells["video"] is not None else 0
+    if frames >= 1 and last >= (chunks := chunks_for_frames(frames, taken)):
         rule = f"lies beyond the last chunk of the video, {chunks - 1}"
         remedy = f"begin at {chunks - 1} or before, or make the video longer"
         yield Broken(column="schedule", value=f"start_chunk {last}", rule=rule, remedy=remedy)

@@ -38,7 +38,7 @@ _RGB_TO_YUV = (
     "setparams=color_primaries=bt709:color_trc=bt709:colorspace=bt709:range=tv"
 )
 # frag_discont with negative_cts_offsets: the fragment keeps its time in the video; either alone would begin it at 0.
-_FRAGMENTED = "+frag_keyframe+empty_moov+default_base_moof+frag_discont+negative_cts_offsets+skip_trailer"
+FRAGMENTED = "+frag_keyframe+empty_moov+default_base_moof+frag_discont+negative_cts_offsets+skip_trailer"
 _ASK_DEADLINE_S = 60.0
 
 
@@ -95,7 +95,7 @@ def encode_segment(
         "-bsf:v", "filter_units=remove_types=6",  # x264's own note about its version and settings
         # Microseconds are finer than the file's clock of some 1/12288 s: every frame falls on its own tick.
         "-output_ts_offset", f"{frame_offset / fps:.6f}",
-        "-f", "mp4", "-movflags", _FRAGMENTED, f"file:{out}",
+        "-f", "mp4", "-movflags", FRAGMENTED, f"file:{out}",
     ]  # fmt: skip
     feed = (np.ascontiguousarray(frame).data.cast("B") for frame in frames)
     run_ffmpeg(command, feed=feed, deadline_s=deadline_s, purpose=f"encoding {count} frames of {width}×{height}")

@@ -96,13 +96,38 @@ def read_video(path: Path, *, width: int, height: int, fps: int, max_frames: int
     fit: "crop" fills the frame and cuts off the edges; "pad" shows all, with black bars; "fit" stretches.
     Memory does not grow with the clip's length.  Raises MediaError.
     """
+    return read_clip(path, width=width, height=height, fps=fps, max_frames=max_frames, part=part, fit=fit)[0]
+
+
+def read_clip(
+    path: Path, *, width: int, height: int, fps: int, max_frames: int, part: ClipPart, fit: Fit
+) -> tuple[Pixels, int]:
+    """As ``read_video``, and the clip's number of frames at ``fps`` as far as it was decoded: all of them, unless the
+    first ``max_frames`` were enough. Raises MediaError."""
     with open_video(path) as (container, stream):
         frames = _resampled(_timed(path, container, stream), fps)
-        chosen: Iterable[VideoFrame] = islice(frames, max_frames) if part == "start" else deque(frames, max_frames)
+        found, chosen = 0, deque[VideoFrame](maxlen=max_frames)
+        for found, frame in enumerate(islice(frames, max_frames) if part == "start" else frames, 1):  # noqa: B007
+            chosen.append(frame)
         show = FrameConverter(path, stream)
-        return np.stack(
-            [_fitted(show.pixels(frame), show.aspect(frame), width=width, height=height, fit=fit) for frame in chosen]
-        )
+        pixels = [
+            _fitted(show.pixels(frame), show.aspect(frame), width=width, height=height, fit=fit) for frame in chosen
+        ]
+        return np.stack(pixels), found
+
+
+def clip_frames(path: Path, *, fps: int) -> int:
+    """How many frames a clip has at ``fps``, as its packets say: nothing is decoded. 0 if they do not say when they are
+    shown. Raises MediaError."""
+    first: int | None = None
+    last = 0
+    with open_video(path) as (container, stream):
+        tick = stream.time_base or Fraction(0)
+        for packet in container.demux(stream):
+            if packet.pts is not None and not packet.is_discard:
+                first = packet.pts if first is None else min(first, packet.pts)
+                last = max(last, packet.pts + (packet.duration or 0))
+    return 0 if first is None else round((last - first) * tick * fps)
 
 
 def count_frames(path: Path, *, fps: int, max_frames: int) -> int:

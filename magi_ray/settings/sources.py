@@ -153,6 +153,7 @@ def published(path: Path, *, special_tokens: Path | None = None, device: Literal
         "name": path.stem,
         "weights": {"dit": dit, "vae": vae, "t5": t5, "special_tokens": tokens.absolute()},
         "numeric": {"device": device},
+        "prefix": {"take": "start"},
     }
     return _build(values, source=str(path))
 

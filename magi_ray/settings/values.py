@@ -126,14 +126,15 @@ class PrefixSettings(Frozen):
     """How a row's image or video becomes the clean start of its video. ``include`` changes the finished video alone,
     the other fields change latents.
 
-    ``clip_end`` is called ``take`` in job files, in stored JSON and when the value is made.
+    ``clip_end`` is called ``take`` in job files, in stored JSON and when the value is made. A published config sets it
+    to "start", as the reference does.
     """
 
     model_config = ConfigDict(serialize_by_alias=True)
 
     max_frames: int = Field(default=32, ge=1, description="frames of a video prefix, after resampling to fps")
     clip_end: Literal["start", "end"] = Field(
-        default="start", alias="take", description="which end of the clip they come from"
+        default="end", alias="take", description="which end of the clip they come from"
     )
     fit: Literal["crop", "pad", "fit"] = Field(default="crop", description="how another aspect ratio is made to fit")
     include: bool = Field(default=False, description="whether the finished video begins with the clip's frames")

@@ -175,12 +175,13 @@ def test_a_row_s_own_values_win_over_the_run_s() -> None:
     assert (row.num_chunks, row.tags) == (None, {"a": "b"})
 
 
-def test_seconds_become_chunks_once_the_prefix_is_known() -> None:
-    (row,) = of(CAT | {"seconds": 2.0, "fps": 24}).rows
-
-    assert row.chunks(0) == 2
-    assert row.chunks(8) == 3  # two latent frames of a clip of 32 frames are taken from the first chunk
-    assert of(CAT | {"num_chunks": 7}).rows[0].chunks(8) == 7
+@pytest.mark.parametrize(
+    ("length", "frames"),
+    [({"seconds": 2.0, "fps": 24}, 48), ({"seconds": 1.6, "fps": 30}, 48), ({"seconds": 0.3, "fps": 10}, 3),
+     ({"seconds": 0.001}, 1), ({"num_chunks": 7}, 168), ({}, 96)],
+)  # fmt: skip
+def test_a_length_is_a_number_of_frames(length: dict[str, Any], frames: int) -> None:
+    assert of(CAT | length).rows[0].frames == frames
 
 
 def test_rows_survive_pickling() -> None:
@@ -250,7 +251,7 @@ def test_what_is_too_much_to_be_meant_is_told_before_anything_grows(
 
 def test_the_most_that_a_row_may_ask_for_is_enough_for_a_day_and_for_4k() -> None:
     assert of(CAT | {"num_chunks": 100_000}).rows[0].num_chunks == 100_000
-    assert of(CAT | {"seconds": 86_400.0, "width": 4096, "height": 2304}).rows[0].chunks(0) == 86_400
+    assert of(CAT | {"seconds": 86_400.0, "width": 4096, "height": 2304}).rows[0].frames == 24 * 86_400
     long = Defaults.of(override(preset("magi-tiny"), {"runtime": {"num_frames": 10**9}}))
     with pytest.raises(ManifestError, match=r"left to the run's 41,666,667 chunks, but a video has at most 100,000"):
         manifest_of([CAT], long, base=MANIFESTS)
@@ -675,6 +676,8 @@ def test_the_digest_does_not_know_the_run_s_defaults_nor_this_machine_s_folders(
     (tmp_path / "quickstart-image.png").touch()
 
     assert manifest_of([row], other, base=tmp_path).digest == of(row).digest
+    (tmp_path / "renamed.png").touch()
+    assert manifest_of([row | {"image": "renamed.png"}], other, base=tmp_path).digest == of(row).digest
 
 
 @pytest.mark.parametrize(

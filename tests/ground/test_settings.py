@@ -307,15 +307,27 @@ def test_settings_survive_json() -> None:
 
 def test_which_end_of_a_clip_is_called_take_wherever_people_and_records_name_it() -> None:
     base = preset("magi-tiny")
-    changed = override(base, {"prefix": {"take": "end"}})
+    changed = override(base, {"prefix": {"take": "start"}})
 
-    assert (base.prefix.clip_end, changed.prefix.clip_end) == ("start", "end")
-    assert changed.model_dump(mode="json")["prefix"]["take"] == "end"
+    assert (base.prefix.clip_end, changed.prefix.clip_end) == ("end", "start")
+    assert changed.model_dump(mode="json")["prefix"]["take"] == "start"
     assert Settings.model_validate_json(changed.model_dump_json()) == changed
     assert override(base, changed.model_dump()) == changed
     for wrong, words in (({"tak": "end"}, "Did you mean take?"), ({"clip_end": "end"}, "unknown field")):
         with pytest.raises(SettingsError, match=re.escape(words)):
             override(base, {"prefix": wrong})
+
+
+def test_a_clip_is_continued_from_its_end_but_from_its_start_with_a_published_config(tmp_path: Path) -> None:
+    config = official(tmp_path)
+    of_preset, of_config = tmp_path / "preset.toml", tmp_path / "config.toml"
+    of_preset.write_text('preset = "magi-tiny"')
+    of_config.write_text(f'config = "{config.name}"')
+    chosen = [settings.prefix.clip_end for settings in (preset("magi-tiny"), job(of_preset), published(config))]
+    assert chosen == ["end", "end", "start"]
+    assert job(of_config).prefix.clip_end == "start"
+    of_config.write_text(f'config = "{config.name}"\n[prefix]\ntake = "end"')
+    assert job(of_config).prefix.clip_end == "end"
 
 
 def test_every_setting_changes_pixels_or_does_not() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from magi_ray.timeline import FRAMES_PER_CHUNK, Timeline, chunks_for_seconds
+from magi_ray.timeline import FRAMES_PER_CHUNK, Timeline, chunks_for_frames, frames_for_seconds
 
 SHAPES = [(n, w) for n in (1, 2, 3, 5, 9) for w in (1, 2, 4, 5)]
 
@@ -92,17 +92,27 @@ def test_the_duration_token_counts_what_remains_up_to_eight() -> None:
     ],
 )  # fmt: skip
 def test_seconds_are_the_fewest_chunks_that_last_as_long(seconds: float, fps: int, prefix: int, chunks: int) -> None:
-    assert chunks_for_seconds(seconds, fps, prefix) == chunks
+    assert chunks_for_frames(frames_for_seconds(seconds, fps), prefix) == chunks
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5, 6, 8])
-@pytest.mark.parametrize("frames", [1, 23, 24, 25, 47, 48, 49, 1000])
-def test_one_chunk_fewer_would_be_too_short(frames: int, prefix: int) -> None:
-    chunks = chunks_for_seconds(frames / 24, 24, prefix)
+@pytest.mark.parametrize("frames", [1, 4, 5, 23, 24, 25, 47, 48, 49, 1000])
+def test_one_chunk_fewer_would_be_too_short_and_what_is_too_long_can_be_left_out(frames: int, prefix: int) -> None:
+    chunks = chunks_for_frames(frames, prefix)
 
     assert Timeline(num_chunks=chunks, window_size=1, prefix_latents=prefix).num_frames >= frames
     if chunks > 1:
         assert Timeline(num_chunks=chunks - 1, window_size=1, prefix_latents=prefix).num_frames < frames
+    for include in (False, True):
+        whole, exact = (
+            Timeline(num_chunks=chunks, window_size=1, prefix_latents=prefix, include_prefix=include, new_frames=new)
+            for new in (None, frames)
+        )
+        shown = [exact.chunk_frames(chunk) for chunk in range(chunks)]
+        assert exact.num_frames == exact.included_frames + frames == exact.included_frames + sum(shown)
+        assert shown[:-1] == [whole.chunk_frames(chunk) for chunk in range(chunks - 1)]
+        assert 1 <= shown[-1] == whole.chunk_frames(chunks - 1) - exact.trimmed_frames
+        assert exact.first_frame(chunks - 1) == whole.first_frame(chunks - 1) == exact.num_frames - shown[-1]
 
 
 @pytest.mark.parametrize(("chunks", "window"), [(1, 1), (1, 4), (3, 4), (9, 4), (5, 2)])

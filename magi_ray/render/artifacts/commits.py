@@ -63,5 +63,13 @@ def segment_pre_image(store: Store, plan: RowPlan, chunk: int, encoder: str) -> 
     encoder: ``media.encoder.encoder_identity``.
     """
     sha256 = chunk_commit(store, plan, chunk).payloads["chunk"].sha256
-    dropped, first_frame = plan.timeline.dropped_frames if chunk == 0 else 0, plan.timeline.first_frame(chunk)
-    return identity.segment_pre_image(sha256, dropped, plan.settings, plan.digests, encoder, first_frame)
+    timeline = plan.timeline
+    return identity.segment_pre_image(
+        sha256,
+        plan.settings,
+        plan.digests,
+        encoder,
+        dropped_frames=timeline.dropped_frames if chunk == 0 else 0,
+        trimmed_frames=timeline.trimmed_frames if chunk == timeline.num_chunks - 1 else 0,
+        first_frame=timeline.first_frame(chunk),
+    )

@@ -22,6 +22,7 @@ from magi_ray.render.artifacts.videos import published_video, read_video_record
 from magi_ray.render.driving.pace import Pace, Speed
 from magi_ray.render.driving.progress import Phase, RunProgress
 from magi_ray.render.driving.scheduler import Command, RowFailed, RunState
+from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.render.runs.record import Run
 from magi_ray.storage import keys
 from magi_ray.storage.opening import object_uri
@@ -287,6 +288,12 @@ def read_failures(store: Store, run_id: str, jobs: Collection[str]) -> dict[str,
         }
     except (ObjectMissing, OSError, KeyError, TypeError, ValueError, pa.ArrowException):
         return {}  # derived: without it, or with another table in its place, the rows are tried again
+
+
+def failed_for_its_medium(failed: RowFailed, plan: RowPlan) -> bool:
+    """Whether the row may have failed for its image or clip, which submitting the manifest again gives anew."""
+    tasks = TaskKind.EMBED, TaskKind.FINISH
+    return plan.media is not None and failed.failure is FailureClass.INPUT and failed.kind in tasks
 
 
 def _parquet(table: pa.Table) -> bytes:

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from magi_ray.render.plans import identity
-from magi_ray.render.plans.row_plan import Media, RowPlan
+from magi_ray.render.plans.row_plan import Media, RowPlan, prefix_pre_image
 from magi_ray.render.plans.takes import BackTo, take_in_use, take_of_chunk
 from magi_ray.settings import AS_THE_RUN, ChunkControl
 
@@ -53,9 +53,17 @@ def stage_changes(before: RowPlan, after: RowPlan, stage: int) -> list[str]:
 
 
 def segment_changes(before: RowPlan, after: RowPlan, encoders: tuple[str, str]) -> list[str]:
-    """Why segments of the same chunks differ. ``encoders``: ``media.encoder.encoder_identity``, before and after."""
+    """Why segments of the same frames differ. ``encoders``: ``media.encoder.encoder_identity``, before and after."""
     pre_images = [
-        identity.segment_pre_image("", 0, plan.settings, plan.digests, encoder, plan.timeline.included_frames)
+        identity.segment_pre_image(
+            "",
+            plan.settings,
+            plan.digests,
+            encoder,
+            dropped_frames=0,
+            trimmed_frames=0,
+            first_frame=plan.timeline.included_frames,
+        )
         for plan, encoder in zip((before, after), encoders, strict=True)
     ]
     return _value_changes(*pre_images, skip={"kind", "chunk", "dropped_frames"})
@@ -65,10 +73,27 @@ def _prefix_changes(before: RowPlan, after: RowPlan) -> list[str]:
     old, new = before.media, after.media
     if old is None or new is None or old.kind != new.kind:
         return [f"began with {_beginning(old)}, now with {_beginning(new)}"]
-    if old.sha256 != new.sha256:
-        return [f"{old.kind}: sha256 {_text(old.sha256)} → {_text(new.sha256)}"]
-    pre_images = [identity.prefix_pre_image(old.kind, old.sha256, p.settings, p.digests) for p in (before, after)]
-    return _value_changes(*pre_images, skip={"kind", "media", "left_over"})
+    if new.pixels is None and old.sha256 != new.sha256:
+        return [f"{new.kind}: sha256 {_text(old.sha256)} → {_text(new.sha256)}"]
+    pre_images = [
+        _how_taken(plan) | prefix_pre_image(media, plan.settings, plan.digests)
+        for plan, media in ((before, old), (after, new))
+    ]
+    changes = _value_changes(*pre_images, skip={"kind", "media", "pixels", "left_over"})
+    if old.pixels is None and new.pixels is not None:
+        changes.append(f"{new.kind}: known by its file before, by its pixels now")
+    elif old.pixels != new.pixels and (old.sha256 != new.sha256 or not changes):
+        changes.append(f"{new.kind}: pixels {_text(old.pixels)} → {_text(new.pixels)}")
+    return changes
+
+
+def _how_taken(plan: RowPlan) -> dict[str, Any]:
+    """How the pixels of ``plan``'s image or clip are taken from the file, under the names of the settings."""
+    runtime, prefix = plan.settings.runtime, plan.settings.prefix
+    taken: dict[str, Any] = {"size": [runtime.video_size_h, runtime.video_size_w], "prefix": {"fit": prefix.fit}}
+    if plan.media is not None and plan.media.kind == "video":
+        taken |= {"fps": runtime.fps, "prefix": prefix.model_dump(mode="json", exclude={"include"})}
+    return taken
 
 
 def _beginning(media: Media | None) -> str:

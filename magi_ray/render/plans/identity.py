@@ -52,18 +52,29 @@ def text_pre_image(caption: str, settings: Settings, digests: Digests) -> dict[s
     }
 
 
-def prefix_pre_image(kind: str, media_sha256: str, settings: Settings, digests: Digests) -> dict[str, Any]:
-    """What the latent of an image or video prefix depends on. ``settings`` carries the row's size and fps."""
+def prefix_pre_image(
+    kind: str, settings: Settings, digests: Digests, *, sha256: str, pixels: str | None
+) -> dict[str, Any]:
+    """What the latent of an image or video prefix depends on. ``settings`` carries the row's size and fps.
+
+    sha256: of the file.  pixels: of the frames that are taken from it, as they are encoded; None for a run before
+    format 3, whose prefix is known by its file and by how they are taken.
+    """
     runtime = settings.runtime
-    # Frames of the clip that fill no whole latent frame are left over, far from the join.
-    left_over = {"left_over": "at the start"} if kind == "video" and settings.prefix.clip_end == "end" else {}
-    return left_over | {
+    taken: dict[str, Any] = {"pixels": pixels}
+    if pixels is None:
+        taken = {
+            "media": sha256,
+            "fps": runtime.fps if kind == "video" else None,
+            "prefix": settings.prefix.model_dump(mode="json", exclude={"include"}),
+        }
+        # Frames of the clip that fill no whole latent frame are left over, far from the join.
+        if kind == "video" and settings.prefix.clip_end == "end":
+            taken["left_over"] = "at the start"
+    return taken | {
         "format": FORMAT,
         "kind": kind,
-        "media": media_sha256,
         "size": [runtime.video_size_h, runtime.video_size_w],
-        "fps": runtime.fps if kind == "video" else None,
-        "prefix": settings.prefix.model_dump(mode="json", exclude={"include"}),
         "tiles": settings.tiles.model_dump(mode="json"),
         "scale_factor": runtime.scale_factor,
         "vae": digests.vae,
@@ -130,14 +141,24 @@ def stage_keys(video: VideoInputs) -> tuple[str, ...]:
 
 
 def segment_pre_image(
-    chunk_sha256: str, dropped_frames: int, settings: Settings, digests: Digests, encoder: str, first_frame: int
+    chunk_sha256: str,
+    settings: Settings,
+    digests: Digests,
+    encoder: str,
+    *,
+    dropped_frames: int,
+    trimmed_frames: int,
+    first_frame: int,
 ) -> dict[str, Any]:
     """What the encoded segment of one chunk depends on.
 
-    chunk_sha256: digest of the stored clean latent.  dropped_frames: leading frames that belong to a video prefix.
-    encoder: ``media.encoder.encoder_identity``.  first_frame: the segment's place in the video, for its timestamps.
+    chunk_sha256: digest of the stored clean latent.  encoder: ``media.encoder.encoder_identity``.
+    dropped_frames: leading frames that belong to a video prefix.  trimmed_frames: at the end, not shown.
+    first_frame: the segment's place in the video, for its timestamps.
     """
-    return {
+    # Named only where there are any, so that segments from before keep their keys.
+    trimmed = {"trimmed_frames": trimmed_frames} if trimmed_frames else {}
+    return trimmed | {
         "format": FORMAT,
         "kind": "segment",
         "chunk": chunk_sha256,
@@ -160,12 +181,15 @@ def run_digest(
     *,
     left_out: Sequence[int] = (),
 ) -> str:
-    """Two submissions with the same digest are the same run: rows, contents of their media (sha256 by job_id), settings
-    and weights. left_out: the rows that are not rendered."""
+    """Two submissions with the same digest are the same run: rows, what their media show (``Media.identity`` by
+    job_id), settings and weights. left_out: the rows that are not rendered."""
     # Where weights lie and how many workers there are may differ between machines.
     values = settings.model_dump(mode="json", exclude=set(RunSettings.model_fields))
     for paths in ("load", "t5_pretrained", "vae_pretrained"):
         del values["runtime"][paths]
+    if not media:
+        # Changes nothing then. So that runs from when it was the default keep their ids.
+        values["prefix"]["take"] = "start"
     # Decides which rows fail. Named only where it is not the default, so that runs from before it keep their ids.
     if settings.black_frames != "fail":
         values["black_frames"] = settings.black_frames

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from magi_ray.manifest import Caption, Row
+from magi_ray.media.clips import Taken
 from magi_ray.models.text.prompt import clean_caption
 from magi_ray.render.plans import identity
 from magi_ray.render.plans.identity import Digests, VideoInputs
@@ -15,7 +16,7 @@ from magi_ray.render.plans.takes import Wish
 from magi_ray.sampling.window import forwards_per_stage
 from magi_ray.settings import AS_THE_RUN, ChunkControl, RuntimeConfig, Settings, override
 from magi_ray.storage.records import digest
-from magi_ray.timeline import Timeline
+from magi_ray.timeline import FRAMES_PER_LATENT, Timeline, chunks_for_frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +24,26 @@ class Media:
     """A row's image or video, as found at submission.
 
     sha256: of the file; it lies in the store under that name.  latents: latent frames it gives.
+
+    Runs before format 3 do not say:
+    pixels: sha256 of the frames that these latents are encoded from, uint8 RGB [T, H, W, 3].
+    clip_frames: of a clip, how many frames it has in all at the row's fps.
+    exact_length: whether what is shown after a clip ends with the frame that was asked for, not with its chunk.
+    sound: sha256 of what is heard with those frames (``media.sound``), if the finished video is to carry it.
     """
 
     kind: Literal["image", "video"]
     sha256: str
     latents: int
+    pixels: str | None = None
+    clip_frames: int | None = None
+    exact_length: bool = False
+    sound: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """The same for two files that look alike, and sound alike where that is carried."""
+        return "+".join(filter(None, (self.pixels or self.sha256, self.sound)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +65,15 @@ class RowPlan(VideoInputs):
         return identity.stage_pre_image(self, stage, previous=self.stage_keys[stage - 1] if stage else None)
 
     @property
+    def taken(self) -> Taken | None:
+        """Which frames of its clip the video continues; None without a clip, and in runs before format 3."""
+        media, runtime = self.media, self.settings.runtime
+        if media is None or media.clip_frames is None:
+            return None
+        frames, part = media.latents * FRAMES_PER_LATENT, self.settings.prefix.clip_end
+        return Taken.of_clip(media.clip_frames, frames=frames, part=part, fps=runtime.fps)
+
+    @property
     def forwards_per_stage(self) -> int:
         """Denoising steps between two chunks becoming clean."""
         runtime = self.settings.runtime
@@ -66,21 +91,14 @@ def plan_row(
     runtime = size | {"fps": row.fps, "seed": row.seed, "num_steps": row.num_steps}
     changes = {"runtime": runtime, "prefix": row.prefix.model_dump()}
     settings = override(settings, changes, source=f"row {row.number}")
-    prefix_latents = media.latents if media else 0
-    timeline = Timeline(
-        num_chunks=row.chunks(prefix_latents),
-        window_size=settings.runtime.window_size,
-        prefix_latents=prefix_latents,
-        include_prefix=row.prefix.include,
-    )
-
+    timeline = timeline_of(row, media, window_size=settings.runtime.window_size)
     per_chunk = _entries_per_chunk(row, timeline.num_chunks)
     cleaned = {entry.prompt: clean_caption(entry.prompt) for entry in row.captions}
     captions = tuple(cleaned[entry.prompt] for entry in per_chunk)
     text_keys = {c: digest(identity.text_pre_image(c, settings, digests)) for c in set(captions)}
     prefix_digest = None
     if media is not None:
-        prefix_digest = digest(identity.prefix_pre_image(media.kind, media.sha256, settings, digests))
+        prefix_digest = digest(prefix_pre_image(media, settings, digests))
     plan = RowPlan(
         row=row.number,
         job_id=row.job_id,
@@ -97,6 +115,29 @@ def plan_row(
         stage_keys=(),
     )
     return replace(plan, stage_keys=identity.stage_keys(plan))
+
+
+def timeline_of(row: Row, media: Media | None, *, window_size: int) -> Timeline:
+    """The chunks and frames of ``row``. What follows a clip begins in the clip's last chunk, unless that is whole."""
+    latents = media.latents if media else 0
+    chunks, new_frames = chunks_for_frames(row.frames, latents), None
+    if media is not None and latents > 1:
+        if media.exact_length:
+            new_frames = row.frames
+        elif row.num_chunks is not None:
+            chunks = row.num_chunks
+    return Timeline(
+        num_chunks=chunks,
+        window_size=window_size,
+        prefix_latents=latents,
+        include_prefix=row.prefix.include,
+        new_frames=new_frames,
+    )
+
+
+def prefix_pre_image(media: Media, settings: Settings, digests: Digests) -> dict[str, Any]:
+    """What the latent of ``media`` depends on. ``settings`` carries the row's size and fps."""
+    return identity.prefix_pre_image(media.kind, settings, digests, sha256=media.sha256, pixels=media.pixels)
 
 
 def plan_rows(

@@ -27,7 +27,8 @@ _IS_DAMAGED = " is damaged: "
 
 class RunRecord(Frozen):
     """``run.json``. name: of the manifest.  manifest_sha256: of the store's copy; format 1 did not have it.
-    media: what rows begin from, by job_id.  problems: of the rows that were left out; new in format 3."""
+    media: what rows begin from, by job_id; before format 3 only by its file (``Media``).
+    problems: of the rows that were left out; new in format 3."""
 
     format: int = FORMAT
     run_id: str

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -18,16 +19,19 @@ from pydantic import ValidationError
 from magi_ray.errors import InputError, MediaError, MediaMissing, ObjectDamaged, ObjectMissing, Problem
 from magi_ray.manifest import Manifest, Row, require_valid
 from magi_ray.manifest.messages import shown
-from magi_ray.media.reader import count_frames, inspect_clip, inspect_image
+from magi_ray.media.clips import Taken
+from magi_ray.media.reader import clip_frames, inspect_clip, inspect_image
+from magi_ray.media.sound import has_sound
 from magi_ray.redaction import redact
+from magi_ray.render.artifacts.prefix import pixels_digest, read_prefix, sound_of
 from magi_ray.render.artifacts.videos import read_video_record
 from magi_ray.render.plans.identity import run_digest
-from magi_ray.render.plans.row_plan import Media
+from magi_ray.render.plans.row_plan import Media, timeline_of
 from magi_ray.render.runs.captions import notes_on_prompts
 from magi_ray.render.runs.media import MediaFiles
 from magi_ray.render.runs.record import Run, RunRecord, all_runs, read_run, read_run_record
 from magi_ray.render.runs.weights import make_weights, weight_digests
-from magi_ray.settings import Settings
+from magi_ray.settings import PrefixSettings, Settings
 from magi_ray.storage import keys
 from magi_ray.storage.records import holds, record_bytes
 from magi_ray.storage.store import Store
@@ -61,7 +65,7 @@ def prepare(
     preflight.check(settings)
     digests = weight_digests(settings)
     left_out = tuple(dict.fromkeys(problem.row for problem in manifest.problems))
-    of_media = {job: medium.sha256 for job, medium in media.items()}
+    of_media = {job: medium.identity for job, medium in media.items()}
     digest = run_digest(manifest.digest, of_media, settings, digests, left_out=left_out)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).stem).strip(".-")[:40] or "run"
     record = RunRecord(
@@ -84,7 +88,8 @@ def prepare(
 def create(store: Store, run: Run, files: Mapping[str, Path]) -> bool:
     """Write ``run`` into ``store``: media and manifest first, ``run.json`` last. False if it existed already.
 
-    What is stored and intact stays; what is damaged or missing is written again. Raises StoreError, InputError.
+    What is stored and intact stays; what is damaged or missing is written again. A medium that is lost may be replaced
+    by another file that looks and sounds the same: ``run.json`` then names that one. Raises StoreError, InputError.
     """
     submitted = store.exists(keys.run_record(run.run_id))
     for sha256, path in files.items():
@@ -94,7 +99,17 @@ def create(store: Store, run: Run, files: Mapping[str, Path]) -> bool:
             store.put_file(keys.media(sha256), path)
     if submitted:
         with suppress(ObjectDamaged):
-            read_run(store, run.run_id)
+            record, _ = read_run(store, run.run_id)
+            lost = {
+                job_id: given
+                for job_id, given in run.record.media.items()
+                if given.sha256 in files
+                and (kept := record.media[job_id].sha256) not in files
+                and not holds(store, keys.media(kept), kept)
+            }
+            if lost:
+                mended = record.model_copy(update={"media": {**record.media, **lost}})
+                store.put(keys.run_record(run.run_id), record_bytes(mended.model_dump(mode="json")))
             return False
     # If it was submitted, its record or manifest is damaged: both are written again.
     store.put(keys.run_manifest(run.run_id), run.manifest.parquet())
@@ -132,6 +147,8 @@ def look_at_media(manifest: Manifest, files: MediaFiles | None = None, kept: Kep
     files = MediaFiles() if files is None else files
     media: dict[str, Media] = {}
     notes: list[str] = []
+    said: dict[str, list[int]] = {}  # rows by what is to be said of them
+    inspect = cache(_inspect)  # many rows may continue one clip
     problems: list[Problem] = []
     gone: dict[str, tuple[Row, Problem]] = {}
     fit = {row.number for row in manifest.rows}
@@ -141,7 +158,7 @@ def look_at_media(manifest: Manifest, files: MediaFiles | None = None, kept: Kep
         try:
             path = files.fetch(row.prefix_location)
             notes += _notes(row, path)
-            found, note = _inspect(row, path)
+            found, of_row = inspect(path, _kind(row), row.width, row.height, row.fps, row.prefix)
         except MediaError as exc:
             # The reason alone: the value names the file, and a download's own name means nothing.
             problem = _problem(row, _kind(row), _written(row, exc), exc.reason, exc.remedy)
@@ -159,7 +176,10 @@ def look_at_media(manifest: Manifest, files: MediaFiles | None = None, kept: Kep
         if row.number in fit and not late:
             media[row.job_id] = found
             files[found.sha256] = path
-            notes += [note] if note else []
+            for note in of_row:
+                said.setdefault(note, []).append(row.number)
+    for note, rows in said.items():
+        notes.append(f"Row {rows[0]}{f' ({len(rows)} rows)' if len(rows) > 1 else ''} {note}.")
     earlier = kept([row for row, _ in gone.values()], media) if gone else {}
     for job_id, (row, problem) in gone.items():
         if job_id not in earlier:
@@ -174,7 +194,7 @@ def look_at_media(manifest: Manifest, files: MediaFiles | None = None, kept: Kep
 
 def _captions_that_never_begin(row: Row, found: Media) -> Iterator[Problem]:
     # How many chunks follow a clip is known only with the clip's length.
-    last, chunks = row.captions[-1].start_chunk, row.chunks(found.latents)
+    last, chunks = row.captions[-1].start_chunk, timeline_of(row, found, window_size=1).num_chunks
     if last >= chunks:
         rule = f"is beyond the video's last chunk, {chunks - 1}"
         yield _problem(row, "schedule", str(last), rule, "make the video longer or leave that caption out")
@@ -191,9 +211,12 @@ def _kept_by_earlier_runs(store: Store, manifest: Manifest, settings: Settings) 
         for run_id in reversed(all_runs(store)[0]):
             with suppress(InputError, ObjectDamaged, ObjectMissing, ValidationError):
                 record = read_run_record(store, run_id)
+                if record.settings.prefix != settings.prefix:
+                    continue
                 if run_digest(record.manifest_digest, {}, record.settings, record.digests) != wanted:
                     continue
-                same_run = media.items() <= record.media.items()
+                shown = {job_id: medium.identity for job_id, medium in record.media.items()}
+                same_run = all(shown.get(job_id) == medium.identity for job_id, medium in media.items())
                 for row in gone:
                     medium = record.media.get(row.job_id)
                     if medium is None or row.job_id in found:
@@ -206,22 +229,37 @@ def _kept_by_earlier_runs(store: Store, manifest: Manifest, settings: Settings) 
     return kept
 
 
-def _inspect(row: Row, path: Path) -> tuple[Media, str]:
-    """What the row begins from, and a note on it or "". Raises MediaError, OSError."""
-    latents, note = 1, ""
-    if row.image is None:
-        wanted = row.prefix.max_frames
-        frames = count_frames(path, fps=row.fps, max_frames=wanted)
-        latents = frames // FRAMES_PER_LATENT
-        if not latents:
-            reason = f"has {frames} frames at {row.fps} fps, but a prefix needs at least {FRAMES_PER_LATENT}"
-            raise MediaError.about(path, reason, remedy="give a longer clip, or an image")
-        if frames < wanted:
-            found = f"{frames} frames: its clip has no more at {row.fps} fps"
-            note = f"Row {row.number} begins from {found}; {wanted} were asked for."
+def _inspect(
+    path: Path, kind: Literal["image", "video"], width: int, height: int, fps: int, prefix: PrefixSettings
+) -> tuple[Media, list[str]]:
+    """What a row begins from, and what there is to say of the row. Raises MediaError, OSError."""
+    pixels, found = read_prefix(path, kind, width=width, height=height, fps=fps, prefix=prefix)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return Media(kind=_kind(row), sha256=sha256, latents=latents), note
+    medium = Media(kind=kind, sha256=sha256, latents=1, pixels=pixels_digest(pixels))
+    if kind == "image":
+        return medium, []
+    notes: list[str] = []
+    if not len(pixels):
+        few = min(found, prefix.max_frames)
+        reason = f"has {few} frames at {fps} fps, but a prefix needs at least {FRAMES_PER_LATENT}"
+        raise MediaError.about(path, reason, remedy="give a longer clip, or an image")
+    if found < (wanted := prefix.max_frames):
+        notes.append(f"begins from {found} frames: its clip has no more at {fps} fps; {wanted} were asked for")
+    elif prefix.clip_end == "start":
+        found = max(found, clip_frames(path, fps=fps))
+    medium = replace(medium, latents=len(pixels) // FRAMES_PER_LATENT, clip_frames=found, exact_length=True)
+    lost = "leaves out the sound of its clip"
+    if not prefix.include or medium.latents == 1:
+        if has_sound(path):
+            notes.append(f"{lost}: it is heard with the clip's own frames, where include_prefix shows them")
+        return medium, notes
+    taken = Taken.of_clip(found, frames=len(pixels), part=prefix.clip_end, fps=fps)
+    try:
+        sound = sound_of(path, taken, fps)
+    except MediaError as exc:
+        return medium, [*notes, f"{lost}, which {exc.reason}"]
+    return replace(medium, sound=None if sound is None else sound.digest), notes
 
 
 def _notes(row: Row, path: Path) -> list[str]:

@@ -41,8 +41,9 @@ def decode_chunk(vae: VAE, latent: Tensor, plan: RowPlan, chunk: int) -> Pixels:
     """
     pixels = decode_tiled(vae, latent / plan.settings.runtime.scale_factor, tiles=plan.settings.tiles)
     require_finite(pixels, what=f"row {plan.row} (job {plan.job_id}): decoded chunk {chunk}")
-    # Frames of a video prefix are decoded with the rest of their chunk, then dropped here.
-    frames = tensor_to_pixels(pixels)[-plan.timeline.chunk_frames(chunk) :]
+    # A chunk is decoded whole: frames of a video prefix, and those beyond the video's end, are dropped here.
+    first = plan.timeline.dropped_frames if chunk == 0 else 0
+    frames = tensor_to_pixels(pixels)[first : first + plan.timeline.chunk_frames(chunk)]
     if plan.settings.black_frames == "fail":
         _require_no_black_frame(frames, plan, chunk)
     return frames

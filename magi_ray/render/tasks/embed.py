@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from magi_ray.events import StageCommitted, StepDone
 from magi_ray.render.artifacts.commits import commit
 from magi_ray.render.plans import identity
-from magi_ray.render.plans.row_plan import RowPlan
+from magi_ray.render.plans.row_plan import RowPlan, prefix_pre_image
 from magi_ray.storage.keys import CommitKind
 from magi_ray.storage.records import verified_commit
 from magi_ray.storage.store import Store
@@ -47,7 +47,7 @@ class Embedder:
             self._compute_missing("text", key, pre_image, partial(self._networks.embed_caption, plan, caption))
         media, prefix_key = plan.media, plan.prefix_digest
         if media is not None and prefix_key is not None:
-            pre_image = identity.prefix_pre_image(media.kind, media.sha256, plan.settings, plan.digests)
+            pre_image = prefix_pre_image(media, plan.settings, plan.digests)
             self._compute_missing("prefix", prefix_key, pre_image, partial(self._networks.encode_prefix, plan))
         yield from ()
 

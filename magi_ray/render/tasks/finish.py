@@ -12,11 +12,13 @@ from typing import Any
 from magi_ray.events import StageCommitted, StepDone
 from magi_ray.media.encoder import encode_segment
 from magi_ray.media.joiner import join, verify
+from magi_ray.media.reader import Pixels
+from magi_ray.media.sound import Sound
 from magi_ray.render.artifacts.commits import committed, segment_pre_image
-from magi_ray.render.artifacts.prefix import prefix_pixels
+from magi_ray.render.artifacts.prefix import pixels_of, sound_of, stored_medium
 from magi_ray.render.artifacts.provenance import provenance
 from magi_ray.render.artifacts.videos import FORMAT, read_video_record
-from magi_ray.render.plans.row_plan import RowPlan
+from magi_ray.render.plans.row_plan import Media, RowPlan
 from magi_ray.render.plans.takes import BackTo
 from magi_ray.storage import keys
 from magi_ray.storage.records import Commit, digest, holds, payload_to_file, read_commit, record_bytes
@@ -107,19 +109,33 @@ class Finisher:
 
 
 def _make_video(store: Store, ffmpeg: Path, plan: RowPlan, segments: Sequence[Path], out: Path) -> None:
-    with temporary_folder() as folder:
-        join([*_clip_segments(store, ffmpeg, plan, folder), *segments], out=out, ffmpeg=ffmpeg)
     runtime = plan.settings.runtime
-    width, height = runtime.video_size_w, runtime.video_size_h
-    verify(out, frames=plan.timeline.num_frames, width=width, height=height, fps=runtime.fps)
+    width, height, fps = runtime.video_size_w, runtime.video_size_h, runtime.fps
+    with temporary_folder() as folder:
+        clip, wav = list[Path](), None
+        sound_s = 0.0
+        if plan.timeline.included_frames:
+            with stored_medium(store, plan) as path:
+                frames, sound = pixels_of(path, plan), _sound(path, plan)
+            clip = list(_clip_segments(ffmpeg, plan, frames, folder))
+            if sound is not None:
+                wav, sound_s = folder / "sound.wav", len(sound.samples) / sound.rate
+                sound.write(wav)
+        join([*clip, *segments], out=out, ffmpeg=ffmpeg, sound=wav)
+    verify(out, frames=plan.timeline.num_frames, width=width, height=height, fps=fps, sound_s=sound_s)
 
 
-def _clip_segments(store: Store, ffmpeg: Path, plan: RowPlan, folder: Path) -> Iterator[Path]:
-    """The frames of the clip that the video is to begin with, as segments of a chunk's length. The store does not keep
-    them: encoding them again costs no more than reading them."""
-    if not plan.timeline.included_frames:
-        return
-    frames, fps, settings = prefix_pixels(store, plan), plan.settings.runtime.fps, plan.settings.encoder
+def _sound(path: Path, plan: RowPlan) -> Sound | None:
+    """What is heard with the clip's frames, if the video is to carry it."""
+    if plan.taken is None or plan.media is None or plan.media.sound is None:
+        return None
+    return sound_of(path, plan.taken, plan.settings.runtime.fps)
+
+
+def _clip_segments(ffmpeg: Path, plan: RowPlan, frames: Pixels, folder: Path) -> Iterator[Path]:
+    """``frames`` of the clip as segments of a chunk's length. The store does not keep them: encoding them again costs
+    no more than reading them."""
+    fps, settings = plan.settings.runtime.fps, plan.settings.encoder
     for first in range(0, len(frames), FRAMES_PER_CHUNK):
         path, part = folder / f"prefix-{first:08d}.mp4", frames[first : first + FRAMES_PER_CHUNK]
         encode_segment(part, ffmpeg=ffmpeg, fps=fps, frame_offset=first, settings=settings, out=path)
@@ -135,8 +151,13 @@ def _record(plan: RowPlan, encoder: str) -> dict[str, Any]:
         "fps": runtime.fps, "duration_s": timeline.num_frames / runtime.fps, "seed": runtime.seed,
         "captions": list(plan.captions),
         "controls": {str(c): control.model_dump(exclude_none=True) for c, control in plan.controls.items()},
-        "media": None if plan.media is None else {"kind": plan.media.kind, "sha256": plan.media.sha256},
+        "media": None if plan.media is None else _media_record(plan.media),
         "encoder": encoder, "settings": plan.settings.model_dump(mode="json"), "weights": asdict(plan.digests),
         "takes": [asdict(wish) if isinstance(wish, BackTo) else wish for wish in plan.takes],
         "stage_keys": list(plan.stage_keys),
     }  # fmt: skip
+
+
+def _media_record(media: Media) -> dict[str, str]:
+    named = {"kind": media.kind, "sha256": media.sha256, "pixels": media.pixels, "sound": media.sound}
+    return {name: value for name, value in named.items() if value is not None}

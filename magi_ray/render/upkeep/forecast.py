@@ -16,12 +16,13 @@ from itertools import compress, islice
 from magi_ray.errors import InputError, ObjectDamaged, ObjectMissing
 from magi_ray.events import RowInventory
 from magi_ray.manifest import Row
+from magi_ray.media.clips import Taken
 from magi_ray.render.artifacts.commits import segment_pre_image
 from magi_ray.render.artifacts.provenance import device_name
 from magi_ray.render.artifacts.videos import read_video_record
 from magi_ray.render.driving.inventory import take_inventory_of_run
 from magi_ray.render.driving.pace import Speed, cost_digest, seconds_per_chunk
-from magi_ray.render.driving.reports import read_failures, read_progress
+from magi_ray.render.driving.reports import failed_for_its_medium, read_failures, read_progress
 from magi_ray.render.plans.differences import segment_changes, stage_changes, stages_shared
 from magi_ray.render.plans.row_plan import RowPlan, plan_row
 from magi_ray.render.plans.space import Space, inputs_space, stages_space, video_space
@@ -43,7 +44,7 @@ class Forecast:
 
     what: "reuse" (nothing is denoised or decoded), "decode and join", "resume at stage n", "render", or "leave failed":
     a row that failed in this run waits for `retry`.
-    reasons: a sentence each.  frames: of the finished video.
+    reasons: a sentence each.  frames: of the finished video.  clip: which frames of its clip it continues.
     stages_left: to compute; a stage that several rows share counts for the first of them.
     forwards_left: the denoising steps of these stages, without passes over clean chunks.
     left_s: what these stages will take, going by earlier runs of such rows on this kind of device; None without any.
@@ -54,6 +55,7 @@ class Forecast:
     what: str
     reasons: tuple[str, ...]
     frames: int
+    clip: Taken | None
     stages: int
     stages_left: int
     forwards_left: int
@@ -110,7 +112,7 @@ class _Forecaster:
         left: list[int] = []
         if found.published:
             what, reasons = "reuse", ["its video is published"]
-        elif failed := self._failures.get(row.job_id):
+        elif (failed := self._failures.get(row.job_id)) and not failed_for_its_medium(failed, plan):
             first_line = (failed.message.splitlines() or [""])[0]
             what, reasons = "leave failed", [f"failed before ({failed.failure}), `retry` tries again: {first_line}"]
         elif found.stages_done < found.num_stages:
@@ -127,6 +129,7 @@ class _Forecaster:
             what=what,
             reasons=tuple(reasons),
             frames=plan.timeline.num_frames,
+            clip=plan.taken,
             stages=found.num_stages,
             stages_left=len(left),
             forwards_left=len(left) * plan.forwards_per_stage,
@@ -202,6 +205,11 @@ class _Forecaster:
                 shared = 0 if before is None else stages_shared(before.plan, plan)
                 if before and shared == found.num_stages and (changes := self._why_encoded_anew(before, plan)):
                     return changes
+        elif chunk == found.num_chunks - 1:
+            length = plan.timeline.num_frames
+            for other in self._earlier.plans(plan.job_id):
+                if other.plan.stage_keys == plan.stage_keys and (old := other.plan.timeline.num_frames) != length:
+                    return [f"{'longer' if old < length else 'shorter'}: {old} → {length} frames"]
         return [f"{len(found.segments_done)} of {found.num_chunks} segments are there: {_STOPPED}"]
 
     def _why_encoded_anew(self, before: _EarlierPlan, plan: RowPlan) -> list[str]:

@@ -131,7 +131,7 @@ def test_what_a_video_begins_from_is_told_by_its_content(
 @pytest.mark.parametrize(
     ("columns", "told"),
     [
-        ({"prefix_from": "end"}, ["prefix.take start → end"]),
+        ({"prefix_from": "start"}, ["prefix.take end → start"]),
         ({"prefix_frames": 48}, ["prefix.max_frames 32 → 48"]),
         ({"fit": "pad"}, ["prefix.fit crop → pad"]),
         ({"fps": 30}, ["fps 24 → 30"]),
@@ -139,6 +139,21 @@ def test_what_a_video_begins_from_is_told_by_its_content(
 )
 def test_how_a_clip_is_taken_is_told(columns: dict[str, Any], told: list[str], settings: Settings) -> None:
     assert changes(plan(settings, media=CLIP), plan(settings, media=CLIP, **columns)) == told
+    seen = replace(CLIP, pixels="a" * 64)
+    assert changes(plan(settings, media=seen), plan(settings, media=replace(seen, pixels="b" * 64), **columns)) == told
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ({}, {"pixels": "a" * 64}, "video: known by its file before, by its pixels now"),
+        ({"pixels": "a" * 64}, {"pixels": "b" * 64, "sha256": "2" * 64}, "video: pixels aaaaaaaa… → bbbbbbbb…"),
+        ({"pixels": "a" * 64}, {"pixels": "b" * 64}, "video: pixels aaaaaaaa… → bbbbbbbb…"),
+    ],
+)
+def test_other_pixels_are_told(before: dict[str, str], after: dict[str, str], told: str, settings: Settings) -> None:
+    media = [replace(CLIP, **fields) for fields in (before, after)]
+    assert changes(*(plan(settings, media=medium) for medium in media)) == [told]
 
 
 # Every field of the pre-images ------------------------------------------------------------------------------------

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from magi_ray.manifest import Defaults, manifest_of
+from magi_ray.render.artifacts.commits import commit, segment_pre_image
 from magi_ray.render.plans import identity
 from magi_ray.render.plans.identity import Digests
 from magi_ray.render.plans.row_plan import Media, RowPlan, plan_row
 from magi_ray.sampling.noise import NOISE_LAW
 from magi_ray.settings import Settings, override
+from magi_ray.storage.memory import MemoryStore
 
 DIGESTS = Digests(dit="d", vae="v", t5="t", special_tokens="s")
 SCHEDULE = [{"start_chunk": 0, "prompt": "a boat"}, {"start_chunk": 7, "prompt": "a storm"}]
@@ -101,7 +104,7 @@ def test_the_encoder_concerns_segments_alone(settings: Settings) -> None:
     other = override(settings, {"encoder": {"crf": 40}})
     assert plan(settings).stage_keys == plan(other).stage_keys
     images = [
-        identity.segment_pre_image("c", 0, s, DIGESTS, encoder, 24)
+        identity.segment_pre_image("c", s, DIGESTS, encoder, dropped_frames=0, trimmed_frames=0, first_frame=24)
         for s, encoder in ((settings, "x"), (other, "x"), (settings, "y"))
     ]
     assert images[0] != images[1]
@@ -125,7 +128,8 @@ def controlled(**control: object) -> list[dict[str, object]]:
 
 def test_keys_of_what_was_rendered_before_entries_could_bring_more_are_as_they_were(settings: Settings) -> None:
     assert plan(settings).stage_keys[9] == "672af35d2570594a274cd9e5c2d5b43e4f577d60a094c98cdc82fb1482bdfb46"
-    made = plan(settings, media=Media(kind="video", sha256="0" * 64, latents=8), video=str(Path(__file__)))
+    clip = Media(kind="video", sha256="0" * 64, latents=8)
+    made = plan(settings, media=clip, video=str(Path(__file__)), prefix_from="start")
     assert made.prefix_digest == "3a8bef382f4bc10d3e67cc7ce036207c627fe3e4114b8b33e9fcdc9a2e86cff1"
     assert made.stage_keys[9] == "f0f343e03b94cbebe0bea903772f3c082bc7075ff0eddbf73a25d47393a7a6bc"
 
@@ -146,10 +150,67 @@ def test_saying_what_the_run_does_anyway_is_no_other_video(settings: Settings) -
     assert plan(settings, schedule=controlled(**control)) == plan(settings)
 
 
-@pytest.mark.parametrize("column", [{"prefix_from": "end"}, {"prefix_frames": 48}, {"fit": "pad"}])
-def test_how_a_clip_is_taken_is_in_the_identity_of_its_prefix(settings: Settings, column: dict) -> None:
+HOW = [{"prefix_from": "start"}, {"prefix_frames": 48}, {"fit": "pad"}]
+
+
+@pytest.mark.parametrize("column", HOW)
+def test_how_a_clip_was_taken_is_in_the_identity_of_a_prefix_that_is_known_by_its_file(
+    settings: Settings, column: dict
+) -> None:
     video = {"video": str(Path(__file__)), "media": Media(kind="video", sha256="0" * 64, latents=8)}
     assert plan(settings, **video).prefix_digest != plan(settings, **video, **column).prefix_digest
+
+
+@pytest.mark.parametrize("column", [*HOW, {"fps": 30}])
+def test_a_prefix_is_known_by_its_pixels_however_they_were_taken_and_from_whatever_file(
+    settings: Settings, column: dict
+) -> None:
+    clip = Media(kind="video", sha256="0" * 64, latents=8, pixels="a" * 64, clip_frames=72)
+    made = plan(settings, media=clip, video=str(Path(__file__)))
+    other = replace(clip, sha256="1" * 64, clip_frames=90)
+    assert plan(settings, media=other, video=str(Path(__file__)), **column).stage_keys == made.stage_keys
+    assert identity.run_digest("m", {"a": clip.identity}, settings, DIGESTS) == identity.run_digest(
+        "m", {"a": other.identity}, settings, DIGESTS
+    )
+    changed = plan(settings, media=replace(clip, pixels="b" * 64), video=str(Path(__file__)))
+    assert shared(made, changed) == 0
+
+
+def test_what_is_heard_of_a_clip_makes_another_run_and_no_other_stage(settings: Settings) -> None:
+    clip = Media(kind="video", sha256="0" * 64, latents=8, pixels="a" * 64, clip_frames=72)
+    loud = replace(clip, sound="c" * 64)
+    assert len({identity.run_digest("m", {"a": medium.identity}, settings, DIGESTS) for medium in (clip, loud)}) == 2
+    keys = [plan(settings, media=medium, video=str(Path(__file__))).stage_keys for medium in (clip, loud)]
+    assert keys[0] == keys[1]
+
+
+def test_which_end_of_a_clip_is_meant_makes_another_run_only_of_rows_that_begin_from_something(
+    settings: Settings,
+) -> None:
+    start = override(settings, {"prefix": {"take": "start"}})
+    for media, runs in (({}, 1), ({"a": "x"}, 2)):
+        assert len({identity.run_digest("m", media, s, DIGESTS) for s in (settings, start)}) == runs
+
+
+def test_exact_lengths_change_no_stage_and_only_the_segment_of_a_last_chunk_that_is_cut(settings: Settings) -> None:
+    store = MemoryStore()
+    clip = Media(kind="video", sha256="0" * 64, latents=8, pixels="a" * 64, clip_frames=72)
+    whole, exact, even = (
+        plan(settings, media=replace(clip, latents=latents, exact_length=exact), video=str(Path(__file__)), **length)
+        for latents, exact, length in (
+            (8, False, {"num_chunks": 11}), (8, True, {"num_chunks": 10}), (6, True, {"num_chunks": 10}),
+        )
+    )  # fmt: skip
+    assert whole.stage_keys == exact.stage_keys
+    frames = [made.timeline.num_frames for made in (whole, exact, even)]
+    assert frames == [11 * 24 - 8, 240, 240]
+    for made in (whole, even):
+        for stage in range(made.timeline.window_size - 1, made.timeline.num_stages):
+            commit(store, "stage", made.pre_image(stage), {"state": b"", "chunk": b"%d" % stage}, seconds=1.0)
+    images = [[segment_pre_image(store, made, chunk, "x") for chunk in range(11)] for made in (whole, exact)]
+    assert images[0][:10] == images[1][:10]
+    assert images[1][10] == images[0][10] | {"trimmed_frames": 16}
+    assert "trimmed_frames" not in segment_pre_image(store, even, 9, "x")
 
 
 def test_including_the_prefix_renders_no_stage_again(settings: Settings) -> None:

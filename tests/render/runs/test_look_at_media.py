@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from magi_ray.errors import ManifestError
 from magi_ray.manifest import Defaults, Manifest, manifest_of
@@ -81,7 +82,7 @@ def test_a_medium_that_is_gone_does_not_matter_while_the_store_keeps_it(folder: 
     assert again.run_id == run.run_id
     assert again.manifest.notes == (f'Row 2: its video "clip.mp4" is gone; run {run.run_id} has it as submitted.',)
     # Another picture makes another run, which begins the clip's row from the very same clip.
-    (folder / "pic.png").write_bytes((folder / "pic.png").read_bytes() + b"\0")
+    Image.effect_noise((64, 64), 50).save(folder / "pic.png")
     other = submit(store, folder, settings)
     assert other.run_id != run.run_id
     assert other.record.media["clip"] == run.record.media["clip"]

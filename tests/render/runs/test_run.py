@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import av
-import numpy as np
 import pytest
 import torch
 from runs import MakeRun, flip, prepared
 
-from magi_ray.errors import InputError, ManifestError, ObjectDamaged, RunNotFound, WeightsError
+from magi_ray.errors import InputError, ObjectDamaged, RunNotFound, WeightsError
 from magi_ray.manifest import write_manifest
-from magi_ray.media.reader import read_video
 from magi_ray.render.artifacts.latents import load_clean_chunk
-from magi_ray.render.artifacts.prefix import prefix_pixels
 from magi_ray.render.driving.local import render_locally
 from magi_ray.render.runs.record import FORMAT, all_runs, open_run
 from magi_ray.render.runs.submission import create
@@ -66,15 +61,6 @@ def test_where_the_weights_lie_does_not_make_another_run(settings: Settings, tmp
     assert make_run(MemoryStore(), [TEXT]).run_id == make_run(MemoryStore(), [TEXT], settings=elsewhere).run_id
 
 
-def test_an_edited_clip_makes_another_run(make_run: MakeRun, tmp_path: Path) -> None:
-    path = tmp_path / "clip.mp4"
-    path.write_bytes((MANIFESTS / "quickstart-clip.mp4").read_bytes())
-    row = CLIP | {"prompt": "on", "num_chunks": 1, "video": "clip.mp4"}
-    before = make_run(MemoryStore(), [row], base=tmp_path)
-    path.write_bytes(path.read_bytes() + b"\0\0\0\x08free")
-    assert make_run(MemoryStore(), [row], base=tmp_path).run_id != before.run_id
-
-
 def test_a_run_needs_its_media_no_more_once_it_is_submitted(make_run: MakeRun, tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     path.write_bytes((MANIFESTS / "quickstart-clip.mp4").read_bytes())
@@ -82,78 +68,6 @@ def test_a_run_needs_its_media_no_more_once_it_is_submitted(make_run: MakeRun, t
     run = make_run(store, [CLIP | {"prompt": "on", "num_chunks": 1, "video": "clip.mp4"}], base=tmp_path)
     path.unlink()
     assert render_locally(store, open_run(store, run.run_id)).published == ("clip",)
-
-
-def test_seconds_after_a_clip_are_seconds_of_new_video(make_run: MakeRun) -> None:
-    # 32 frames of the clip are a whole chunk and 8 frames of the next: the first new chunk gives 16 frames.
-    run = make_run(MemoryStore(), [CLIP | {"prompt": "on", "seconds": 1.7}])
-    timeline = run.plans["clip"].timeline
-    assert (timeline.num_chunks, timeline.num_frames) == (3, 64)
-    assert make_run(MemoryStore(), [CLIP | {"prompt": "on", "seconds": 1.6}]).plans["clip"].timeline.num_chunks == 2
-
-
-def test_a_caption_beyond_the_end_of_a_continued_clip_is_named(make_run: MakeRun) -> None:
-    row = CLIP | {"seconds": 1.6, "schedule": [{"start_chunk": 0, "prompt": "a"}, {"start_chunk": 2, "prompt": "b"}]}
-    with pytest.raises(ManifestError, match=r"column schedule: 2 is beyond the video's last chunk, 1"):
-        make_run(MemoryStore(), [row])
-
-
-def test_a_clip_shorter_than_a_latent_frame_is_refused(settings: Settings, make_run: MakeRun) -> None:
-    short = override(settings, {"prefix": {"max_frames": 3}})
-    with pytest.raises(ManifestError, match="has 3 frames at 24 fps, but a prefix needs at least 4"):
-        make_run(MemoryStore(), [CLIP | {"prompt": "on", "num_chunks": 1}], settings=short)
-
-
-def frames_of(store: MemoryStore, run_id: str, tmp_path: Path) -> np.ndarray:
-    path = tmp_path / f"{run_id}.mp4"
-    path.write_bytes(store.get(keys.video(run_id, "clip")))
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
-@pytest.mark.parametrize(("prefix_frames", "dropped"), [(48, 0), (52, 4), (32, 8), (4, 0)])
-def test_a_clip_goes_on_with_the_very_next_frame_and_can_be_included(
-    make_run: MakeRun, tmp_path: Path, prefix_frames: int, dropped: int
-) -> None:
-    # 52 frames are 13 latent frames: two whole chunks and one of the six of the first new chunk.
-    store = MemoryStore()
-    row = CLIP | {"prompt": "on", "num_chunks": 2, "prefix_frames": prefix_frames, "prefix_from": "end", "fps": 48}
-    videos = []
-    for include in (False, True):
-        run = make_run(store, [row | {"include_prefix": include}])
-        assert render_locally(store, run).published == ("clip",)
-        videos.append(frames_of(store, run.run_id, tmp_path))
-        record = json.loads(store.get(keys.video_record(run.run_id, "clip")))
-        assert record["frames"] == len(videos[-1])
-        assert record["prefix_frames"] == len(videos[-1]) - len(videos[0])
-    new, included = videos
-    assert len(new) == 48 - dropped
-    if prefix_frames == 4:  # one latent frame is in its chunk already
-        assert np.array_equal(included, new)
-        return
-    assert len(included) == prefix_frames + len(new)
-    clip = read_video(
-        Path(CLIP["video"]), width=32, height=32, fps=48, max_frames=prefix_frames, part="end", fit="crop"
-    )
-    distance = np.abs(included[:prefix_frames].astype(int) - clip).mean(axis=(1, 2, 3))
-    assert distance.max() < 8
-    assert np.abs(included[prefix_frames:].astype(int) - new).mean() < 1
-
-
-def test_frames_that_make_no_latent_frame_are_left_out_far_from_the_join(make_run: MakeRun) -> None:
-    for take, kept in (("start", slice(0, 28)), ("end", slice(2, 30))):
-        store = MemoryStore()
-        row = CLIP | {"prompt": "on", "num_chunks": 1, "prefix_frames": 30, "prefix_from": take}
-        found = prefix_pixels(store, make_run(store, [row]).plans["clip"])
-        all_30 = read_video(Path(CLIP["video"]), width=32, height=32, fps=24, max_frames=30, part=take, fit="crop")
-        assert np.array_equal(found, all_30[kept])
-
-
-def test_a_clip_shorter_than_asked_gives_what_it_has_and_says_so(make_run: MakeRun) -> None:
-    run = make_run(MemoryStore(), [CLIP | {"prompt": "on", "num_chunks": 1, "prefix_frames": 5000}])
-    [note] = run.manifest.notes
-    assert re.fullmatch(r"Row 1 begins from \d+ frames: its clip has no more at 24 fps; 5000 were asked for\.", note)
-    assert make_run(MemoryStore(), [CLIP | {"prompt": "on", "num_chunks": 1}]).manifest.notes == ()
 
 
 def test_a_shot_transition_of_a_manifest_reaches_the_latents_from_its_chunk_on(make_run: MakeRun) -> None:
@@ -271,19 +185,6 @@ def test_a_run_that_is_being_submitted_is_no_damaged_run(make_run: MakeRun) -> N
 def test_an_id_that_no_run_can_have_is_a_run_that_does_not_exist(run_id: str) -> None:
     with pytest.raises(RunNotFound):
         open_run(MemoryStore(), run_id)
-
-
-def test_a_damaged_copy_of_a_clip_is_replaced_when_the_manifest_is_submitted_again(make_run: MakeRun) -> None:
-    store = MemoryStore()
-    row = CLIP | {"prompt": "on", "num_chunks": 1}
-    run = make_run(store, [row])
-    [media] = store.list("media/")
-    good = store.get(media)
-    for mend in (lambda: flip(store, media), lambda: store.delete(media)):
-        mend()
-        make_run(store, [row])
-        assert store.get(media) == good
-    assert open_run(store, run.run_id).plans == run.plans
 
 
 def test_a_run_is_opened_with_weights_that_lie_elsewhere_on_this_machine(

@@ -103,7 +103,8 @@ def test_what_was_never_rendered_is_new_and_costs_every_stage(make_run: MakeRun,
     # 4 chunks in windows of 4 are 7 stages, of 8 / 4 steps each.
     assert found["a"] == Forecast(
         job_id="a", what="render", reasons=("0 of 7 stages are there: the run stopped before its end",),
-        frames=96, stages=7, stages_left=7, forwards_left=14, left_s=None, space_left=found["a"].space_left,
+        frames=96, clip=None, stages=7, stages_left=7, forwards_left=14, left_s=None,
+        space_left=found["a"].space_left,
     )  # fmt: skip
 
 
