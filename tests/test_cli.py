@@ -240,7 +240,7 @@ WRONG: list[tuple[tuple[str, ...], int, str, tuple[str, ...]]] = [
     ((*RENDER, "--width", "33"), 2, "--width: 33 is not a multiple of 16; use 32 or 48", ("render", "--help")),
     ((*RENDER, "--image", str(IMAGE), "--video", str(CLIP)), 2, "--image:", ("render", "--help")),
     ((*RENDER, "--image", "small.toml"), 2, "--image: ", ("render", "--help")),
-    ((*RENDER, "--image", "none.png"), 2, '--image: "none.png" does not exist', ("render", "--help")),
+    ((*RENDER, "--image", "none.png"), 2, '--image: none.png does not exist', ("render", "--help")),
     ((*RENDER, "--prompt", " "), 2, "--prompt: ", ("render", "--help")),
     (("render", "-o", "a.mp4"), 2, "--prompt: is missing, and there is no schedule either", ("render", "--help")),
     ((*RENDER, "--schedule", "rows.jsonl"), 2, "--schedule: ", ("render", "--help")),

@@ -238,9 +238,9 @@ def test_what_is_too_much_to_be_meant_is_told_before_anything_grows(
     cells: dict[str, Any], column: str, words: str
 ) -> None:
     row = {"job_id": "cat"} | ({} if "schedule" in cells else {"prompt": "A cat"}) | cells
-    begun = time.monotonic()
+    begun = time.process_time()  # of this process: the machine may be busy
     (line,) = complaints(row)
-    assert time.monotonic() - begun < 2
+    assert time.process_time() - begun < 2
     assert line.startswith(f'row 1 (job "cat"), column {column}: ')
     assert words in line
     # A run that was submitted before there were bounds stays as it is.
