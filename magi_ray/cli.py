@@ -128,7 +128,7 @@ def _command_path(typed: Sequence[str]) -> str:
     epilog=example("magi-ray submit manifests/quickstart.parquet"),
 )
 def cli() -> None:
-    """Render long videos with MAGI-1: prompts in a Parquet manifest, mp4 files out, resumable anywhere."""
+    """Render long videos with MAGI-1: prompts in a table, mp4 files out, resumable anywhere."""
 
 
 @cli.command(epilog=example("magi-ray version"))

@@ -53,7 +53,7 @@ def submit(
     space_check: bool,
     as_json: bool,
 ) -> None:
-    """Render every row of MANIFEST into a video. What exists already is not rendered again.
+    """Render every row of MANIFEST, a table of any kind, into a video. What exists already is not rendered again.
 
     A background process renders and this one follows it. Ctrl-C leaves it running; `magi-ray watch` follows it again.
     """

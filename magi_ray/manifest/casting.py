@@ -36,8 +36,8 @@ class Unfit:
 
 
 def too_many_entries(count: int) -> Unfit:
-    rule = f"are more than the {MAX_ENTRIES} that a cell may hold"
-    return Unfit(value=f"{count} entries", rule=rule, remedy="leave out those that are not needed")
+    rule = f"has {count:,} entries, but a schedule has at most {MAX_ENTRIES:,}"
+    return Unfit(value="", rule=rule, remedy="write an entry only where something changes")
 
 
 def cast(value: Any, wanted: pa.DataType) -> Any:
@@ -154,9 +154,7 @@ def _from_text(text: str) -> Any:
 
 
 def _list(value: Any, item: pa.DataType) -> Any:
-    if not isinstance(value, list | tuple):
-        return value
-    return too_many_entries(len(value)) if len(value) > MAX_ENTRIES else [cast(found, item) for found in value]
+    return [cast(found, item) for found in value] if isinstance(value, list | tuple) else value
 
 
 def _struct(value: Any, wanted: pa.StructType) -> Any:
@@ -180,8 +178,6 @@ def _tags(value: Any, wanted: pa.MapType) -> Any:
         value = [(pair["key"], pair["value"]) for pair in value]
     if not isinstance(value, list) or not _are_pairs(value):
         return value
-    if len(value) > MAX_ENTRIES:
-        return too_many_entries(len(value))
     return [(cast(key, wanted.key_type), cast(tag, wanted.item_type)) for key, tag in value]
 
 

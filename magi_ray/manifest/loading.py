@@ -64,7 +64,7 @@ def parse_manifest(
     Raises ManifestError, which carries every problem of every other row.
     """
     context = _context(defaults, base, media_must_exist=not stored, stored=stored)
-    manifest = _manifest(sources.of_table(parquet.decode(data, name)), context)
+    manifest = _manifest(sources.of_table(parquet.decode(data, name), stored=stored), context)
     known = {problem.row for problem in left_out}
     require_valid(replace(manifest, problems=tuple(p for p in manifest.problems if p.row not in known)), name)
     return replace(manifest, problems=()).without(left_out)

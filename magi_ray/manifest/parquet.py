@@ -239,20 +239,22 @@ def _not_unicode(name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Probl
             )
 
 
-def known_cells(table: pa.Table, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A dict for each row of what its cells in ``columns``, which are ours, are cast to."""
-    cast = [_cast_column(table.column(name), COLUMNS[name]) for name in columns]
+def known_cells(table: pa.Table, columns: Sequence[str], *, stored: bool) -> Iterator[dict[str, Any]]:
+    """A dict for each row of what its cells in ``columns``, which are ours, are cast to. stored: of a run, for which
+    bounds that are newer do not apply."""
+    cast = [_cast_column(table.column(name), COLUMNS[name], stored) for name in columns]
     return (dict(zip(columns, row, strict=True)) for row in zip(*cast, strict=True))
 
 
-def _cast_column(column: pa.ChunkedArray, wanted: pa.DataType) -> list[Any]:
+def _cast_column(column: pa.ChunkedArray, wanted: pa.DataType, stored: bool) -> list[Any]:
     values: list[Any]
-    if pa.types.is_nested(column.type) and not pa.types.is_struct(column.type):
-        counts = [len(cell) if cell.is_valid else 0 for cell in column]
-        # Millions of entries are told without being read.
+    if pa.types.is_nested(column.type) and pa.types.is_list(wanted) and not stored:
+        # A million entries are told without being read.
         values = [
-            casting.too_many_entries(count) if count > casting.MAX_ENTRIES else cell.as_py()
-            for cell, count in zip(column, counts, strict=True)
+            casting.too_many_entries(len(cell))
+            if cell.is_valid and len(cell) > casting.MAX_ENTRIES
+            else _plain_value(cell)
+            for cell in column
         ]
     else:
         values = plain_values(column)

@@ -23,7 +23,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from magi_ray.errors import Problem
-from magi_ray.manifest.casting import EXACT, Unfit
+from magi_ray.manifest.casting import EXACT, MAX_ENTRIES, Unfit, too_many_entries
 from magi_ray.manifest.messages import shown
 from magi_ray.manifest.parquet import COLUMNS, CONTROLS, column_meant
 from magi_ray.manifest.rows import Defaults
@@ -41,7 +41,6 @@ MAX_FPS = 120
 MAX_SEED = 2**63 - 1
 # What is larger was hardly meant, and is told before a plan grows by it. They are not asked of runs that are stored.
 MAX_CHUNKS = 100_000  # 28 hours at 24 frames per second; each chunk is planned
-MAX_ENTRIES = 10_000
 MAX_PREFIX_FRAMES = 10_000
 MAX_STEPS = 1_000
 MAX_SIDE, MAX_AREA = 8_192, 4_096 * 2_304
@@ -397,8 +396,8 @@ def _few_entries(schedule: Any, info: ValidationInfo) -> Any:
     if info.context is not None and not info.context.stored and isinstance(schedule, list):
         count = len(schedule)
         if count > MAX_ENTRIES:
-            rule = f"has {count:,} entries, but a schedule has at most {MAX_ENTRIES:,}"
-            broken = Broken(value="", rule=rule, remedy="write an entry only where something changes")
+            unfit = too_many_entries(count)
+            broken = Broken(value=unfit.value, rule=unfit.rule, remedy=unfit.remedy)
             raise PydanticCustomError("rules", "rules are broken", {"cell": [], "broken": [broken]})
     return schedule
 

@@ -76,11 +76,12 @@ def of_rows(rows: Sequence[Mapping[str, Any]], *, places: Sequence[str] = (), no
     return Source(rows=cast, table=table, problems=problems, places=places, notes=notes)
 
 
-def of_table(table: pa.Table, *, places: Sequence[str] = ()) -> Source:
+def of_table(table: pa.Table, *, places: Sequence[str] = (), stored: bool = False) -> Source:
+    """stored: of a run, for which bounds that are newer do not apply."""
     problems = list(parquet.table_problems(table))
     unusable = {problem.column for problem in problems}
     names = [name for name in COLUMNS if name in table.column_names and name not in unusable]
-    rows = list(parquet.known_cells(table, names)) if names else [{}] * table.num_rows
+    rows = list(parquet.known_cells(table, names, stored=stored)) if names else [{}] * table.num_rows
     return Source(rows=rows, table=table, problems=problems, places=places)
 
 
@@ -91,15 +92,14 @@ def read(path: Path, kind: str | None = None) -> Source:
     """
     try:
         parts = _parts(path) if path.is_dir() else [_Part(path=path, name=path.name)]
+        kinds = sorted({SUFFIXES[part.path.suffix.lower()] for part in parts}) if path.is_dir() else []
+        if len(kinds) > 1 and kind is None:
+            raise file_error(str(path), f"holds tables of several kinds: {', '.join(kinds)}", "name one file")
         check_size(str(path), sum(part.path.stat().st_size for part in parts))
         read_parts = [part.read(path, kind) for part in parts]
     except OSError as exc:
         reason = "does not exist" if isinstance(exc, FileNotFoundError) else f"cannot be read ({exc.strerror})"
         raise file_error(str(path), reason, "give the path of a table") from exc
-    if path.is_dir():
-        kinds = {part.kind for part in read_parts}
-        if len(kinds) > 1:
-            raise file_error(str(path), f"holds tables of several kinds: {', '.join(sorted(kinds))}", "name one file")
     return _joined(read_parts, str(path))
 
 

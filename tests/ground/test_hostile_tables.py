@@ -86,7 +86,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "entries.parquet": (
         lambda path: parquet(path, {"job_id": ["a"], "schedule": entries(pa.array(["A"] * MB))}),
-        'row 1 (job "a"), column schedule: 1000000 entries are more than the 10000 that a cell may hold',
+        'row 1 (job "a"), column schedule: has 1,000,000 entries, but a schedule has at most',
     ),
     "nulls.parquet": (lambda path: parquet(path, {"job_id": pa.nulls(50 * MB, pa.int8())}), "has 50000000 rows"),
     "columns.parquet": (
@@ -123,7 +123,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "deep.yaml": (lambda path: path.write_text("- a\n- " + "[" * 100_000), "line 2: lists and maps are nested"),
     "entries.jsonl": (
         lambda path: path.write_text(json.dumps({"job_id": "a", "schedule": [{"prompt": "A"}] * 100_000})),
-        'row 1 (job "a"), column schedule: 100000 entries',
+        'row 1 (job "a"), column schedule: has 100,000 entries',
     ),
     "small values.json": (lambda path: path.write_text('[{"x": [' + "[]," * 7 * MB + "[]]}]"), "has 7000002 values"),
     "laughs.yaml": (
