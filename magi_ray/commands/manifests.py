@@ -42,7 +42,7 @@ def build(typed: list[str], rows: Path, out: Path, no_check: bool, settings: Set
     for note in notes:
         say(f"note: {note}", style="yellow")
     if as_json:
-        print_json({"manifest": str(out), "rows": count, "checked": not no_check, "notes": list(notes)})
+        print_json({"manifest": str(out.absolute()), "rows": count, "checked": not no_check, "notes": list(notes)})
     else:
         click.echo(str(out))
     say(f"{counted(count, 'row')}, {'not checked' if no_check else 'all valid'}.")
