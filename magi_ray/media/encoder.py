@@ -128,7 +128,8 @@ def run_ffmpeg(command: Sequence[str], *, feed: Iterable[bytes | memoryview], de
         said = errors.read()[-2000:].decode(errors="replace").strip() or "it said nothing"
     if late.is_set():
         raise WorkerLost(f"ffmpeg was not done with {purpose} after {deadline_s:g} s: {said}", remedy="Try again.")
-    if any(os.strerror(number) in said for number in (ENOSPC, EDQUOT)):
+    # What it says goes to a temporary file itself; its exit code is the error's number.
+    if any(os.strerror(number) in said or process.returncode == 256 - number for number in (ENOSPC, EDQUOT)):
         raise no_room(f"ffmpeg, {purpose}, said: {said.splitlines()[0]}")
     if process.returncode < 0:
         raise WorkerLost(f"ffmpeg was killed (signal {-process.returncode}) {purpose}: {said}", remedy="Try again.")

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from magi_ray.commands.driver_monitor import find_driver
-from magi_ray.commands.run_status import run_status, run_summary
 from runs import contents, flip
 
+from magi_ray.drivers.driver_monitor import find_driver
+from magi_ray.drivers.run_status import run_status, run_summary
 from magi_ray.errors import MagiRayError, ObjectDamaged
 from magi_ray.manifest import Defaults, manifest_of
 from magi_ray.media.encoder import encoder_identity, find_ffmpeg
