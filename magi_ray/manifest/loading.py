@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from magi_ray.errors import InputError, Problem
+from magi_ray.errors import InputError, Problem, magi_ray_command
 from magi_ray.manifest import parquet, sources
 from magi_ray.manifest.messages import file_error, manifest_error
 from magi_ray.manifest.parquet import COLUMNS, CONTROLS, SCHEMA, VERSION
@@ -34,7 +34,7 @@ def read_manifest(path: Path, defaults: Defaults, *, strict: bool = True) -> Man
         raise file_error(name, reason, "give the path of a Parquet manifest") from exc
     manifest = _of_table(parquet.decode(data, name), _context(defaults, path.parent, media_must_exist=strict))
     if strict:
-        require_valid(manifest, name, next_command=f"magi-ray manifest validate {path}")
+        require_valid(manifest, name, next_command=magi_ray_command("manifest", "validate", str(path)))
     return manifest
 
 
@@ -112,7 +112,7 @@ def build_manifest(source: Path, out: Path, *, defaults: Defaults | None) -> int
             replace(found, rule=f"{found.rule} ({source.name}:{lines[found.row - 1]})") if found.row else found
             for found in checked.problems
         ]
-        again = f"magi-ray manifest build {source} -o {out}"
+        again = magi_ray_command("manifest", "build", str(source), "-o", str(out))
         raise manifest_error(str(source), located, rows=len(rows), next_command=again)
     parquet.write(table, out)
     return len(rows)
