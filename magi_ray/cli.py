@@ -127,6 +127,7 @@ def _command_path(typed: Sequence[str]) -> str:
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=example("magi-ray submit manifests/quickstart.parquet"),
 )
+@click.version_option(package_name="magi-ray", message="%(version)s", help="Print the version.")
 def cli() -> None:
     """Render long videos with MAGI-1: prompts in a table, mp4 files out, resumable anywhere."""
 
@@ -150,6 +151,10 @@ _SECTIONS = {
     "Stop": (pause, cancel),
     "Prepare and keep": (manifest, doctor, verify, gc, version),
 }
+
+# `magi-ray validate` works too; the help shows it once.
+for _command in manifest.commands.values():
+    cli.add_command(_command)
 
 for _commands in _SECTIONS.values():
     for _command in _commands:

@@ -27,6 +27,7 @@ All survive pickling: Ray sends them between processes. None holds the secrets o
 
 from __future__ import annotations
 
+import shlex
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,6 +70,11 @@ class MagiRayError(Exception):
     def __str__(self) -> str:
         command = f"next: {self.next_command}" if self.next_command else ""
         return "\n".join([self.message, *filter(None, (self.remedy, command))])
+
+
+def magi_ray_command(*words: str) -> str:
+    """`magi-ray` and these words as they can be pasted into a shell, for ``next_command``."""
+    return shlex.join(["magi-ray", *words])
 
 
 def _rebuild(kind: type[MagiRayError], fields: dict[str, Any]) -> MagiRayError:

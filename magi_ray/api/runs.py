@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from magi_ray.api.loading import settings_of
 from magi_ray.api.model import Model
-from magi_ray.errors import InputError, MagiRayError
+from magi_ray.errors import InputError, MagiRayError, magi_ray_command
 
 if TYPE_CHECKING:
     from magi_ray.drivers.driver_monitor import Driver
@@ -167,7 +166,7 @@ class SubmittedRun:
         return find_driver(self._store, self.id)
 
     def _command(self, verb: str) -> str:
-        return f"magi-ray {verb} {self.id} --store {shlex.quote(self.store)}"
+        return magi_ray_command(verb, self.id, "--store", self.store)
 
 
 def _manifest(table: object, settings: Settings, name: str) -> tuple[Manifest, str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import click
 from rich.console import Console, RenderableType
 
+from magi_ray.errors import magi_ray_command
 from magi_ray.redaction import redact
 
 # 3, 7 and 8 are the codes of errors: see ``magi_ray.errors``.
@@ -56,4 +56,4 @@ def counted(number: int, noun: str) -> str:
 
 def command_line(arguments: Sequence[str], *, without: Collection[str] = ()) -> str:
     """``magi-ray`` and these arguments, quoted for a shell; those in ``without`` are left out."""
-    return shlex.join(["magi-ray", *(argument for argument in arguments if argument not in without)])
+    return magi_ray_command(*(argument for argument in arguments if argument not in without))

@@ -30,7 +30,9 @@ SHOWN = 5  # of many rows or files, these are named
 @click.option("--force", is_flag=True, help="Replace files that hold something else.")
 @store_option
 @json_option
-def fetch(name: str, folder: Path | None, job_ids: tuple[str, ...], force: bool, store_uri: str, as_json: bool) -> None:
+def fetch(
+    name: str | None, folder: Path | None, job_ids: tuple[str, ...], force: bool, store_uri: str, as_json: bool
+) -> None:
     """Copy the videos of RUN into a folder and check them. What is there already is not copied again; a copy that was
     interrupted goes on where it stopped."""
     from magi_ray.render.artifacts.videos import copy_video, is_video, published, video_sizes

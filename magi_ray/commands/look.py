@@ -27,8 +27,9 @@ WATCH_REFRESH_S = 1.0
 @run_argument
 @store_option
 @json_option
-def status(name: str, store_uri: str, as_json: bool) -> None:
-    """Show how far RUN is and which process renders it. RUN is the id of a run, or the beginning of one."""
+def status(name: str | None, store_uri: str, as_json: bool) -> None:
+    """Show how far RUN is and which process renders it. RUN is an id or its beginning, a manifest that was submitted,
+    @latest, or @-1 for the run before the newest (NAME@-1: of that manifest); not given: the newest."""
     from magi_ray.drivers.driver_monitor import find_driver
     from magi_ray.drivers.run_status import run_status
     from magi_ray.report import describe_times, status_table
@@ -42,7 +43,7 @@ def status(name: str, store_uri: str, as_json: bool) -> None:
     if times := describe_times(found.progress.times):
         say(f"{times}.")
     if found.driver is None:
-        _say_at_rest(stored, found)
+        say_at_rest(stored, found)
     else:
         heard = "still loading" if found.driver.beat is None else f"beat {found.driver.beat}"
         say(f"{found.state.capitalize()}, by {found.driver} ({heard}).")
@@ -82,7 +83,7 @@ def list_command(store_uri: str, as_json: bool) -> None:
 @run_argument
 @store_option
 @json_option
-def watch(name: str, store_uri: str, as_json: bool) -> None:
+def watch(name: str | None, store_uri: str, as_json: bool) -> None:
     """Follow RUN, which another process renders, until it ends. Ctrl-C stops watching, not rendering."""
     from magi_ray.drivers.driver_monitor import DriverMonitor
     from magi_ray.drivers.run_status import run_status
@@ -101,33 +102,33 @@ def watch(name: str, store_uri: str, as_json: bool) -> None:
         say(f"Nothing has been heard from {monitor.last} for too long; it is presumed dead.")
     if as_json:
         print_json(found.as_json())
-    sys.exit(_say_at_rest(stored, found))
+    sys.exit(say_at_rest(stored, found))
 
 
-def _say_at_rest(stored: StoredRun, found: RunStatus) -> int:
+def say_at_rest(stored: StoredRun, found: RunStatus) -> int:
     """Say what there is to know about a run that nobody renders; returns the exit code that fits."""
     videos = len(found.progress.videos)
     left = videos - found.progress.count(Phase.DONE)
     failed = found.progress.count(Phase.FAILED)
     if found.problems:
         say_left_out(stored.run)
-    if not left:
-        say(f"All videos are done: {stored.store.uri.rstrip('/')}/{keys.videos(stored.run_id)}")
-        return console.FAILED_ROWS if found.problems else 0
-    if failed == left or found.state == "broken":
-        ended = "Finished" if failed == left else "Stopped"
-        others = f", {counted(left - failed, 'other')} not done" if left > failed else ""
-        say(f"{ended}; {failed} of {counted(videos, 'video')} failed{others}.")
-        say_next(stored.command("retry --failed"))
-        return console.FAILED_ROWS
     match found.state:
+        case "done" | "failed" if not left:
+            say(f"All videos are done: {stored.store.uri.rstrip('/')}/{keys.videos(stored.run_id)}")
+            return console.FAILED_ROWS if found.problems else 0
+        case "failed" | "broken":
+            others = f"{left - failed} not done: too many failed" if found.state == "broken" else "the others are done"
+            say(f"Failed: {failed} of {counted(videos, 'video')}; {others}.")
+            say_next(stored.command("retry --failed"))
+            return console.FAILED_ROWS
         case "paused":
             code, state = console.PAUSED, "Paused"
         case "cancelled":
             code, state = console.CANCELLED, "Cancelled"
         case _:
             code, state = console.FAILURE, "Not being rendered"
-    say(f"{state}; {left} of {counted(videos, 'video')} not done.")
+    of_these = f", {failed} of them failed" if failed else ""
+    say(f"{state}; {left} of {counted(videos, 'video')} not done{of_these}.")
     if code == console.FAILURE:
         _say_last_error(stored)
     say_next(stored.command("resume"))

@@ -11,7 +11,7 @@ import click
 
 from magi_ray.commands.console import command_line, counted, print_json, print_table, say, say_next
 from magi_ray.commands.inputs import GivenManifest, require_table
-from magi_ray.commands.options import example, json_option, manifest_argument, settings_options
+from magi_ray.commands.options import example, json_option, manifest_argument, settings_options, settings_words
 from magi_ray.errors import ManifestError, MediaError
 from magi_ray.settings import Settings
 from magi_ray.timeline import FRAMES_PER_LATENT
@@ -46,7 +46,7 @@ def build(typed: list[str], rows: Path, out: Path, no_check: bool, settings: Set
     else:
         click.echo(str(out))
     say(f"{counted(count, 'row')}, {'not checked' if no_check else 'all valid'}.")
-    say_next(command_line([*(["manifest", "validate"] if no_check else ["submit"]), str(out)]))
+    say_next(command_line([*(["manifest", "validate"] if no_check else ["submit"]), str(out), *settings_words()]))
 
 
 @manifest.command(epilog=example("magi-ray manifest validate manifests/quickstart.parquet"))
@@ -79,7 +79,8 @@ def validate(typed: list[str], given: GivenManifest, media: bool, settings: Sett
         print_json(content)
     opened = "" if media else " Media were not opened."
     say(f"{given.name}: {counted(len(checked.rows), 'row')}, all valid.{opened}")
-    say_next(command_line(["submit", *typed[2:]], without=["--json", "--media", "--no-media"]))
+    following = ["submit", *typed[typed.index("validate") + 1 :]]
+    say_next(command_line(following, without=["--json", "--media", "--no-media"]))
 
 
 @manifest.command(epilog=example("magi-ray manifest show manifests/quickstart.parquet"))

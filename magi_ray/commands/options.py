@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
+from magi_ray.commands.completion import complete_run
 from magi_ray.commands.inputs import GivenManifest
-from magi_ray.commands.stores import DEFAULT_STORE
+from magi_ray.commands.stores import default_store
 from magi_ray.errors import SettingsError
 from magi_ray.manifest.sources import KINDS
 from magi_ray.settings import PRESETS, device_here, job, override, preset, published
@@ -38,13 +39,13 @@ def manifest_argument(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def run_argument(command: Callable[..., Any]) -> Callable[..., Any]:
-    """RUN: the id of a run, or the beginning of one; the command gets ``name``."""
-    return click.argument("name", metavar="RUN")(command)
+    """RUN, see ``stores.find_run``; the command gets ``name``, None if it is not given."""
+    return click.argument("name", metavar="[RUN]", required=False, shell_complete=complete_run)(command)
 
 
 def store_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
-        "--store", "store_uri", default=DEFAULT_STORE, show_default=True, metavar="URI",
+        "--store", "store_uri", default=default_store, show_default="$MAGI_RAY_STORE or magi-ray-store", metavar="URI",
         help="Where runs, checkpoints and videos are kept: a folder, file:///… or s3://bucket/prefix.",
     )(command)  # fmt: skip
 
@@ -104,6 +105,14 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_settings
 
 
+def settings_words() -> list[str]:
+    """The options of ``settings_options`` that were typed, for the command to type next."""
+    params = click.get_current_context().params
+    names = {"--job": "job_file", "--preset": "preset_name", "--config": "config_file", "--weights": "weights",
+             "--device": "device"}  # fmt: skip
+    return [word for option, name in names.items() if params[name] is not None for word in (option, str(params[name]))]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RenderOptions:
     """How to render a run: the options of ``drive``.
@@ -128,7 +137,13 @@ class RenderOptions:
         argv += ["--max-failed-rows", str(self.max_failed_rows)] if self.max_failed_rows is not None else []
         argv += ["--retry-failed"] if self.retry_failed else []
         argv += [argument for job_id in self.retry for argument in ("--retry", job_id)]
-        return argv + (["--weights", str(self.weights)] if self.weights is not None else [])
+        return argv + (["--weights", str(self.weights.absolute())] if self.weights is not None else [])
+
+    def again(self) -> list[str]:
+        """Those that a command needs that goes on with the run later."""
+        argv = replace(self, dashboard=True, take_over=False, retry_failed=False, retry=()).argv()
+        argv = [argument for argument in argv if argument != "--dashboard"]
+        return argv if self.dashboard or self.local else [*argv, "--no-dashboard"]
 
 
 def render_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -70,10 +70,12 @@ def report_exit(
         case "broken":
             code, next_command = FAILED_ROWS, retry
             say("Stopped: more rows failed than --max-failed-rows allows.")
-        case _ if result.failed:
+        case "failed":
             code, next_command = FAILED_ROWS, retry
-        case _ if stored.run.record.problems:
-            code, next_command = FAILED_ROWS, stored.command("status")
+            if result.failed:
+                say(f"Failed: {len(result.failed)} of {counted(len(stored.run.plans), 'video')}; the others are done.")
+            else:
+                next_command = stored.command("status")  # the rows that were left out
         case _:
             if stored.store.uri.startswith("s3:"):
                 say_next(stored.command("fetch"))

@@ -36,7 +36,7 @@ GC_KEEPS = "Garbage collection keeps the take in use."
 @no_wait_option
 @json_option
 def retry(
-    name: str,
+    name: str | None,
     failed: bool,
     job_ids: tuple[str, ...],
     from_chunk: int | None,
@@ -47,7 +47,7 @@ def retry(
     as_json: bool,
 ) -> None:
     """Try rows of RUN again: all that failed, or those named. A row that is done is checked, and what is damaged of
-    it is rendered again."""
+    it is rendered again. Without RUN: the newest run."""
     from magi_ray.commands.background import render_in_background
     from magi_ray.render.driving.reports import read_failures
 
@@ -152,7 +152,7 @@ def _with_take_back(stored: StoredRun, job_id: str, take: int, weights: Path | N
 @click.option("--job", "job_id", metavar="ID", help="Of this row; default: of all rows that have several.")
 @store_option
 @json_option
-def takes(name: str, job_id: str | None, store_uri: str, as_json: bool) -> None:
+def takes(name: str | None, job_id: str | None, store_uri: str, as_json: bool) -> None:
     """List the takes of RUN's rows: take 1 is a row as first rendered, `retry --from-chunk` makes the next ones, `retry
     --take` brings one back."""
     from magi_ray.render.driving.inventory import stages_committed

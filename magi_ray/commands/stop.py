@@ -36,8 +36,9 @@ PAUSE_REFRESH_S = 1.0
     help="How many seconds to wait for it to stop.",
 )  # fmt: skip
 @json_option
-def pause(name: str, store_uri: str, timeout_s: float, as_json: bool) -> None:
-    """Stop RUN as soon as its current stages are committed. At most one forward is lost; `magi-ray resume` goes on."""
+def pause(name: str | None, store_uri: str, timeout_s: float, as_json: bool) -> None:
+    """Stop RUN as soon as its current stages are committed. At most one forward is lost; `magi-ray resume` goes on.
+    Without RUN: the only run that is being rendered."""
     from magi_ray.drivers.driver_monitor import DriverMonitor
     from magi_ray.render.driving.reports import read_progress
     from magi_ray.report import follow
@@ -77,8 +78,9 @@ def pause(name: str, store_uri: str, timeout_s: float, as_json: bool) -> None:
 @run_argument
 @store_option
 @json_option
-def cancel(name: str, store_uri: str, as_json: bool) -> None:
-    """Stop RUN now. Within 15 s nothing of it is left running; what was committed is kept."""
+def cancel(name: str | None, store_uri: str, as_json: bool) -> None:
+    """Stop RUN now. Within 15 s nothing of it is left running; what was committed is kept. Without RUN: the only run
+    that is being rendered."""
     try:
         _cancel(open_named_run(name, store_uri, verb="cancel", patience_s=CANCEL_PATIENCE_S), as_json=as_json)
     except StoreUnavailable as exc:
@@ -109,13 +111,14 @@ def _cancel(stored: StoredRun, *, as_json: bool) -> None:
     say_next(stored.command("resume"))
 
 
-def _cancel_without_store(name: str, store_uri: str, exc: StoreUnavailable, *, as_json: bool) -> None:
+def _cancel_without_store(name: str | None, store_uri: str, exc: StoreUnavailable, *, as_json: bool) -> None:
     """Without the store the driver cannot be asked, but it can be ended if it runs on this machine. Raises ``exc`` if
     it does not."""
     from magi_ray.drivers.driver_monitor import Driver
     from magi_ray.drivers.status_file import drivers_on_this_machine
 
-    found = list(drivers_on_this_machine(store_to_read(store_uri), Path(name).name))
+    store = store_to_read(store_uri)
+    found = list(drivers_on_this_machine(store, "" if name is None else Path(name).name))
     if len(found) != 1:
         raise exc
     [(run_id, owner)] = found
@@ -125,7 +128,7 @@ def _cancel_without_store(name: str, store_uri: str, exc: StoreUnavailable, *, a
     if not ended:
         raise MagiRayError(f"The store cannot be reached, and {how}.", remedy="End that process by hand.") from exc
     say(f"The store cannot be reached; {how}. What was committed is kept, but the run is not marked as cancelled.")
-    say_next(run_command("resume", run_id, store_uri))
+    say_next(run_command("resume", run_id, store, store_uri))
 
 
 def _stop(driver: Driver, monitor: DriverMonitor) -> tuple[str, bool]:

@@ -55,7 +55,8 @@ def submit(
 ) -> None:
     """Render every row of MANIFEST, a table of any kind, into a video. What exists already is not rendered again.
 
-    A background process renders and this one follows it. Ctrl-C leaves it running; `magi-ray watch` follows it again.
+    A background process renders and this one follows it. Ctrl-C leaves it running; `magi-ray watch` follows it again,
+    and so does the same submit.
     """
     store, run, files = prepared(typed, given, store_uri, settings, skip_invalid=skip_invalid)
     if dry_run:
@@ -63,7 +64,8 @@ def submit(
         return
     if space_check:
         require_space(typed, store, run)
-    from magi_ray.commands.background import render_in_background
+    from magi_ray.commands.background import follow_driver, render_in_background
+    from magi_ray.drivers.driver_monitor import DriverMonitor
     from magi_ray.render.runs.record import read_run, with_takes
 
     stored = StoredRun(store=store, store_uri=store_uri, run=run)
@@ -72,6 +74,11 @@ def submit(
         warn_of_made_weights(settings)
     else:
         stored = replace(stored, run=with_takes(store, run))
+        if not options.take_over:
+            monitor = DriverMonitor(store, run.run_id)
+            if follow_driver(stored, monitor, as_json=as_json, no_wait=no_wait):
+                return
+            options = replace(options, take_over=monitor.silent)
         options = replace(options, retry=rows_to_mend(stored))
         if not stored.all_published():
             say(f"Run {run.run_id} was submitted before; going on with it.")
@@ -109,9 +116,9 @@ def warn_of_made_weights(settings: Settings) -> None:
 @run_options
 @no_wait_option
 @json_option
-def resume(name: str, store_uri: str, options: RenderOptions, no_wait: bool, as_json: bool) -> None:
+def resume(name: str | None, store_uri: str, options: RenderOptions, no_wait: bool, as_json: bool) -> None:
     """Go on with RUN where it stopped, here or on another machine. A paused or cancelled run goes on too; failed rows
-    are left alone, see `magi-ray retry`. RUN is the id of a run, or the beginning of one."""
+    are left alone, see `magi-ray retry`. Without RUN: the newest run."""
     from magi_ray.commands.background import render_in_background
 
     stored = open_named_run(name, store_uri, verb="resume", weights=options.weights)
@@ -124,7 +131,7 @@ def resume(name: str, store_uri: str, options: RenderOptions, no_wait: bool, as_
 @click.option("--retry", multiple=True, metavar="ID", help="Try this row again, or repair its video; may be repeated.")
 @click.option("--resume", "resumed", is_flag=True, help="Go on even if the run was paused or cancelled.")
 @json_option
-def drive(name: str, store_uri: str, options: RenderOptions, resumed: bool, as_json: bool) -> None:
+def drive(name: str | None, store_uri: str, options: RenderOptions, resumed: bool, as_json: bool) -> None:
     """Render RUN in this process until it ends. For job systems and containers; `submit` and `resume` run it in the
     background. Ctrl-C and SIGTERM stop it. A paused or cancelled run stays so."""
     from magi_ray.commands.foreground import render_in_foreground

@@ -8,9 +8,11 @@ from typing import Any
 
 import click
 
+from magi_ray.commands.completion import complete_run
 from magi_ray.commands.console import FAILURE, command_line, counted, print_json, print_table, say, say_next, stderr
 from magi_ray.commands.options import example, json_option, store_option
 from magi_ray.commands.stores import find_run, store_flag, store_to_read
+from magi_ray.errors import magi_ray_command
 
 
 class _Duration(click.ParamType[float]):
@@ -32,7 +34,7 @@ class _Duration(click.ParamType[float]):
 
 
 @click.command(epilog=example("magi-ray verify"))
-@click.argument("names", metavar="[RUN]...", nargs=-1)
+@click.argument("names", metavar="[RUN]...", nargs=-1, shell_complete=complete_run)
 @store_option
 @json_option
 def verify(names: tuple[str, ...], store_uri: str, as_json: bool) -> None:
@@ -61,7 +63,7 @@ def verify(names: tuple[str, ...], store_uri: str, as_json: bool) -> None:
     for remedy in dict.fromkeys(damage.remedy for damage in found.damages if damage.remedy):
         say(remedy)
     commands = dict.fromkeys(damage.next_command for damage in found.damages if damage.next_command)
-    for command in commands or [f"magi-ray verify{store_flag(store_uri)}"]:
+    for command in commands or [magi_ray_command("verify", *names) + store_flag(store_uri)]:
         say_next(command)
     sys.exit(FAILURE)
 
@@ -73,7 +75,7 @@ def verify(names: tuple[str, ...], store_uri: str, as_json: bool) -> None:
     help="Leave alone whatever is younger, as in 30m, 12h, 7d.",
 )  # fmt: skip
 @click.option(
-    "--forget", "forgotten", multiple=True, metavar="RUN",
+    "--forget", "forgotten", multiple=True, metavar="RUN", shell_complete=complete_run,
     help="Count what only this run needs as garbage; its videos and records stay. May be repeated.",
 )  # fmt: skip
 @click.option("--yes", is_flag=True, help="Delete it; without --yes it is only shown.")

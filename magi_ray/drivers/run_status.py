@@ -9,18 +9,21 @@ from pyarrow import ArrowException, BufferReader, parquet
 
 from magi_ray.drivers.driver_monitor import Driver, find_driver
 from magi_ray.errors import ObjectDamaged, ObjectMissing, Problem
+from magi_ray.render.artifacts.videos import published
 from magi_ray.render.driving import requests
 from magi_ray.render.driving.inventory import take_inventory_of_run
 from magi_ray.render.driving.progress import Phase, RunProgress
 from magi_ray.render.driving.reports import ReportedProgress, read_failures, read_progress
-from magi_ray.render.runs.record import Run
+from magi_ray.render.runs.record import Run, open_run
 from magi_ray.storage import keys
 from magi_ray.storage.records import read_record
 from magi_ray.storage.store import Store
 from magi_ray.system import local_time
 
 # The states that people see; a driver needs fewer (``RunState``).
-State = Literal["new", "rendering", "pausing", "cancelling", "paused", "cancelled", "broken", "stopped", "done"]
+State = Literal[
+    "new", "rendering", "pausing", "cancelling", "paused", "cancelled", "broken", "stopped", "failed", "done"
+]  # fmt: skip
 _WHILE_DRIVEN: dict[requests.Request | None, State] = {None: "rendering", "pause": "pausing", "cancel": "cancelling"}
 _AT_REST: dict[requests.Request, State] = {"pause": "paused", "cancel": "cancelled"}
 
@@ -47,13 +50,15 @@ def run_status(store: Store, run: Run, driver: Driver | None) -> RunStatus:
         progress = reported.progress
     else:
         progress = _progress_at_rest(store, run, reported)
-    all_done = progress.count(Phase.DONE) == len(progress.videos)
-    state = state_of(store, run.run_id, driver, reported, all_done=all_done)
+    left = len(progress.videos) - progress.count(Phase.DONE)
+    failed, left_out = progress.count(Phase.FAILED), run.record.left_out
+    state = state_of(store, run.run_id, driver, reported, left=left, failed=failed, left_out=left_out)
     return RunStatus(progress=progress, state=state, driver=driver, problems=run.record.problems)
 
 
 def run_summary(store: Store, run_id: str) -> dict[str, Any]:
-    """A run in one line, without its plans: a video counts as done if its record, written last, exists.
+    """A run in one line. Without its plans, unless takes were asked for: a video counts as done if it and its record
+    exist.
 
     Raises ObjectDamaged if its record or manifest cannot be read.
     """
@@ -64,37 +69,50 @@ def run_summary(store: Store, run_id: str) -> dict[str, Any]:
         submitted, settings = float(record["created_unix"]), str(record["settings"]["name"])
     except (ObjectMissing, OSError, ArrowException, KeyError, TypeError, ValueError) as exc:
         raise ObjectDamaged("its manifest is gone" if isinstance(exc, ObjectMissing) else "it cannot be read") from exc
-    done = jobs & {keys.job_of(key) for key in store.list(keys.videos(run_id)) if key.endswith(".json")}
+    found = set(store.list(keys.videos(run_id)))
+    done = {job_id for job_id in jobs if {keys.video(run_id, job_id), keys.video_record(run_id, job_id)} <= found}
+    if any(store.list(keys.takes(run_id))):
+        plans = open_run(store, run_id).plans
+        done = {job_id for job_id in done if published(store, run_id, plans[job_id]) is not None}
     driver, reported = find_driver(store, run_id), read_progress(store, run_id)
     left_out = len({problem["row"] for problem in record.get("problems", ())})
+    left, failed = len(jobs - done), len(read_failures(store, run_id, jobs - done))
     return {
         "run_id": run_id,
         "submitted": local_time(submitted),
         "videos": len(jobs),
         "done": len(done),
-        "failed": len(read_failures(store, run_id, jobs - done)) + left_out,
-        "state": state_of(store, run_id, driver, reported, all_done=done == jobs),
+        "failed": failed + left_out,
+        "state": state_of(store, run_id, driver, reported, left=left, failed=failed, left_out=left_out),
         "settings": settings,
     }
 
 
 def state_of(
-    store: Store, run_id: str, driver: Driver | None, reported: ReportedProgress | None, *, all_done: bool
+    store: Store,
+    run_id: str,
+    driver: Driver | None,
+    reported: ReportedProgress | None,
+    *,
+    left: int,
+    failed: int,
+    left_out: int,
 ) -> State:
     """The run in one word. The report of a driver that is gone may still say that it renders.
 
-    reported: what the last driver wrote.  all_done: whether all videos are.
+    reported: what the last driver wrote.  left: how many videos are not done.  failed: how many of these have
+    failed.  left_out: how many rows were left out at submission.
     """
     wanted = requests.requested(store, run_id)
     if driver is not None:
         return _WHILE_DRIVEN[wanted]
-    if all_done:
-        return "done"
+    if left == failed:
+        return "failed" if failed or left_out else "done"
     if wanted is not None:
         return _AT_REST[wanted]
     if reported is None:
         return "new"
-    return "broken" if reported.state == "broken" else "done" if reported.state == "done" else "stopped"
+    return "broken" if reported.state == "broken" else "stopped"
 
 
 def _progress_at_rest(store: Store, run: Run, reported: ReportedProgress | None) -> RunProgress:

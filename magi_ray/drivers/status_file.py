@@ -4,9 +4,10 @@ which process it is, where Ray's dashboard is, and how it ended. Losing them los
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -110,6 +111,25 @@ def status_file(store: Store, run_id: str) -> Iterator[StatusFile]:
 def log_path(store: Store, run_id: str) -> Path:
     """The log of the background processes that rendered the run on this machine, one after the other."""
     return machine_folder(store) / f"{run_id}.log"
+
+
+def note_options(store: Store, run_id: str, options: Sequence[str]) -> None:
+    """Remember what the run is rendered with here, for those who go on with it later."""
+    path = _options_path(store, run_id)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(list(options)))
+
+
+def last_options(store: Store, run_id: str) -> list[str]:
+    """The options that the run was last rendered with on this machine."""
+    with suppress(OSError, ValueError):
+        return [str(option) for option in json.loads(_options_path(store, run_id).read_text())]
+    return []
+
+
+def _options_path(store: Store, run_id: str) -> Path:
+    return machine_folder(store) / f"{run_id}.options"
 
 
 def status_path(store: Store, run_id: str, pid: int) -> Path:

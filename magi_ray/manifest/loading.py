@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from magi_ray.errors import InputError, Problem
+from magi_ray.errors import InputError, Problem, magi_ray_command
 from magi_ray.manifest import parquet, sources
 from magi_ray.manifest.messages import manifest_error, shown
 from magi_ray.manifest.parquet import COLUMNS, CONTROLS, SCHEMA, VERSION, column_meant, unknown_columns
@@ -34,7 +34,7 @@ def read_manifest(path: Path, defaults: Defaults, *, kind: str | None = None, st
         _context(defaults, path if path.is_dir() else path.parent, media_must_exist=strict),
     )
     if strict:
-        require_valid(manifest, str(path), next_command=f"magi-ray manifest validate {path}")
+        require_valid(manifest, str(path), next_command=magi_ray_command("manifest", "validate", str(path)))
     return manifest
 
 
@@ -148,7 +148,8 @@ def build_manifest(
         raise InputError(f"{out} does not end in .parquet.", remedy="Name the manifest to write, e.g. -o rows.parquet.")
     source = sources.read(path, kind)
     checked = _checked(source, None if defaults is None else _context(defaults, out.parent))
-    _require_types(checked, source, str(path), next_command=f"magi-ray manifest build {path} -o {out}")
+    again = magi_ray_command("manifest", "build", str(path), "-o", str(out))
+    _require_types(checked, source, str(path), next_command=again)
     parquet.write(source.table, out)
     return len(source.rows), source.notes
 

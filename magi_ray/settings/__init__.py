@@ -1,6 +1,6 @@
 """Settings of a run: read once at the start, passed down as frozen values."""
 
-from magi_ray.settings.environment import cache_folder, device_here
+from magi_ray.settings.environment import cache_folder, chosen_store, device_here
 from magi_ray.settings.sources import PRESETS, PUBLISHED, TINY, job, override, preset, published
 from magi_ray.settings.values import (
     AS_THE_RUN,
@@ -28,6 +28,6 @@ from magi_ray.settings.values import (
 __all__ = [
     "AS_THE_RUN", "PRESETS", "PUBLISHED", "TINY", "ChunkControl", "EncoderSettings", "EngineConfig", "Frozen",
     "ModelConfig", "NumericProfile", "PixelSettings", "PrefixSettings", "RunSettings", "RuntimeConfig", "Settings",
-    "SpecialTokens", "StepProblem", "TextSettings", "TileSettings", "WeightPaths", "cache_folder", "device_here",
-    "inference_folder", "job", "nearest", "override", "preset", "published", "step_problems",
+    "SpecialTokens", "StepProblem", "TextSettings", "TileSettings", "WeightPaths", "cache_folder", "chosen_store",
+    "device_here", "inference_folder", "job", "nearest", "override", "preset", "published", "step_problems",
 ]  # fmt: skip

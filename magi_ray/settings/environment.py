@@ -15,6 +15,11 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
     return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magi-ray"
 
 
+def chosen_store(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The store to use where none is named: $MAGI_RAY_STORE, if that is set."""
+    return environ.get("MAGI_RAY_STORE") or None
+
+
 def set_defaults(variables: Mapping[str, str]) -> None:
     """Sets environment variables for this process and its children, except those the user has set."""
     for name, value in variables.items():

@@ -34,13 +34,11 @@ def preset(name: str, *, weights: Path | None = None) -> Settings:
         raise SettingsError(
             f"There is no preset {name!r}.",
             remedy=f"Known presets: {', '.join(PRESETS)}.{_suggest(name, PRESETS)}",
-            next_command="magi-ray submit --help",
         )
     if weights is None:
         raise SettingsError(
             f"Preset {name} needs the folder that its networks were downloaded to.",
             remedy='Give it with --weights DIR, or as weights = "DIR" in a job file.',
-            next_command=f"magi-ray submit manifest.parquet --preset {name} --weights DIR",
         )
     return _variant(name, weights)
 

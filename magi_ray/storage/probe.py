@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from magi_ray.errors import StoreDenied, StoreError, StoreUnavailable, StoreUnwritable
+from magi_ray.errors import StoreDenied, StoreError, StoreUnavailable, StoreUnwritable, magi_ray_command
 from magi_ray.storage import keys
 from magi_ray.storage.records import new_write_id
 from magi_ray.storage.retrying import RetryingStore, with_patience
@@ -56,7 +56,7 @@ def check_store(store: Store) -> None:
         raise StoreError(
             "\n".join([f"The store at {store.uri} cannot be used.", *lines]),
             remedy="Use a folder with POSIX semantics, or a server with atomic conditional puts: AWS S3, Ceph RGW, …",
-            next_command=f"magi-ray doctor --store {store.uri}",
+            next_command=magi_ray_command("doctor", "--store", store.uri),
         )
 
 

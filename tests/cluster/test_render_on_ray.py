@@ -268,10 +268,9 @@ def test_a_worker_that_dies_while_loading_is_tried_a_few_times_only(
             return 0.0
 
     run = make_run(store, [TEXT])
-    with pytest.raises(WorkerLost, match=f"{MAX_FAILED_STARTS} embed workers failed to start") as raised:
+    with pytest.raises(WorkerLost, match=f"{MAX_FAILED_STARTS} embed workers failed to start"):
         render_on_ray(store, run, actors=replaced(TaskKind.EMBED, StillBorn))
     assert (tmp_path / "starts").read_text() == "x" * MAX_FAILED_STARTS
-    assert raised.value.next_command == f"magi-ray resume {run.run_id} --store {store.uri}"
 
 
 @pytest.mark.parametrize("take_over", [False, True])

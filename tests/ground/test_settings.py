@@ -155,9 +155,8 @@ def test_a_folder_without_a_network_is_answered_with_every_place_looked_at(downl
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_variant_asks_for_its_folder(name: str) -> None:
-    with pytest.raises(SettingsError, match="--weights DIR") as caught:
+    with pytest.raises(SettingsError, match="--weights DIR"):
         preset(name)
-    assert f"--preset {name} --weights" in caught.value.next_command
 
 
 def test_a_job_may_name_the_folder_of_the_networks(download: Path) -> None:

@@ -87,7 +87,7 @@ class Driver:
             simulation.check_expected(exc)
             return
         simulation.world.note(process.name, "ends", self.result.state)
-        if self.result.state is RunState.DONE:
+        if self.result.state in (RunState.DONE, RunState.FAILED):
             simulation.ended.append(self)
 
     def _make_workers(self, session: Session) -> SimulatedWorkers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from magi_ray.errors import StoreError, Superseded
+from magi_ray.errors import StoreError, Superseded, magi_ray_command
 from magi_ray.storage import keys
 from magi_ray.storage.epochs import become_driver, superseded
 from magi_ray.storage.leases import BEAT_S, TTL_S, Lease, acquire, holding, renewing
@@ -32,13 +32,13 @@ class Leadership:
                 raise Superseded(
                     f"Another driver has taken over run {self._run_id}: this one is number {self.epoch}.",
                     remedy="Nothing is lost: it goes on from what is committed.",
-                    next_command=f"magi-ray watch {self._run_id} --store {self._store.uri}",
+                    next_command=magi_ray_command("watch", self._run_id, "--store", self._store.uri),
                 )
             if not self._lease.valid and not self._store.exists(keys.epoch(self._run_id, self.epoch)):
                 raise StoreError(
                     f"Run {self._run_id} is gone from {self._store.uri}: its driver's epoch is not there either.",
                     remedy="If nobody meant to delete it, look at the mount; then submit the manifest again.",
-                    next_command=f"magi-ray submit MANIFEST --store {self._store.uri}",
+                    next_command=magi_ray_command("list", "--store", self._store.uri),
                 )
             self._checked = self._system.clock()
 
@@ -58,8 +58,8 @@ def lead(
         if found is not None and found.beating:
             raise Superseded(
                 f"Run {run_id} is being rendered already, by the {found.owner}.",
-                remedy="Watch it, or take its work away from it: magi-ray resume RUN --take-over.",
-                next_command=f"magi-ray watch {run_id} --store {store.uri}",
+                remedy="Watch it, or take its work away from it with --take-over.",
+                next_command=magi_ray_command("watch", run_id, "--store", store.uri),
             )
         take_over = found is not None  # it has been silent for long enough
     lease = become_driver(store, run_id, system.owner(name), take_over=take_over, system=system)

@@ -122,11 +122,7 @@ def render(
                 loop.stop_all()
             return session.close()
     except StoreUnwritable as exc:
-        raise StoreUnwritable(
-            f"Run {run.run_id} has stopped: {exc.message}",
-            remedy=exc.remedy,
-            next_command=f"magi-ray resume {run.run_id} --store {store.uri}",
-        ) from exc
+        raise StoreUnwritable(f"Run {run.run_id} has stopped: {exc.message}", remedy=exc.remedy) from exc
 
 
 def check_machine(run: Run) -> str:
@@ -216,7 +212,6 @@ class _Loop:
                     self._events.append(self._session.inspect(job_id))
                     self._look_around()  # inspections are slow; the lease is checked meanwhile
                 case EndRun(error=error):
-                    error.next_command = error.next_command or self._session.resume_command
                     raise error
                 case RowFailed():
                     pass  # for the reports

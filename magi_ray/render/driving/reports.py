@@ -137,7 +137,10 @@ class RunReports:
                 self._write_errors()
 
     def close(self, state: RunState) -> RunResult:
-        """The run has ended: write ``progress.json``, ``results.parquet`` and ``errors.parquet``."""
+        """The run has ended: write ``progress.json``, ``results.parquet`` and ``errors.parquet``. With rows that were
+        left out it is not done, but failed."""
+        if state is RunState.DONE and self._run.record.problems:
+            state = RunState.FAILED
         self._write_progress(state)
         self._write_errors()
         self._store.put(keys.run_results(self._run.run_id), _parquet(self._results(state)))

@@ -138,10 +138,12 @@ _LOGGED_EVENTS = 60
 
 
 class RunState(StrEnum):
-    """How a run stands, in the words of `progress.json`."""
+    """How a run stands, in the words of `progress.json`. done: every video is.  failed: no row is left to render, but
+    some have failed.  broken: stopped because too many had."""
 
     RENDERING = "rendering"
     DONE = "done"
+    FAILED = "failed"
     PAUSED = "paused"
     CANCELLED = "cancelled"
     BROKEN = "broken"
@@ -250,9 +252,9 @@ class Scheduler:
 
     @property
     def state(self) -> RunState:
-        """DONE once every row has ended, even if a pause was asked for."""
+        """DONE or FAILED once every row has ended, even if a pause was asked for."""
         if not self._needing[TaskKind.FINISH] and not self._busy.total():
-            return RunState.DONE
+            return RunState.FAILED if any(row.failed for row in self._rows.values()) else RunState.DONE
         return self._halted or RunState.RENDERING
 
     def task_of(self, worker: str) -> Task | None:

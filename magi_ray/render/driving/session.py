@@ -51,10 +51,6 @@ class Session:
         self._leadership, self._reports = leadership, reports
         self._requests_read = -inf
 
-    @property
-    def resume_command(self) -> str:
-        return f"magi-ray resume {self.run.run_id} --store {self.store.uri}"
-
     def start(self) -> list[Command]:
         """The commands the run begins with."""
         return self._noted(self.scheduler.start())

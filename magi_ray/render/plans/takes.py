@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from magi_ray.errors import InputError, ObjectDamaged
+from magi_ray.errors import InputError, ObjectDamaged, magi_ray_command
 from magi_ray.storage import keys
 from magi_ray.storage.records import new_write_id, require_readable, seal, unseal
 from magi_ray.storage.store import Store, delete_command
@@ -112,7 +112,7 @@ def bring_back(store: Store, run_id: str, job_id: str, take: int, *, system: Sys
         raise InputError(
             f"Job {job_id} has no take {take}: it has {count}, numbered from 1.",
             remedy="See which there are:",
-            next_command=f"magi-ray takes {run_id} --job {job_id} --store {store.uri}",
+            next_command=magi_ray_command("takes", run_id, "--job", job_id, "--store", store.uri),
         )
     _add(store, run_id, {"format": FORMAT, "job_id": job_id, "back_to": take}, system)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from magi_ray.errors import ManifestError, ObjectDamaged, ObjectMissing, Problem, RunNotFound
+from magi_ray.errors import ManifestError, ObjectDamaged, ObjectMissing, Problem, RunNotFound, magi_ray_command
 from magi_ray.manifest import Defaults, Manifest, Row, parse_manifest
 from magi_ray.render.plans.identity import Digests
 from magi_ray.render.plans.row_plan import Media, RowPlan, plan_row, plan_rows
@@ -46,6 +47,11 @@ class RunRecord(Frozen):
     def left_out(self) -> int:
         """How many rows were left out."""
         return len({problem.row for problem in self.problems})
+
+
+def run_stem(name: str) -> str:
+    """What the id of a run begins with, before a dash and ten digits: ``name`` of its manifest without the suffix."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).stem).strip(".-")[:40] or "run"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +114,7 @@ def read_run(store: Store, run_id: str, *, copied: bool = False) -> tuple[RunRec
         raise RunNotFound(
             f"There is no run {run_id!r} in {store.uri}.",
             remedy=f"It holds {', '.join(known[-5:])}." if known else "It holds no runs.",
-            next_command=f"magi-ray list --store {store.uri}",
+            next_command=magi_ray_command("list", "--store", store.uri),
         ) from exc
     try:
         record = _record(run_id, content)
@@ -193,5 +199,5 @@ def _damaged(store: Store, run_id: str, what: str) -> ObjectDamaged:
     return ObjectDamaged(
         f"Run {run_id} in {store.uri}{_IS_DAMAGED}{what}.",
         remedy="Submit its manifest again, with the same settings: that repairs it, and renders nothing twice.",
-        next_command=f"magi-ray submit MANIFEST --store {store.uri}",
+        next_command=magi_ray_command("verify", run_id, "--store", store.uri),
     )

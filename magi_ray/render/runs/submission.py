@@ -4,7 +4,6 @@ with its own copy of the manifest, settings and media. ``look_at_media`` is the 
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -29,7 +28,7 @@ from magi_ray.render.plans.identity import run_digest
 from magi_ray.render.plans.row_plan import Media, timeline_of
 from magi_ray.render.runs.captions import notes_on_prompts
 from magi_ray.render.runs.media import MediaFiles
-from magi_ray.render.runs.record import Run, RunRecord, all_runs, read_run, read_run_record
+from magi_ray.render.runs.record import Run, RunRecord, all_runs, read_run, read_run_record, run_stem
 from magi_ray.render.runs.weights import make_weights, weight_digests
 from magi_ray.settings import PrefixSettings, Settings
 from magi_ray.storage import keys
@@ -67,9 +66,8 @@ def prepare(
     left_out = tuple(dict.fromkeys(problem.row for problem in manifest.problems))
     of_media = {job: medium.identity for job, medium in media.items()}
     digest = run_digest(manifest.digest, of_media, settings, digests, left_out=left_out)
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).stem).strip(".-")[:40] or "run"
     record = RunRecord(
-        run_id=f"{stem}-{digest[:10]}",
+        run_id=f"{run_stem(name)}-{digest[:10]}",
         name=name,
         created_unix=time.time(),
         magi_ray=version("magi-ray"),

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-from magi_ray.errors import InputError, ObjectDamaged, RunNotFound
+from magi_ray.errors import InputError, ObjectDamaged, RunNotFound, magi_ray_command
 from magi_ray.render.runs.record import open_run
 from magi_ray.storage import keys
 from magi_ray.storage.keys import CommitKind
@@ -213,7 +213,7 @@ def _require_resting(store: Store, run_id: str, watch_s: float) -> None:
         raise InputError(
             f"Run {run_id} is being rendered by {held.owner}, so it cannot be forgotten.",
             remedy="Pause or cancel it first.",
-            next_command=f"magi-ray cancel {run_id} --store {store.uri}",
+            next_command=magi_ray_command("cancel", run_id, "--store", store.uri),
         )
 
 

@@ -11,7 +11,15 @@ from functools import partial
 from itertools import groupby
 from typing import Literal
 
-from magi_ray.errors import InputError, MediaError, ObjectDamaged, ObjectMissing, RunNotFound, StoreError
+from magi_ray.errors import (
+    InputError,
+    MediaError,
+    ObjectDamaged,
+    ObjectMissing,
+    RunNotFound,
+    StoreError,
+    magi_ray_command,
+)
 from magi_ray.media.encoder import encoder_identity, find_ffmpeg
 from magi_ray.render.artifacts.commits import segment_pre_image
 from magi_ray.render.artifacts.videos import published, read_video_record
@@ -329,10 +337,10 @@ def _rows_that_need(store: Store, folders: Collection[str]) -> dict[str, list[tu
 
 def _repair(store: Store, key: str, needed_by: Sequence[tuple[str, str]]) -> tuple[str, str]:
     """How to repair the object, and the command that does it."""
-    at = f" --store {store.uri}"
+    at = "--store", store.uri
     if not needed_by:
         remedy = "No run needs it; a run that comes to need it makes it again. Garbage collection removes it."
-        return remedy, f"magi-ray gc{at}"
+        return remedy, magi_ray_command("gc", *at)
     run_id, job_id = needed_by[0]
     if key.startswith(keys.takes(run_id)):
         return "Delete it; then ask for the take again, if it is still wanted.", delete_command(store, key)
@@ -343,8 +351,9 @@ def _repair(store: Store, key: str, needed_by: Sequence[tuple[str, str]]) -> tup
         remedy = f"Submit the manifest of run {run_id} again, with the same settings and files."
         if key.startswith(keys.MEDIA):
             remedy += f" Only the file with sha256 {key.rpartition('/')[2]} can bring this one back."
-        return remedy, f"magi-ray submit {manifest}{at}"
-    return "Retrying the row makes it again, to the same bytes.", f"magi-ray retry {run_id} --job {job_id}{at}"
+        return remedy, magi_ray_command("submit", manifest, *at)
+    remedy = "Retrying the row makes it again, to the same bytes."
+    return remedy, magi_ray_command("retry", run_id, "--job", job_id, *at)
 
 
 def _folder(key: str) -> str:

@@ -444,7 +444,7 @@ def test_a_row_that_failed_before_is_left_alone_and_counts_for_nothing() -> None
     rows = [row("a", failed=True), row("b")]
     scheduler = Scheduler(rows, max_failed_rows=0)
     assert {task.job_id for task in tasks(play(scheduler, rows))} == {"b"}
-    assert scheduler.state is RunState.DONE
+    assert scheduler.state is RunState.FAILED
 
 
 # Nodes --------------------------------------------------------------------------------------------------------------
