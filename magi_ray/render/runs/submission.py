@@ -155,7 +155,6 @@ def look_at_media(manifest: Manifest, files: MediaFiles | None = None, kept: Kep
             continue
         try:
             path = files.fetch(row.prefix_location)
-            notes += _notes(row, path)
             found, of_row = inspect(path, _kind(row), row.width, row.height, row.fps, row.prefix)
         except MediaError as exc:
             # The reason alone: the value names the file, and a download's own name means nothing.
@@ -231,13 +230,14 @@ def _inspect(
     path: Path, kind: Literal["image", "video"], width: int, height: int, fps: int, prefix: PrefixSettings
 ) -> tuple[Media, list[str]]:
     """What a row begins from, and what there is to say of the row. Raises MediaError, OSError."""
+    looked, begins = (inspect_image(path), "an image") if kind == "image" else (inspect_clip(path), "a clip")
+    notes = [f"begins from {begins} that {note}" for note in looked.notes]
     pixels, found = read_prefix(path, kind, width=width, height=height, fps=fps, prefix=prefix)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     medium = Media(kind=kind, sha256=sha256, latents=1, pixels=pixels_digest(pixels))
     if kind == "image":
-        return medium, []
-    notes: list[str] = []
+        return medium, notes
     if not len(pixels):
         few = min(found, prefix.max_frames)
         reason = f"has {few} frames at {fps} fps, but a prefix needs at least {FRAMES_PER_LATENT}"
@@ -258,13 +258,6 @@ def _inspect(
     except MediaError as exc:
         return medium, [*notes, f"{lost}, which {exc.reason}"]
     return replace(medium, sound=None if sound is None else sound.digest), notes
-
-
-def _notes(row: Row, path: Path) -> list[str]:
-    """Notes on how the image or the clip is shown. Raises MediaError, OSError."""
-    if row.image is None:
-        return [f"Row {row.number}'s clip {note}." for note in inspect_clip(path).notes]
-    return [f"Row {row.number}'s image {note}." for note in inspect_image(path).notes]
 
 
 def _kind(row: Row) -> Literal["image", "video"]:

@@ -24,7 +24,9 @@ def test_what_is_done_to_an_image_is_noted_and_what_cannot_be_read_is_a_problem_
         ROW | {"job_id": "large", "image": "large.png"},
     ]
     looked = look_at_media(manifest_of(rows, Defaults.of(preset("magi-tiny")), base=tmp_path))
-    assert looked.manifest.notes == ("Row 1's image is transparent in places; they are shown over white.",)
+    assert looked.manifest.notes == (
+        "Row 1 begins from an image that is transparent in places; they are shown over white.",
+    )
     assert set(looked.media) == {"logo", "plain"}
     script, large = looked.manifest.problems
     assert (script.row, script.column, script.value.strip('"')) == (3, "video", "list.mp4")

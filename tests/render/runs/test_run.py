@@ -150,7 +150,7 @@ def test_a_damaged_run_says_so_and_submitting_it_again_mends_it(
         flip(store, key)
     with pytest.raises(ObjectDamaged) as caught:
         open_run(store, run.run_id)
-    assert caught.value.next_command == "magi-ray submit MANIFEST --store memory:"
+    assert caught.value.next_command == f"magi-ray verify {run.run_id} --store memory:"
     if damaged is keys.run_record:
         assert [*all_runs(store)[1]] == [run.run_id]
     make_run(store, [TEXT])
