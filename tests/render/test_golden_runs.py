@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import av
 import pytest
 
+from magi_ray.media.encoder import encoder_identity, find_ffmpeg
 from magi_ray.render.driving.local import render_locally
 from magi_ray.render.runs.record import all_runs, open_run
 from magi_ray.render.upkeep.gc import garbage
@@ -62,3 +64,21 @@ def test_a_run_of_an_earlier_version_is_resumed_and_nothing_of_it_is_rendered_ag
             assert len(container.streams) == 1
     assert verify(store).damages == []
     assert {item.reason for item in garbage(store, min_age_s=0)} <= {"left behind by a check of the store"}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_lost_video_of_an_earlier_version_is_joined_again_to_the_same_bytes(
+    version: str, tmp_path: Path, tiny_weights: Path
+) -> None:
+    shutil.copytree(GOLDEN / version / "store", tmp_path / "store")
+    store = LocalStore(tmp_path / "store")
+    [run_id], _ = all_runs(store)
+    run = open_run(store, run_id, weights=tiny_weights)
+    only = replace(run, plans={"done": run.plans["done"]}, manifest=replace(run.manifest, rows=run.manifest.rows[:1]))
+    record = json.loads(store.get(keys.video_record(run_id, "done")))
+    if record["encoder"] != encoder_identity(find_ffmpeg()):
+        pytest.skip(f"made with {record['encoder']}")
+    video = store.get(keys.video(run_id, "done"))
+    store.delete(keys.video(run_id, "done"))
+    assert render_locally(store, only).stages_rendered == 0
+    assert store.get(keys.video(run_id, "done")) == video
