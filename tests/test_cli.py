@@ -444,7 +444,7 @@ def test_a_run_is_found_by_the_beginning_of_its_id_and_a_near_one_is_proposed(he
     with interrupted_at(0):
         run("render", "--job", "small.toml", "--prompt", "sea", "-o", "m.mp4")
     two = run("status", "m")
-    assert re.search(r"2 runs in \S+ are called 'm':(\n  m-\w{10}  submitted \S+ \S+, stopped){2}", two.stderr)
+    assert re.search(r"2 runs in \S+ are called 'm':(\n  m-\w{10}  submitted \S+, stopped){2}", two.stderr)
     assert run(*next_command(two)).exit_code == 0
 
 
