@@ -30,6 +30,7 @@ from magi_ray.commands.options import example, json_option
 from magi_ray.commands.plan import plan
 from magi_ray.commands.render import render
 from magi_ray.commands.retry import retry, takes
+from magi_ray.commands.signals import terminated_as_by_ctrl_c
 from magi_ray.commands.stop import cancel, pause
 from magi_ray.commands.submit import drive, resume, submit
 from magi_ray.commands.upkeep import gc, verify
@@ -82,7 +83,9 @@ def main() -> NoReturn:
         # A terminal that has no × gets a ?, not a UnicodeEncodeError.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    cli.main()
+    # So that whoever stops us leaves as little behind as somebody who presses Ctrl-C.
+    with terminated_as_by_ctrl_c():
+        cli.main()
 
 
 def _explain(error: MagiRayError, typed: Sequence[str]) -> None:
