@@ -452,7 +452,7 @@ def test_guidance_by_its_name_in_diffusers(model: Model, settings: Settings) -> 
         ({"height": 17, "width": np.int64(33)}, r"^width: 33 .*\nheight: 17"),
         ({"seed": -1}, r"^seed: -1 is not between"),
         ({"seed": "x"}, r"^seed: 'x' is not a whole number"),
-        ({"image": "none.png"}, r'^image: none.png does not exist'),
+        ({"image": "none.png"}, r'^image: "none.png" does not exist'),
         ({"video": np.zeros((3, 16, 16, 3))}, r"^video: what was given has 3 frames"),
         ({"image": IMAGE, "video": CLIP}, "image stands beside video"),
         ({"generator": 5}, "generator: 5 is not a torch.Generator"),
