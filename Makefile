@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 export RAY_USAGE_STATS_ENABLED := 0
 
-# As many as there are cores, but each needs some 2 GB of memory.
+# As many as there are cores, but not more than memory is likely to hold: each loads torch, networks, some start Ray.
 WORKERS := -n logical --maxprocesses 8 --dist loadfile
 QUICK := tests/test_floors.py tests/ground tests/render/plans tests/render/driving/test_scheduler.py tests/test_report.py \
 	tests/sampling/test_guidance.py tests/sampling/test_noise.py tests/sampling/test_ranges.py \

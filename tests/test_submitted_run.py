@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import duckdb
 import pandas as pd
 import polars as pl
 import psutil
@@ -44,15 +45,18 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             process.kill()
 
 
-@pytest.mark.parametrize("kind", ["path", "dicts", "pyarrow", "pandas", "polars"])
+@pytest.mark.parametrize("kind", ["path", "csv", "dicts", "pyarrow", "pandas", "polars", "duckdb"])
 def test_every_kind_of_table_is_the_same_manifest(kind: str, here: Path, settings: Settings) -> None:
     write_manifest(ROWS, here / "rows.parquet")
+    pd.DataFrame(ROWS).to_csv(here / "rows.csv", index=False)
     table = {
         "path": here / "rows.parquet",
+        "csv": str(here / "rows.csv"),
         "dicts": ROWS,
         "pyarrow": pa.Table.from_pylist(ROWS),
         "pandas": pd.DataFrame(ROWS),
         "polars": pl.DataFrame(ROWS),
+        "duckdb": duckdb.from_arrow(pa.Table.from_pylist(ROWS)),
     }[kind]
     manifest, name = _manifest(table, settings, "")
     wanted, _ = _manifest(ROWS, settings, "")

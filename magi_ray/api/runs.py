@@ -41,7 +41,7 @@ def submit(
     """Render every row of a table in a background process, which outlives this one. What exists already is not rendered
     again; a run that was paused, cancelled or killed goes on.
 
-    table: a manifest: its path, rows as dicts, or a table of pyarrow, pandas, polars or duckdb.
+    table: a manifest: a path as for `magi-ray submit`, rows as dicts, or a table of pyarrow, pandas, polars or duckdb.
     model: as ``load`` takes it, with weights, device and settings; or a Model, whose settings are used.
     store: a folder or s3://bucket/prefix.  name: of the manifest, and so of the run; default: the path's.
     local: without Ray.  max_failed_rows: stop when more have failed.
@@ -171,8 +171,7 @@ class SubmittedRun:
 
 def _manifest(table: object, settings: Settings, name: str) -> tuple[Manifest, str]:
     """The manifest in ``table``, and its name. Raises ManifestError, InputError."""
-    from magi_ray.manifest import Defaults, manifest_of, parse_manifest, read_manifest
-    from magi_ray.manifest.parquet import encode
+    from magi_ray.manifest import Defaults, manifest_of, manifest_of_table, read_manifest
 
     defaults, called = Defaults.of(settings), name or "rows"
     if isinstance(table, str | Path):
@@ -183,7 +182,7 @@ def _manifest(table: object, settings: Settings, name: str) -> tuple[Manifest, s
     if hasattr(table, "__arrow_c_stream__"):
         import pyarrow as pa
 
-        return parse_manifest(encode(pa.table(table)), defaults, base=Path.cwd(), name=called), called
+        return manifest_of_table(pa.table(table), defaults, base=Path.cwd(), name=called), called
     raise InputError(
         f"{type(table).__name__} is not a table.",
         remedy="Give a path, a list of dicts, or a table of pyarrow, pandas, polars or duckdb.",
