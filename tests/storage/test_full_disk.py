@@ -139,7 +139,6 @@ def test_a_disk_that_fills_up_ends_the_run_which_goes_on_to_the_same_bytes(
     assert error.message.startswith(f"Run {run.run_id} has stopped: The store at {store.uri} failed on ")
     room = "as many as it can: no inode is free" if inodes else "0.0 of 4.0 MiB are free"
     assert room in error.message
-    assert error.next_command == f"magi-ray resume {run.run_id} --store {store.uri}"
     with pytest.raises(StoreUnwritable, match="No space left"):
         check_store(store)
     with pytest.raises(StoreUnwritable, match="No space left"):
@@ -181,6 +180,7 @@ def test_a_read_only_mount_is_told_as_such(disk: Disk, make_run: MakeRun, monkey
     told = CliRunner().invoke(cli, ["drive", run.run_id, "--local", "--store", str(store.root)])
     assert told.exit_code == 1
     assert "mounted read-only" in told.stderr
+    assert told.stderr.splitlines()[-1] == f"next: magi-ray resume {run.run_id} --local --store {store.root}"
     subprocess.run(["mount", "-o", "remount,rw", str(disk.root)], check=True)
     assert render_locally(store, run).failed == ()
 
