@@ -104,6 +104,7 @@ class Place:
         whole = self.store.get(media)
         self.store.put(media, b"rotten")
         self.mends.append(lambda: self.store.put(media, whole))
+        shutil.rmtree(self.folder / "my store" / "prefixes")
         self.drive(*more)
 
     def rendered_elsewhere(self) -> None:

@@ -3,7 +3,6 @@ time, in memory or on disk."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -347,7 +346,7 @@ def _repair(store: Store, key: str, needed_by: Sequence[tuple[str, str]]) -> tup
     if key.startswith(keys.MEDIA) or not job_id:
         manifest = "MANIFEST"
         with suppress(InputError, StoreError):
-            manifest = shlex.quote(read_run(store, run_id)[0].name)
+            manifest = read_run(store, run_id)[0].name
         remedy = f"Submit the manifest of run {run_id} again, with the same settings and files."
         if key.startswith(keys.MEDIA):
             remedy += f" Only the file with sha256 {key.rpartition('/')[2]} can bring this one back."
