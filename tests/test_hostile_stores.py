@@ -115,7 +115,7 @@ def test_other_peoples_files_are_in_nobodys_way_and_stay(store: LocalStore, run:
         (store.root / name).write_bytes(b"theirs")
     (store.root / "runs" / "loop").symlink_to(store.root)
     assert (magi_ray("list").stdout, magi_ray("status", run.run_id).stdout) == before
-    assert listed()["damaged"] == {}
+    assert listed()["damaged"] == []
     assert verify(store) == whole
     assert [*garbage(store, min_age_s=0, watch_s=0)] == []
     assert magi_ray("gc", "--min-age", "0s").exit_code == 0
@@ -189,7 +189,10 @@ def test_a_run_whose_folder_was_copied_or_renamed_is_told_and_what_to_type_helps
     folder = store.root / "runs"
     (shutil.move if gone else shutil.copytree)(folder / run.run_id, folder / "copy")
     told = listed()
-    assert f"that of run {run.run_id}: its folder was copied or renamed" in told["damaged"]["copy"]
+    assert (
+        f"that of run {run.run_id}: its folder was copied or renamed"
+        in {each["run_id"]: each["what"] for each in told["damaged"]}["copy"]
+    )
     assert {found["run_id"] for found in told["runs"]} == {other.run_id} | (set() if gone else {run.run_id})
     # What it needs is known, so it keeps nobody from collecting garbage, and loses nothing.
     assert [*garbage(store, min_age_s=0, watch_s=0)] == []
@@ -199,7 +202,7 @@ def test_a_run_whose_folder_was_copied_or_renamed_is_told_and_what_to_type_helps
         [command] = next_commands(result)
         assert command[0] == "mv"
     subprocess.run(command, check=True)
-    assert listed()["damaged"] == {}
+    assert listed()["damaged"] == []
     assert verify(store).damages == []
     assert (folder / run.run_id / "run.json").exists()
 
@@ -211,7 +214,7 @@ def test_a_run_that_has_lost_its_record_or_manifest_is_told_so_by_every_command(
     for key in (keys.run_record(run.run_id), keys.run_manifest(run.run_id)):
         before = store.get(key)
         store.delete(key) if record is None else store.put(key, record)
-        assert run.run_id in listed()["damaged"]
+        assert run.run_id in {each["run_id"] for each in listed()["damaged"]}
         for words in (("status", run.run_id), ("resume", run.run_id), ("gc",), ("verify", run.run_id)):
             result = magi_ray(*words)
             assert result.exit_code == 1, result.stderr
@@ -242,7 +245,7 @@ def test_a_folder_where_an_object_should_be_and_the_reverse_are_refused_by_name(
         path.mkdir()
     shutil.rmtree(epochs)
     epochs.write_bytes(b"a file")
-    assert run.run_id in listed()["damaged"]
+    assert run.run_id in {each["run_id"] for each in listed()["damaged"]}
     for words in (("status", run.run_id), ("verify",), ("gc",)):
         assert magi_ray(*words).exit_code == 1
     with pytest.raises(StoreError, match=r"run\.json: .* folder is in the place of the object\n.*move it away"):

@@ -68,7 +68,7 @@ def list_command(store_uri: str, as_json: bool) -> None:
         except ObjectDamaged as exc:
             damaged[run_id] = exc.message
     if as_json:
-        print_json({"runs": runs, "damaged": damaged})
+        print_json({"runs": runs, "damaged": [{"run_id": run_id, "what": what} for run_id, what in damaged.items()]})
     elif runs:
         print_table(runs_table(runs))
     else:
