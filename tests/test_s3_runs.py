@@ -213,6 +213,9 @@ def test_a_run_whose_driver_was_killed_on_another_machine_is_resumed_when_its_le
     assert (code, stdout) == (0, f"{s3_address}/{keys.video(run.run_id, 'text')}\n"), resume.stderr
     assert waited_s > leases.TTL_S
     assert f"{len(before)} reused" in resume.stderr
+    assert resume.stderr.splitlines()[-1] == f"next: magi-ray fetch {run.run_id} --store {s3_address}"
+    fetched = CliRunner().invoke(cli, ["fetch", run.run_id, "--store", s3_address, "-o", str(tmp_path / "videos")])
+    assert (fetched.exit_code, fetched.stdout) == (0, f"{tmp_path}/videos/text.mp4\n"), fetched.stderr
     assert_whole(store, run, contents(memory, run), before)
 
 

@@ -12,19 +12,23 @@ from importlib.metadata import PackageNotFoundError, version
 
 import click
 
-from magi_ray.commands.console import FAILURE, counted, print_json, print_table, say, say_next
+from magi_ray.commands.console import FAILURE, command_line, counted, print_json, print_table, say, say_next
 from magi_ray.commands.options import example, json_option
 from magi_ray.commands.stores import store_to_write
 from magi_ray.errors import MediaError
-from magi_ray.settings import cache_folder, device_here
+from magi_ray.settings import cache_folder, chosen_store, device_here
 from magi_ray.storage.probe import Finding, probe
 
 
 @click.command(epilog=example("magi-ray doctor --store ./magi-ray-store"))
-@click.option("--store", "store_uri", metavar="URI", help="Test this store too: a folder, file:///… or s3://….")
+@click.option(
+    "--store", "store_uri", default=chosen_store, show_default="$MAGI_RAY_STORE", metavar="URI",
+    help="Test this store too: a folder, file:///… or s3://….",
+)  # fmt: skip
 @json_option
-def doctor(store_uri: str | None, as_json: bool) -> None:
-    """Check what this machine has and, with --store, what a store really does. Exit code 1 if something needed is
+@click.pass_obj
+def doctor(typed: list[str], store_uri: str | None, as_json: bool) -> None:
+    """Check what this machine has and what a store really does, if one is named. Exit code 1 if something needed is
     missing."""
     from magi_ray.report import findings_table
 
@@ -46,10 +50,10 @@ def doctor(store_uri: str | None, as_json: bool) -> None:
     for finding in missing:
         say(f"{finding.name}: {finding.seen} {finding.why}", style="red" if finding.needed else "yellow")
     if needed:
-        store_alone = all(finding in found for finding in needed)
-        where = "this store" if store_alone else "this machine"
+        where = "this store" if all(finding in found for finding in needed) else "this machine"
         say(f"Error: {where} lacks {counted(len(needed), 'thing')} that magi-ray needs.", style="red")
-        say_next("magi-ray doctor --store ANOTHER" if store_alone else "magi-ray doctor")
+        say("Mend that, or name another store; then check again." if found else "Mend that, then check again.")
+        say_next(command_line(typed, without=["--json"]))
         sys.exit(FAILURE)
     say("Everything that is needed is there" + ("; see above for the rest." if missing else "."))
 

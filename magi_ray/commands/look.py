@@ -12,7 +12,7 @@ from magi_ray.commands import console
 from magi_ray.commands.console import counted, print_json, print_table, say, say_next, stderr
 from magi_ray.commands.options import example, json_option, run_argument, store_option
 from magi_ray.commands.outcome import say_left_out
-from magi_ray.commands.stores import StoredRun, open_named_run, store_to_read
+from magi_ray.commands.stores import StoredRun, open_named_run, store_flag, store_to_read
 from magi_ray.errors import ObjectDamaged
 from magi_ray.render.driving.progress import Phase
 from magi_ray.storage import keys
@@ -74,8 +74,10 @@ def list_command(store_uri: str, as_json: bool) -> None:
     else:
         say(f"The store at {store.uri} holds no runs.")
     for run_id, what in damaged.items():
-        say(f"Run {run_id} is damaged: {what}. `magi-ray verify {run_id}` says what mends it.", style="red")
-    if not runs and not as_json:
+        say(f"Run {run_id} is damaged: {what}.", style="red")
+    if damaged:
+        say_next(f"magi-ray verify{store_flag(store_uri)}")  # it says what mends them
+    elif not runs and not as_json:
         say_next("magi-ray submit --help")
 
 

@@ -13,7 +13,7 @@ from magi_ray.commands.console import command_line, say
 from magi_ray.commands.inputs import as_options, require_file, require_place
 from magi_ray.commands.options import RenderOptions, example, json_option, settings_options, store_option
 from magi_ray.commands.stores import StoredRun, store_to_write
-from magi_ray.commands.submit import create_run, warn_of_made_weights
+from magi_ray.commands.submit import create_run, remember_submission, warn_of_made_weights
 from magi_ray.errors import InputError, SettingsError
 from magi_ray.render.driving import requests
 from magi_ray.settings import Settings, override
@@ -86,6 +86,7 @@ def render(
         rows = [row | {"job_id": f"seed-{each}", "seed": each} for each in seeds]
         files = {f"seed-{each}": out.with_stem(f"{out.stem}-{each}") for each in seeds}
     stored = _created(rows, store_uri, settings, name=out.name)
+    remember_submission(stored, typed)
     from magi_ray.drivers.delivery import note_files
 
     note_files(stored.store, stored.run_id, files)

@@ -63,15 +63,16 @@ def pause(name: str | None, store_uri: str, timeout_s: float, as_json: bool) -> 
             if (reported := read_progress(stored.store, stored.run_id)) is not None:
                 show(reported.progress)
             time.sleep(PAUSE_REFRESH_S)
+    following = stored.command("resume" if driver is None else "watch")
     if as_json:
-        print_json({"run_id": stored.run_id, "paused": driver is None, "next_command": stored.command("resume")})
+        print_json({"run_id": stored.run_id, "paused": driver is None, "next_command": following})
     if driver is not None:
         say(f"After {timeout_s:.0f} s {driver} is still at work on its stages; it will pause once they are committed.")
-        say_next(stored.command("watch"))
+        say_next(following)
         sys.exit(FAILURE)
     ended = "All videos were done before it paused" if stored.all_published() else "Paused"
     say(f"{ended}. What was committed is kept.")
-    say_next(stored.command("resume"))
+    say_next(following)
 
 
 @click.command(epilog=example("magi-ray cancel quickstart"))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from magi_ray.commands.console import counted, say
-from magi_ray.commands.inputs import GivenManifest
+from magi_ray.commands.inputs import STDIN, GivenManifest
 from magi_ray.commands.options import (
     RenderOptions,
     example,
@@ -24,6 +24,7 @@ from magi_ray.commands.options import (
 )
 from magi_ray.commands.plan import prepared, require_space, show_plan
 from magi_ray.commands.stores import StoredRun, open_named_run
+from magi_ray.errors import Superseded
 from magi_ray.render.driving import requests
 from magi_ray.settings import Settings
 
@@ -69,7 +70,9 @@ def submit(
     from magi_ray.render.runs.record import read_run, with_takes
 
     stored = StoredRun(store=store, store_uri=store_uri, run=run)
-    if create_run(stored, files):
+    created = create_run(stored, files)
+    remember_submission(stored, typed, without=("--no-wait", "--take-over"))
+    if created:
         say(f"Run {run.run_id}: {counted(len(run.plans), 'video')}, settings {settings.name}, store {store.uri}")
         warn_of_made_weights(settings)
     else:
@@ -85,7 +88,11 @@ def submit(
         if read_run(store, run.run_id)[0].settings.weights != settings.weights:
             # The weights have moved since.
             options = replace(options, weights=click.get_current_context().params["weights"])
-    render_in_background(stored, options, as_json=as_json, no_wait=no_wait)
+    try:
+        render_in_background(stored, options, as_json=as_json, no_wait=no_wait)
+    except Superseded:  # somebody submitted it at the same moment, or took it over
+        if not follow_driver(stored, DriverMonitor(store, run.run_id), as_json=as_json, no_wait=no_wait):
+            raise
 
 
 def create_run(stored: StoredRun, files: Mapping[str, Path]) -> bool:
@@ -96,6 +103,16 @@ def create_run(stored: StoredRun, files: Mapping[str, Path]) -> bool:
     # Not before the run is sure to be written: this leaves a folder behind.
     check_store(stored.store)
     return create(stored.store, stored.run, files)
+
+
+def remember_submission(stored: StoredRun, typed: Sequence[str], *, without: Collection[str] = ()) -> None:
+    """Keep what was ``typed`` for `magi-ray verify`, which may say to type it again. A manifest from stdin is gone."""
+    from magi_ray.drivers.status_file import note_submission
+
+    if STDIN not in typed:
+        words = [word for word in typed if word not in ("--json", *without)]
+        named = any(word.startswith("--store") for word in words)
+        note_submission(stored.store, stored.run_id, words if named else [*words, "--store", stored.store_uri])
 
 
 def rows_to_mend(stored: StoredRun) -> tuple[str, ...]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,10 @@ from magi_ray.commands.console import FAILURE, command_line, counted, print_json
 from magi_ray.commands.options import example, json_option, store_option
 from magi_ray.commands.stores import find_run, store_flag, store_to_read
 from magi_ray.errors import magi_ray_command
+from magi_ray.storage.store import Store
+
+if TYPE_CHECKING:
+    from magi_ray.render.upkeep.verify import Damage
 
 
 class _Duration(click.ParamType[float]):
@@ -49,6 +53,11 @@ def verify(names: tuple[str, ...], store_uri: str, as_json: bool) -> None:
         found = read_again(
             store, run_ids or None, on_progress=lambda n, size: show(f"{counted(n, 'object')} read, {in_bytes(size)}")
         )
+    again = magi_ray_command("verify", *names) + store_flag(store_uri)
+    found.damages = [
+        replace(damage, next_command=damage.next_command or _submitted(store, damage) or again)
+        for damage in found.damages
+    ]
     if as_json:
         print_json(asdict(found))
     elif found.damages:
@@ -62,10 +71,16 @@ def verify(names: tuple[str, ...], store_uri: str, as_json: bool) -> None:
     say(f"Error: of {read}, {len(found.damages)} {'is' if len(found.damages) == 1 else 'are'} damaged.", style="red")
     for remedy in dict.fromkeys(damage.remedy for damage in found.damages if damage.remedy):
         say(remedy)
-    commands = dict.fromkeys(damage.next_command for damage in found.damages if damage.next_command)
-    for command in commands or [magi_ray_command("verify", *names) + store_flag(store_uri)]:
+    for command in dict.fromkeys(damage.next_command for damage in found.damages):
         say_next(command)
     sys.exit(FAILURE)
+
+
+def _submitted(store: Store, damage: Damage) -> str:
+    """The command that submits the first run again that needs what is damaged, if this machine knows it."""
+    from magi_ray.drivers.status_file import submission
+
+    return next((command for run_id, _ in damage.needed_by if (command := submission(store, run_id))), "")
 
 
 @click.command(epilog=example("magi-ray gc --min-age 30d"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,7 +15,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from magi_ray import errors
-from magi_ray.errors import MagiRayError, as_magi_ray_error
+from magi_ray.errors import MagiRayError, as_magi_ray_error, magi_ray_command
+from magi_ray.redaction import redact
 from magi_ray.render.driving.reports import RunResult
 from magi_ray.settings import Frozen, cache_folder
 from magi_ray.storage.store import Store
@@ -115,21 +117,39 @@ def log_path(store: Store, run_id: str) -> Path:
 
 def note_options(store: Store, run_id: str, options: Sequence[str]) -> None:
     """Remember what the run is rendered with here, for those who go on with it later."""
-    path = _options_path(store, run_id)
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(list(options)))
+    _note(store, f"{run_id}.options", options)
 
 
 def last_options(store: Store, run_id: str) -> list[str]:
     """The options that the run was last rendered with on this machine."""
+    return _noted(store, f"{run_id}.options")
+
+
+def note_submission(store: Store, run_id: str, words: Sequence[str]) -> None:
+    """Remember what was typed after `magi-ray`, here in this folder, to submit the run."""
+    _note(store, f"{run_id}.submitted", [str(Path.cwd()), *words])
+
+
+def submission(store: Store, run_id: str) -> str:
+    """The command that submits the run again, as it was submitted last on this machine; '' if it was not."""
+    folder, *words = _noted(store, f"{run_id}.submitted") or [""]
+    if not words:
+        return ""
+    change = "" if folder == str(Path.cwd()) else f"cd {shlex.quote(folder)} && "
+    return change + magi_ray_command(*words)
+
+
+def _note(store: Store, name: str, words: Sequence[str]) -> None:
+    path = machine_folder(store) / name
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(redact(json.dumps(list(words))))
+
+
+def _noted(store: Store, name: str) -> list[str]:
     with suppress(OSError, ValueError):
-        return [str(option) for option in json.loads(_options_path(store, run_id).read_text())]
+        return [str(word) for word in json.loads((machine_folder(store) / name).read_text())]
     return []
-
-
-def _options_path(store: Store, run_id: str) -> Path:
-    return machine_folder(store) / f"{run_id}.options"
 
 
 def status_path(store: Store, run_id: str, pid: int) -> Path:

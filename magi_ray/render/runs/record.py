@@ -199,5 +199,9 @@ def _damaged(store: Store, run_id: str, what: str) -> ObjectDamaged:
     return ObjectDamaged(
         f"Run {run_id} in {store.uri}{_IS_DAMAGED}{what}.",
         remedy="Submit its manifest again, with the same settings: that repairs it, and renders nothing twice.",
-        next_command=magi_ray_command("verify", run_id, "--store", store.uri),
+        next_command=verify_command(store, run_id),
     )
+
+
+def verify_command(store: Store, run_id: str) -> str:
+    return magi_ray_command("verify", run_id, "--store", store.uri)

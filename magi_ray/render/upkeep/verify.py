@@ -23,7 +23,7 @@ from magi_ray.media.encoder import encoder_identity, find_ffmpeg
 from magi_ray.render.artifacts.commits import segment_pre_image
 from magi_ray.render.artifacts.videos import published, read_video_record
 from magi_ray.render.plans.row_plan import RowPlan
-from magi_ray.render.runs.record import Run, all_runs, open_run, read_content, read_run, what_is_wrong
+from magi_ray.render.runs.record import Run, all_runs, open_run, read_content, verify_command, what_is_wrong
 from magi_ray.storage import keys
 from magi_ray.storage.keys import CommitKind
 from magi_ray.storage.records import Payload, digest, measure, read_commit, read_record, unseal
@@ -35,7 +35,7 @@ class Damage:
     """One object that is not as it was committed. what: is wrong with it, with both numbers.
 
     needed_by: the rows that need it, as (run_id, job_id); job_id is '' if the whole run does.
-    remedy, next_command: how to repair it.
+    remedy, next_command: how to repair it; no command where a run is to be submitted again.
     """
 
     key: str
@@ -234,9 +234,8 @@ class _Verifier:
             yield Damage(key=where, what="is missing")
             return
         except ObjectDamaged as exc:
-            yield Damage(
-                key=where, what=f"is damaged: {what_is_wrong(exc)}", remedy=exc.remedy, next_command=exc.next_command
-            )
+            command = "" if exc.next_command == verify_command(self._store, run_id) else exc.next_command
+            yield Damage(key=where, what=f"is damaged: {what_is_wrong(exc)}", remedy=exc.remedy, next_command=command)
             return
         try:
             found = measure(self._store, manifest)
@@ -335,7 +334,8 @@ def _rows_that_need(store: Store, folders: Collection[str]) -> dict[str, list[tu
 
 
 def _repair(store: Store, key: str, needed_by: Sequence[tuple[str, str]]) -> tuple[str, str]:
-    """How to repair the object, and the command that does it."""
+    """How to repair the object, and the command that does it; '' for submitting a run again, for which the store does
+    not know enough."""
     at = "--store", store.uri
     if not needed_by:
         remedy = "No run needs it; a run that comes to need it makes it again. Garbage collection removes it."
@@ -344,13 +344,10 @@ def _repair(store: Store, key: str, needed_by: Sequence[tuple[str, str]]) -> tup
     if key.startswith(keys.takes(run_id)):
         return "Delete it; then ask for the take again, if it is still wanted.", delete_command(store, key)
     if key.startswith(keys.MEDIA) or not job_id:
-        manifest = "MANIFEST"
-        with suppress(InputError, StoreError):
-            manifest = read_run(store, run_id)[0].name
         remedy = f"Submit the manifest of run {run_id} again, with the same settings and files."
         if key.startswith(keys.MEDIA):
             remedy += f" Only the file with sha256 {key.rpartition('/')[2]} can bring this one back."
-        return remedy, magi_ray_command("submit", manifest, *at)
+        return remedy, ""
     remedy = "Retrying the row makes it again, to the same bytes."
     return remedy, magi_ray_command("retry", run_id, "--job", job_id, *at)
 
