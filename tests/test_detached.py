@@ -156,15 +156,27 @@ def test_while_a_run_is_rendered_here_another_command_is_refused_unless_it_takes
     rendering(first)
     driver = first.driver()
     assert driver is not None
-    for again in (words, ("resume", run_id(), "--local"), ("retry", run_id(), "--local")):
+    for again in (("resume", run_id(), "--local"), ("retry", run_id(), "--local")):
         refused = run(*again)
         assert refused.exit_code == 8
         assert "being rendered" in refused.stderr
         assert f"by process {driver.pid}." in refused.stderr
+    followed = json.loads(run(*words, "--no-wait", "--json").stdout)
+    assert followed["pid"] == driver.pid
     second = start(*words, "--take-over")
-    assert first.end(within_s=60)[0] == 8, first.stderr
-    assert "magi-ray watch" in first.stderr.splitlines()[-1]
     assert second.end()[0] == 0, second.stderr
+    assert first.end(within_s=60)[0] == 0, "it follows who took its run over"
+    assert "is being rendered already, by process" in first.stderr
+    assert rendered() == undisturbed()
+
+
+def test_submits_of_the_same_moment_are_one_rendering(here: Path, start: Start) -> None:
+    words = rows(here, {"job_id": "one", "num_chunks": SOME})
+    submits = [start(*words) for _ in range(2)]
+    ended = [submit.end() for submit in submits]
+    assert [code for code, _ in ended] == [0, 0], [submit.stderr for submit in submits]
+    assert ended[0] == ended[1]
+    assert "is being rendered already, by process" in "".join(submit.stderr for submit in submits)
     assert rendered() == undisturbed()
 
 
