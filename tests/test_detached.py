@@ -156,15 +156,27 @@ def test_while_a_run_is_rendered_here_another_command_is_refused_unless_it_takes
     rendering(first)
     driver = first.driver()
     assert driver is not None
-    for again in (words, ("resume", run_id(), "--local"), ("retry", run_id(), "--local")):
+    for again in (("resume", run_id(), "--local"), ("retry", run_id(), "--local")):
         refused = run(*again)
         assert refused.exit_code == 8
         assert "being rendered" in refused.stderr
         assert f"by process {driver.pid}." in refused.stderr
+    followed = json.loads(run(*words, "--no-wait", "--json").stdout)
+    assert followed["pid"] == driver.pid
     second = start(*words, "--take-over")
-    assert first.end(within_s=60)[0] == 8, first.stderr
-    assert "magi-ray watch" in first.stderr.splitlines()[-1]
     assert second.end()[0] == 0, second.stderr
+    assert first.end(within_s=60)[0] == 0, "it follows who took its run over"
+    assert "is being rendered already, by process" in first.stderr
+    assert rendered() == undisturbed()
+
+
+def test_submits_of_the_same_moment_are_one_rendering(here: Path, start: Start) -> None:
+    words = rows(here, {"job_id": "one", "num_chunks": SOME})
+    submits = [start(*words) for _ in range(2)]
+    ended = [submit.end() for submit in submits]
+    assert [code for code, _ in ended] == [0, 0], [submit.stderr for submit in submits]
+    assert ended[0] == ended[1]
+    assert "is being rendered already, by process" in "".join(submit.stderr for submit in submits)
     assert rendered() == undisturbed()
 
 
@@ -182,7 +194,7 @@ def test_a_driver_that_is_killed_is_told_with_its_signal_and_the_way_on(here: Pa
     said = submit.stderr
     assert f"Process {driver.pid}, which rendered run {run_id()}, ended with signal 9 (SIGKILL)" in said
     assert "What was committed is kept" in said
-    assert said.splitlines()[-1] == f"next: magi-ray resume {run_id()}"
+    assert said.splitlines()[-1] == f"next: magi-ray resume {run_id()} --local"
     assert "of 1 video done" in said.partition("The end of its log:")[2]
     assert status()["state"] == "stopped"
 
@@ -195,7 +207,7 @@ def test_a_driver_that_is_terminated_ends_submit_as_ctrl_c_did(here: Path, start
     driver.terminate()
     assert submit.end(within_s=60) == (130, "")
     assert submit.stderr.splitlines()[-2:] == [
-        "Stopped. What was committed is kept.", f"next: magi-ray resume {run_id()}",
+        "Stopped. What was committed is kept.", f"next: magi-ray resume {run_id()} --local",
     ]  # fmt: skip
 
 
@@ -214,7 +226,7 @@ def test_an_error_of_the_driver_reads_as_if_it_had_happened_here(here: Path, tin
     assert told[0].startswith("Error: ")
     assert str(here / "weights" / "vae") in itself.stderr
     assert set(told) <= set(apart.stderr.splitlines())
-    assert apart.stderr.splitlines()[-1] == "next: magi-ray resume --help"
+    assert apart.stderr.splitlines()[-1] == f"next: magi-ray resume {run_id()} --local"
     as_json = json.loads(run("resume", run_id(), "--local", "--json").stdout)
     assert as_json["error"]["kind"] == "WeightsError"
     left = run("resume", run_id(), "--local", "--no-wait")
@@ -295,7 +307,7 @@ def test_a_paused_run_goes_on_to_the_same_bytes(here: Path, start: Start) -> Non
     paused = run("pause", run_id())
     assert paused.exit_code == 0, paused.stderr
     assert "Paused. What was committed is kept." in paused.stderr
-    assert paused.stderr.splitlines()[-1] == f"next: magi-ray resume {run_id()}"
+    assert paused.stderr.splitlines()[-1] == f"next: magi-ray resume {run_id()} --local"
     assert submit.end(within_s=60)[0] == 6
     assert "Paused. What was committed is kept." in submit.stderr
     assert submit.has_left_nothing()
@@ -399,7 +411,7 @@ def test_failed_rows_stay_failed_until_they_are_retried(here: Path) -> None:
     store().put(media, b"rotten")
     failed = run("resume", run_id(), "--local", "--json")
     assert failed.exit_code == 4
-    assert failed.stderr.splitlines()[-1] == f"next: magi-ray retry {run_id()} --failed"
+    assert failed.stderr.splitlines()[-1] == f"next: magi-ray retry {run_id()} --failed --local"
     assert set(json.loads(failed.stdout)["videos"]) == {"good"}
     store().put(media, whole)
     left = run("resume", run_id(), "--local")
@@ -407,7 +419,7 @@ def test_failed_rows_stay_failed_until_they_are_retried(here: Path) -> None:
     assert "bad failed (input, embed)" in left.stderr
     watched = run("watch", run_id())
     assert watched.exit_code == 4
-    assert watched.stderr.splitlines()[-1] == f"next: magi-ray retry {run_id()} --failed"
+    assert watched.stderr.splitlines()[-1] == f"next: magi-ray retry {run_id()} --failed --local"
     retried = run("retry", run_id(), "--failed", "--local")
     assert retried.exit_code == 0, retried.stderr
     assert "Trying 1 row" in retried.stderr
@@ -453,7 +465,7 @@ def test_another_take_is_another_video_from_its_chunk_on(here: Path) -> None:
     before = rendered()
     again = run("retry", run_id(), "--job", "one", "--from-chunk", "2", "--local")
     assert again.exit_code == 0, again.stderr
-    assert f"Take 1 of run {run_id()}: one anew from chunk 2 on" in again.stderr
+    assert "Take 2 of one: anew from chunk 2 on." in again.stderr
     after = rendered()
     assert status()["state"] == "done"
     assert after["one/0"] == before["one/0"]

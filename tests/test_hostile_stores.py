@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from magi_ray.cli import cli
+from magi_ray.drivers.status_file import note_submission
 from magi_ray.errors import StoreError
 from magi_ray.manifest import Defaults, manifest_of, write_manifest
 from magi_ray.render.driving.local import render_locally
@@ -211,6 +212,7 @@ def test_a_run_whose_folder_was_copied_or_renamed_is_told_and_what_to_type_helps
 def test_a_run_that_has_lost_its_record_or_manifest_is_told_so_by_every_command(
     record: bytes | None, store: LocalStore, run: Run
 ) -> None:
+    note_submission(store, run.run_id, ["submit", "m.parquet"])
     for key in (keys.run_record(run.run_id), keys.run_manifest(run.run_id)):
         before = store.get(key)
         store.delete(key) if record is None else store.put(key, record)
@@ -219,7 +221,8 @@ def test_a_run_that_has_lost_its_record_or_manifest_is_told_so_by_every_command(
             result = magi_ray(*words)
             assert result.exit_code == 1, result.stderr
             assert "Submit " in result.stderr
-            assert next_commands(result)[0][:2] == ["magi-ray", "submit"]
+            leads_to = ["submit", "m.parquet"] if words[0] == "verify" else ["verify", run.run_id]
+            assert next_commands(result)[0][1:3] == leads_to
         store.put(key, before)
 
 
@@ -285,11 +288,13 @@ def test_verify_tells_what_is_gone_and_what_it_says_to_type_helps(
     told = magi_ray("verify")
     assert told.exit_code == 1
     assert "All" not in told.stderr
-    submit, retry = next_commands(told)
-    assert submit[:3] == ["magi-ray", "submit", "m.parquet"]
+    retry, check = next_commands(told)
+    assert check == ["magi-ray", "verify"]
+    assert f"Submit the manifest of run {run.run_id} again" in told.stderr
     assert "Only the file with sha256" in told.stderr
-    # As `submit` and `retry` do, with this test's settings.
-    again, files = prepare(manifest_of(ROWS, Defaults.of(settings), base=Path.cwd()), name=submit[2], settings=settings)
+    again, files = prepare(
+        manifest_of(ROWS, Defaults.of(settings), base=Path.cwd()), name="m.parquet", settings=settings
+    )
     create(store, again, files)
     assert retry[1:5] == ["retry", run.run_id, "--job", "two"]
     done = magi_ray(*retry[1:], "--local")

@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,11 @@ class Command:
 
     def driver(self) -> psutil.Process | None:
         """The process that renders for it."""
-        found = [process for process in self.processes() if "drive" in process.cmdline()[3:4]]
-        return found[0] if found else None
+        for process in self.processes():
+            with suppress(psutil.Error):  # it has ended
+                if "drive" in process.cmdline()[3:4]:
+                    return process
+        return None
 
     def processes(self, title: str = "") -> list[psutil.Process]:
         """All that live and carry the mark."""

@@ -71,7 +71,8 @@ def verify(names: tuple[str, ...], store_uri: str, as_json: bool) -> None:
     say(f"Error: of {read}, {len(found.damages)} {'is' if len(found.damages) == 1 else 'are'} damaged.", style="red")
     for remedy in dict.fromkeys(damage.remedy for damage in found.damages if damage.remedy):
         say(remedy)
-    for command in dict.fromkeys(damage.next_command for damage in found.damages):
+    commands = dict.fromkeys(damage.next_command for damage in found.damages)
+    for command in sorted(commands, key=lambda command: command == again):  # to look again comes last
         say_next(command)
     sys.exit(FAILURE)
 
