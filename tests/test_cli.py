@@ -243,7 +243,7 @@ WRONG: list[tuple[tuple[str, ...], int, str, tuple[str, ...]]] = [
     ((*RENDER, "--width", "33"), 2, "--width: 33 is not a multiple of 16; use 32 or 48", ("render", "--help")),
     ((*RENDER, "--image", str(IMAGE), "--video", str(CLIP)), 2, "--image:", ("render", "--help")),
     ((*RENDER, "--image", "small.toml"), 2, "--image: ", ("render", "--help")),
-    ((*RENDER, "--image", "none.png"), 2, '--image: none.png does not exist', ("render", "--help")),
+    ((*RENDER, "--image", "none.png"), 2, '--image: "none.png" does not exist', ("render", "--help")),
     ((*RENDER, "--prompt", " "), 2, "--prompt: ", ("render", "--help")),
     (("render", "-o", "a.mp4"), 2, "--prompt: is missing, and there is no schedule either", ("render", "--help")),
     ((*RENDER, "--schedule", "rows.jsonl"), 2, "--schedule: ", ("render", "--help")),
@@ -539,8 +539,9 @@ def test_render_does_all_that_a_row_can(here: Path) -> None:
         assert (made.exit_code, made.stdout) == (0, "a.mp4\n"), made.stderr
     store = LocalStore(here / "magi-ray-store")
     record = json.loads(store.get(keys.video_record(run_id_of(), "video")))
-    assert record["captions"] == ["sea", "hills"]
-    assert record["controls"] == {"1": {"kv_range": [1, 1, 3, 2]}}
+    assert record["frames"] == 8 + 2 * 24, "so many new frames reach into a third chunk"
+    assert record["captions"] == ["sea", "hills", "hills"]
+    assert record["controls"] == {chunk: {"kv_range": [1, 1, 3, 2]} for chunk in "12"}
     assert record["prefix_frames"] == 8
     assert record["settings"]["negative_prompt"] is True
     chosen = {"max_frames": 8, "take": "start", "fit": "pad", "include": True}

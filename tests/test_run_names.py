@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from runs import prepared
 from magi_ray.cli import cli
 from magi_ray.commands import background
 from magi_ray.commands.stores import find_run, store_flag
+from magi_ray.drivers.status_file import note_submission, submission
 from magi_ray.errors import FailureClass, RunNotFound
 from magi_ray.events import TaskKind
 from magi_ray.manifest import Defaults, manifest_of, write_manifest
@@ -138,9 +140,21 @@ def test_a_store_in_the_environment_is_the_default_and_next_commands_know(
     assert type_in("watch").stderr.splitlines()[-1] == f"next: magi-ray resume {elsewhere.run_id}"
     named = type_in("watch", "--store", "magi-ray-store").stderr.splitlines()[-1]
     assert named.endswith(" --store magi-ray-store")
-    assert "MAGI_RAY_STORE" in type_in("status", "--help").stdout
+    for command in ("status", "doctor"):
+        assert "MAGI_RAY_STORE" in type_in(command, "--help").stdout
+    monkeypatch.setenv("MAGI_RAY_STORE", __file__)
+    assert "is a file, not a folder" in type_in("doctor").stderr
     monkeypatch.setenv("MAGI_RAY_STORE", "")
     assert (store_flag("magi-ray-store"), told("list")["runs"][0]["videos"]) == ("", 1)
+
+
+def test_a_run_is_submitted_again_from_any_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalStore(here / "magi-ray-store")
+    note_submission(store, "rows-1", ["submit", "my rows.parquet"])
+    assert submission(store, "rows-1") == "magi-ray submit 'my rows.parquet'"
+    monkeypatch.chdir("/")
+    assert submission(store, "rows-1") == f"cd {shlex.quote(str(here))} && magi-ray submit 'my rows.parquet'"
+    assert submission(store, "rows-2") == "", "it was not submitted here"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
