@@ -8,9 +8,10 @@ with whatever the code is by then. Make another one, under the next number, when
 v0  format 1 of runs and videos: records without digests, no takes (made by commit 8dc936d, with this script)
 v1  format 2: sealed records, a take, epochs and leases
 v2  format 2: a clip with sound is continued: known by its file, from its start, for whole chunks, without its sound
+v3  format 3: a clip known by its pixels, from its end, to the frame, with its sound
 
 It holds one run of two rows: "done" is published; "mid" was killed in mid-chain. In v0 and v1 "done" begins from an
-image and "mid" from text; in v2 both begin from a clip.
+image and "mid" from text; in v2 and v3 both begin from a clip.
 """
 
 from __future__ import annotations
