@@ -538,6 +538,7 @@ def test_what_a_command_says_to_type_next_leads_on(scenario: Scenario, place: Pl
             mend()
         waiting = said_next(result)
         assert waiting, result.stderr
+        assert ("from stdin again" in result.stderr) == bool(scenario.stdin)
         typed = []
         while waiting:
             command = waiting.pop(0)

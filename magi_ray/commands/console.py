@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ def say(text: str, *, style: str = "") -> None:
 
 def say_next(command: str) -> None:
     """What to type next."""
+    if "-" in shlex.split(command):
+        say("This reads the rows from stdin again:")
     say(f"next: {command}", style="bold")
 
 
