@@ -55,6 +55,10 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         # Opened by number and so without a name: a name like "a%02d.png" or "x:y.mp4" means something to ffmpeg.
         with open(os.open(path, os.O_RDONLY), "rb") as file:  # noqa: PTH123
             head = file.read(12)
+            if not head:
+                raise unreadable(path, "it is empty", remedy="copy or download it again")
+            if head.lstrip().lower().startswith((b"<html", b"<!doctype ht")):
+                raise unreadable(path, "it is a web page", remedy="download the file itself")
             if head[4:8] == b"ftyp" and head[8:] in _HEIC:
                 # ffmpeg gives the tiles that such a picture is made of.
                 remedy = "convert it: heif-convert IN.heic OUT.png"
@@ -226,7 +230,7 @@ def _shown_stream(path: Path, container: InputContainer) -> VideoStream:
     if not streams:
         kinds = ", ".join(stream.type for stream in container.streams) or "nothing"
         cover = " but a cover" if coded else ""
-        raise unreadable(path, f"it holds {kinds}, but no picture{cover}")
+        raise unreadable(path, f"it holds {kinds}, but no picture{cover}", remedy="give a file that has pictures")
     stream = next((one for one in streams if one.disposition & Disposition.default), streams[0])
     check_pixels(path, stream.codec_context.width, stream.codec_context.height, limit=MAX_FRAME_PIXELS)
     return stream
