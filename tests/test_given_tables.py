@@ -70,6 +70,12 @@ def test_the_kind_of_stdin_is_named_where_its_content_does_not_tell(here: Path) 
     assert "column job_id: the column is missing" in named.stderr
 
 
+def test_an_address_on_the_web_is_refused_as_such(here: Path) -> None:
+    result = run("validate", "https://example.com/rows.csv")
+    assert result.exit_code == 2
+    assert "https://example.com/rows.csv is an address that is not read." in result.stderr
+
+
 def test_media_beside_stdin_start_from_the_current_folder(here: Path) -> None:
     (here / "cat.png").write_bytes(PICTURE.read_bytes())
     row = b'{"job_id": "a", "prompt": "A", "image": "%s.png"}'

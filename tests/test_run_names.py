@@ -94,6 +94,9 @@ def test_a_run_is_meant_by_its_age_its_manifest_or_its_rows(here: Path, submit: 
         assert find_run(store, name, "magi-ray-store", verb="status") == meant.run_id, name
     write_manifest([{"job_id": "row-0", "prompt": "sea", "num_chunks": 1}], here / "rows.parquet")
     assert find_run(store, "rows.parquet", "magi-ray-store", verb="status") == first.run_id, "the rows it has now"
+    (here / "rows.mp4").write_bytes(b"of the run of that name")
+    for name in ("rows", str(here / "rows")):
+        assert find_run(store, name, "magi-ray-store", verb="status") == first.run_id, "without the suffix"
     assert told("status")["run_id"] == third.run_id
     assert f"Run {second.run_id}:" in type_in("status", "rows@-1").stderr
 

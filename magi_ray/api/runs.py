@@ -185,5 +185,5 @@ def _manifest(table: object, settings: Settings, name: str) -> tuple[Manifest, s
         return manifest_of_table(pa.table(table), defaults, base=Path.cwd(), name=called), called
     raise InputError(
         f"{type(table).__name__} is not a table.",
-        remedy="Give a path, a list of dicts, or a table of pyarrow, pandas, polars or duckdb.",
+        remedy="Give a path, a list of dicts, or a table of pyarrow, pandas, polars (collected) or duckdb.",
     )

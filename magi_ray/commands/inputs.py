@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,10 @@ class GivenManifest:
             base = self.written.rpartition("/")[0]
             data = _object(self.written)
             return manifest_of_bytes(data, defaults, base=base, name=self.name, kind=self.kind, strict=strict)
+        if re.match(r"[a-z][a-z0-9+.-]*://", self.written, re.IGNORECASE):
+            raise InputError(
+                f"{self.written} is an address that is not read.", remedy="Give a path or s3://bucket/key."
+            )
         path = Path(self.written)
         require_table(path, typed)
         return read_manifest(path, defaults, kind=self.kind, strict=strict)

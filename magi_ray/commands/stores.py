@@ -238,17 +238,20 @@ def _submitted_as(store: Store, known: Sequence[str], name: str) -> list[str]:
 
 
 def _with_rows_of(store: Store, run_ids: Sequence[str], manifest: Path) -> list[str]:
-    """Those of the runs that have the rows of the file ``manifest``; none if it is no manifest."""
+    """Those of the runs that have the rows of the file ``manifest``, with or without its suffix; none if it is no
+    manifest."""
     from magi_ray.manifest import Defaults, read_manifest
+    from magi_ray.manifest.sources import SUFFIXES
     from magi_ray.render.runs.record import read_run
 
+    files = [file for suffix in ("", *SUFFIXES) if (file := Path(f"{manifest}{suffix}")).is_file()]
     same = []
-    if manifest.is_file():
-        for run_id in run_ids:
-            with suppress(MagiRayError, OSError):
-                record, _ = read_run(store, run_id)
-                if read_manifest(manifest, Defaults.of(record.settings)).digest == record.manifest_digest:
-                    same.append(run_id)
+    for run_id in run_ids if files else ():
+        with suppress(MagiRayError, OSError):
+            record, _ = read_run(store, run_id)
+            defaults = Defaults.of(record.settings)
+            if any(read_manifest(file, defaults).digest == record.manifest_digest for file in files):
+                same.append(run_id)
     return same
 
 

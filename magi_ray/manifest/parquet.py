@@ -312,4 +312,6 @@ def table_problems(table: pa.Table) -> Iterator[Problem]:
         wanted = COLUMNS.get(field.name)
         if wanted is not None and not casting.is_castable(field.type, wanted):
             rule = f"cannot be cast to {wanted}, the type of this column"
-            yield Problem(column=field.name, value=f"type {field.type}", rule=rule, remedy="cast the column")
+            holds_files = field.name in ("image", "video") and pa.types.is_struct(field.type)  # as Hugging Face writes
+            remedy = "write each as a file, and its path here" if holds_files else "cast the column"
+            yield Problem(column=field.name, value=f"type {field.type}", rule=rule, remedy=remedy)

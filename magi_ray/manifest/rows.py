@@ -155,7 +155,7 @@ def table_for_show(manifest: Manifest) -> list[dict[str, Any]]:
                 if caption.control != AS_THE_RUN
             },
             "from": row.image if row.image is not None else row.video,
-            "length": f"{row.seconds:g} s" if row.seconds is not None else f"{row.num_chunks} chunks",
+            "length": _length(row),
             "seconds": row.seconds,
             "num_chunks": row.num_chunks,
             "size": f"{row.width}×{row.height}",
@@ -170,6 +170,12 @@ def table_for_show(manifest: Manifest) -> list[dict[str, Any]]:
         }
         for row in manifest.rows
     ]
+
+
+def _length(row: Row) -> str:
+    if row.seconds is not None:
+        return f"{row.seconds:g} s"
+    return f"{row.num_chunks} chunk{'s' * (row.num_chunks != 1)}"
 
 
 def plain(value: Any) -> str:

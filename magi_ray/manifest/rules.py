@@ -46,6 +46,8 @@ MAX_STEPS = 1_000
 MAX_SIDE, MAX_AREA = 8_192, 4_096 * 2_304
 MAX_PRIORITY = 1_000_000
 _JOB_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_NULLS = ("na", "n/a", "#n/a", "null", "none", "\\n")  # as other programs write null
+_LEFT_EMPTY = "leave the cell empty where it says nothing"
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
@@ -201,10 +203,22 @@ def is_a_file(path: Path) -> Iterator[Broken]:
         if not S_ISREG(path.stat().st_mode):
             yield Broken(rule="is not a file", remedy="write the path of a file")
     except (FileNotFoundError, NotADirectoryError):
-        yield Broken(rule="does not exist", remedy=f"put the file at {path}, or correct the path", missing=True)
+        yield Broken(rule="does not exist", remedy=_found_instead(path), missing=True)
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else exc
         yield Broken(rule=f"cannot be read ({reason})", remedy="correct the path")
+
+
+def _found_instead(path: Path) -> str:
+    """The remedy for a file that is not there."""
+    if "~" in path.parts:
+        return "write the whole path: ~ is not read as a home folder"
+    if path.name.lower() in _NULLS:
+        return _LEFT_EMPTY
+    bare = path.name.strip()
+    if bare and bare != path.name and path.with_name(bare).is_file():
+        return f"write {shown(bare)}, without blanks around it"
+    return f"put the file at {path}, or correct the path"
 
 
 def _scheme(written: str) -> str:
@@ -458,6 +472,10 @@ _TYPES: Mapping[pa.DataType, str] = {
     COLUMNS["tags"]: "a map from text to text",
     COLUMNS["schedule"]: f"a list of {{start_chunk, prompt}}, each with or without {', '.join(CONTROLS)}",
 }
+_REMEDIES: Mapping[pa.DataType, str] = {
+    COLUMNS["tags"]: 'write it as {"team": "film"}',
+    COLUMNS["schedule"]: 'write it as [{"start_chunk": 0, "prompt": "A cat"}]',
+}
 _UNUSABLE = object()  # of no column's type
 
 
@@ -524,13 +542,18 @@ def _problems(error: ValidationError, number: int, row: Mapping[str, Any]) -> It
     faults, mistyped = error.errors(include_url=False, include_input=False), _mistyped(error)
     for column in mistyped:
         wanted = COLUMNS[column]
-        cell, rule, remedy = row[column], f"must be {_TYPES[wanted]}", "correct the value"
+        cell, rule, remedy = row[column], f"must be {_TYPES[wanted]}", _REMEDIES.get(wanted, "correct the value")
+        unknown = [fault["loc"] for fault in faults if fault["loc"][0] == column and fault["type"] == "extra_forbidden"]
+        if unknown:
+            remedy = f"leave {unknown[0][-1]} out of entry {int(unknown[0][1]) + 1}, or correct its name"
         if isinstance(cell, Unfit):
             yield _problem(number, row.get("job_id"), column, cell.value, cell.rule, cell.remedy)
             continue
         if wanted == pa.int64() and isinstance(cell, float) and EXACT < abs(cell) < 2**63:
             rule += " without a rounding, which a float above 2^53 may have had"
             remedy = "write it as an integer or as text"
+        if isinstance(cell, str) and cell.strip().lower() in _NULLS:
+            remedy = _LEFT_EMPTY
         yield _problem(number, row.get("job_id"), column, shown(cell), rule, remedy)
     for fault in faults:
         column, inside = str(fault["loc"][0]), fault["loc"][1:]

@@ -304,7 +304,12 @@ def _decoded(data: bytes, notes: list[str], *, errors: str = "strict") -> str:
 
 
 def _read_jsonl(data: bytes, notes: list[str]) -> Iterator[tuple[int, Any]]:
-    yield from _json_lines(_decoded(data, notes))
+    """A row in each line; or one list of rows, which is JSON by another name."""
+    text = _decoded(data, notes)
+    if text[_past_blanks(text, 0) :].startswith("["):
+        yield from _read_json(data, [])
+    else:
+        yield from _json_lines(text)
 
 
 def _json_lines(text: str) -> Iterator[tuple[int, Any]]:
@@ -321,7 +326,7 @@ def _json_lines(text: str) -> Iterator[tuple[int, Any]]:
         except RecursionError as exc:
             raise _UnreadableError(f"line {line}: is nested too deeply") from exc
         except ValueError as exc:
-            raise _UnreadableError(f"line {line}: {exc}") from exc
+            raise _UnreadableError(f"line {line}: {exc}, in {shown(content.strip())}; a line is a whole row") from exc
 
 
 def _read_json(data: bytes, notes: list[str]) -> Iterator[tuple[int, Any]]:
@@ -344,15 +349,25 @@ def _read_json(data: bytes, notes: list[str]) -> Iterator[tuple[int, Any]]:
         indices = list(dict.fromkeys(index for column in content.values() for index in column))
         for index in indices:
             yield 1, {name: column.get(index) for name, column in content.items()}
+    elif isinstance(content, dict) and not content.keys() & COLUMNS.keys() and (inside := _lists_of_rows(content)):
+        raise _UnreadableError(f"the rows are inside {inside}; that list must stand alone")
     else:
         yield 1 + text.count("\n", 0, at), content
+
+
+def _lists_of_rows(content: Mapping[str, Any]) -> str:
+    names = [
+        name for name, value in content.items() if isinstance(value, list) and value and isinstance(value[0], dict)
+    ]
+    return ", ".join(map(shown, names))
 
 
 def _json_array(text: str, at: int) -> Iterator[tuple[int, Any]]:
     """The elements of the array that begins at ``text[at]``, each with its line."""
     line, counted = 1, 0
     at = _past_blanks(text, at + 1)
-    closed = text[at : at + 1] == "]"
+    if closed := text[at : at + 1] == "]":
+        at = _past_blanks(text, at + 1)
     while not closed:
         line, counted = line + text.count("\n", counted, at), at
         try:
@@ -395,6 +410,8 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_without_repeated_keys, parse_int=
 # CSV and Excel
 
 _SEPARATOR = re.compile(r"sep=(.)\r?(\n|$)")  # Excel's way to name it
+# As programs write them that do not compute, openpyxl among them.
+_FORMULA_WITHOUT_VALUE = re.compile(rb"<f\b[^>]*>[^<]*</f>\s*(<v\s*/>|<v>\s*</v>)?\s*</c>")
 
 
 def _read_csv(data: bytes, notes: list[str]) -> Iterator[tuple[int, Any]]:
@@ -413,7 +430,8 @@ def _read_csv(data: bytes, notes: list[str]) -> Iterator[tuple[int, Any]]:
                     yield begin, [cell or None for cell in cells]
                 begin = reader.line_num + 1
         except csv.Error as exc:
-            raise _UnreadableError(f"line {begin}: {exc}") from exc
+            open_quote = "unexpected end" in str(exc)
+            raise _UnreadableError(f"line {begin}: {'a quote is never closed' if open_quote else exc}") from exc
 
     for line, row in _records(lines(), notes):
         yield line, {name: _with_a_point(name, cell) for name, cell in row.items()} if delimiter == ";" else row
@@ -441,19 +459,26 @@ def _with_a_point(name: str, cell: str | None) -> str | None:
 
 
 def _read_xlsx(data: bytes, notes: list[str]) -> Iterator[tuple[int, Any]]:
-    """The first sheet; formulas have the values they were saved with."""
+    """The first sheet that is not hidden; formulas have the values they were saved with."""
     import openpyxl
 
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             _require_small(sum(entry.file_size for entry in archive.infolist()))
+            sheets = [archive.read(name) for name in archive.namelist() if name.startswith("xl/worksheets/")]
+            if any(map(_FORMULA_WITHOUT_VALUE.search, sheets)):
+                notes.append(
+                    "has formulas without a value, which are empty here: open it in a spreadsheet program and save it."
+                )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of styles and extensions, which do not matter here
             book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True)
-            if len(book.worksheets) > 1:
-                names = ", ".join(shown(sheet.title) for sheet in book.worksheets[1:])
-                notes.append(f"holds several sheets: {shown(book.worksheets[0].title)} was read, not {names}.")
-            found = list(_records(_sheet(book.worksheets[0]), notes, pad=True)) if book.worksheets else []
+            # Hidden ones come last; the others stay in order.
+            first, *others = sorted(book.worksheets, key=lambda sheet: sheet.sheet_state != "visible") or [None]
+            if others:
+                names = ", ".join(shown(sheet.title) for sheet in others)
+                notes.append(f"holds several sheets: {shown(first.title)} was read, not {names}.")
+            found = [] if first is None else list(_records(_sheet(first), notes, pad=True))
     except _UnreadableError:
         raise
     except Exception as exc:  # whatever openpyxl stumbles over
@@ -497,7 +522,9 @@ def _records(
             cells = cells[:-1]
         cells = cells + [None] * (len(header) - len(cells)) if pad else cells
         if len(cells) != len(header):
-            raise _UnreadableError(f"line {line}: {len(cells)} cells, but the header has {len(header)}")
+            found = f"line {line}: {len(cells)} cells, but the header has {len(header)}"
+            more = "; a cell that holds the separator needs quotes" if len(cells) > len(header) and not pad else ""
+            raise _UnreadableError(f"{found}, {shown(', '.join(header))}{more}")
         yield line, {name: cell for name, cell in zip(header, cells, strict=True) if name}
         nameless |= {place for place, name in enumerate(header, 1) if not name and cells[place - 1] is not None}
     if nameless:
@@ -518,7 +545,13 @@ def _read_yaml(data: bytes, notes: list[str]) -> Iterator[tuple[int, Any]]:
         if root is None:
             return
         if not isinstance(root, yaml.SequenceNode):
-            raise _UnreadableError("the file must be a list of rows, each beginning with '- '")
+            keys = [
+                str(key.value)
+                for key, value in (root.value if isinstance(root, yaml.MappingNode) else ())
+                if isinstance(value, yaml.SequenceNode)
+            ]
+            inside = f"; the list inside {', '.join(map(shown, keys))} must stand alone" if keys else ""
+            raise _UnreadableError(f"the file must be a list of rows, each beginning with '- '{inside}")
         for row in root.value:
             if isinstance(row, yaml.MappingNode):
                 _keep_as_written(row)

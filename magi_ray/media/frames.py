@@ -12,10 +12,12 @@ from typing import Any, NoReturn, cast
 
 import av
 import numpy as np
+from av.codec.context import CodecContext
 from av.container import InputContainer
 from av.filter import Graph
 from av.sidedata.sidedata import SideData
 from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
@@ -37,6 +39,7 @@ _READ_MATRICES = (1, _UNTAGGED, _RESERVED, 4, 5, 6, 7, 9)
 _MATRICES = {Colorspace.ITU601: "BT.601", Colorspace.ITU709: "BT.709", Colorspace.BT2020: "BT.2020"}
 _HDR: Mapping[int, str] = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
 _WIDE = (ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432)
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # ffmpeg's own leave transparency out
 _SCALING = (
     Interpolation.LANCZOS
     | Interpolation.ACCURATE_RND
@@ -55,6 +58,10 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         # Opened by number and so without a name: a name like "a%02d.png" or "x:y.mp4" means something to ffmpeg.
         with open(os.open(path, os.O_RDONLY), "rb") as file:  # noqa: PTH123
             head = file.read(12)
+            if not head:
+                raise unreadable(path, "it is empty", remedy="copy or download it again")
+            if head.lstrip().lower().startswith((b"<html", b"<!doctype ht")):
+                raise unreadable(path, "it is a web page", remedy="download the file itself")
             if head[4:8] == b"ftyp" and head[8:] in _HEIC:
                 # ffmpeg gives the tiles that such a picture is made of.
                 remedy = "convert it: heif-convert IN.heic OUT.png"
@@ -74,10 +81,27 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         raise unreadable(path, exc.strerror or str(exc)) from exc
 
 
+def decoded_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    """Every frame as it is coded, with its transparency."""
+    decoder = _ALPHA_DECODERS.get(stream.codec_context.name) if stream.metadata.get("alpha_mode") == "1" else None
+    if decoder is None:
+        yield from container.decode(stream)
+        return
+    coded = stream.codec_context
+    context = cast("VideoCodecContext", CodecContext.create(decoder, "r"))
+    context.options = dict(coded.options)
+    context.thread_type = "SLICE"
+    # VP8 does not say these itself; the file may.
+    context.color_range, context.colorspace = coded.color_range, coded.colorspace
+    context.color_primaries, context.color_trc = coded.color_primaries, coded.color_trc
+    for packet in container.demux(stream):
+        yield from context.decode(packet)
+
+
 def shown_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
     """Every frame; from the first interlaced one on, deinterlaced."""
     graph: Graph | None = None
-    for frame in container.decode(stream):
+    for frame in decoded_frames(container, stream):
         if graph is None and frame.interlaced_frame:
             graph = _deinterlacer(stream)
         if graph is None:
@@ -226,7 +250,7 @@ def _shown_stream(path: Path, container: InputContainer) -> VideoStream:
     if not streams:
         kinds = ", ".join(stream.type for stream in container.streams) or "nothing"
         cover = " but a cover" if coded else ""
-        raise unreadable(path, f"it holds {kinds}, but no picture{cover}")
+        raise unreadable(path, f"it holds {kinds}, but no picture{cover}", remedy="give a file that has pictures")
     stream = next((one for one in streams if one.disposition & Disposition.default), streams[0])
     check_pixels(path, stream.codec_context.width, stream.codec_context.height, limit=MAX_FRAME_PIXELS)
     return stream

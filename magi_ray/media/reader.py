@@ -23,7 +23,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from magi_ray.media.bounds import check_gap, check_length, unreadable
-from magi_ray.media.frames import FrameConverter, open_video, scaled, shown_frames
+from magi_ray.media.frames import FrameConverter, decoded_frames, open_video, scaled, shown_frames
 from magi_ray.media.pictures import Pixels, open_picture, shown_picture, shown_picture_size
 
 __all__ = [
@@ -72,7 +72,7 @@ def inspect_clip(path: Path) -> Inspection:
     _check_times(path)
     with open_video(path) as (container, stream):
         # Not from shown_frames: a deinterlaced frame does not say what it was.
-        frame = next(container.decode(stream), None)
+        frame = next(decoded_frames(container, stream), None)
         if frame is None:
             raise unreadable(path, "it has no frames")
         converter = FrameConverter(path, stream)

@@ -365,6 +365,30 @@ def test_a_path_that_no_file_can_have_is_one_row_s_problem(written: str, reason:
     assert complaint(image=written).endswith(f"cannot be read ({reason}); correct the path")
 
 
+@pytest.mark.parametrize(
+    ("cell", "remedy"),
+    [
+        ({"image": "~/cat.png"}, "write the whole path: ~ is not read as a home folder"),
+        ({"image": "NA"}, "leave the cell empty where it says nothing"),
+        ({"seed": "#N/A"}, "leave the cell empty where it says nothing"),
+        ({"image": " cat.png"}, 'write "cat.png", without blanks around it'),
+        ({"tags": "{a=b}"}, 'write it as {"team": "film"}'),
+        ({"prompt": None, "schedule": "0: sea"}, 'write it as [{"start_chunk": 0, "prompt": "A cat"}]'),
+        (
+            {"prompt": None, "schedule": [{"start_chunk": 0, "promt": "sea"}]},
+            "leave promt out of entry 1, or correct its name",
+        ),
+    ],
+)
+def test_a_cell_as_other_programs_write_it_gets_the_remedy_for_it(
+    cell: dict[str, Any], remedy: str, tmp_path: Path
+) -> None:
+    (tmp_path / "cat.png").touch()
+    with pytest.raises(ManifestError) as caught:
+        of(CAT | cell, base=tmp_path)
+    assert remedy in [problem.remedy for problem in caught.value.problems]
+
+
 def test_an_s3_uri_is_taken_for_its_form() -> None:
     manifest = of(CAT | {"image": "s3://bucket/folder/cat.png"})
 
@@ -465,6 +489,12 @@ def test_a_column_of_the_wrong_type_is_named_with_both_types(column: str, found:
 
     assert line.startswith(f"column {column}: {types}")
     assert line.endswith(", the type of this column; cast the column")
+
+
+def test_a_column_of_pictures_themselves_is_told_to_hold_paths() -> None:
+    (line,) = refused(parquet(table(image=[{"bytes": b"png", "path": "cat.png"}])))
+
+    assert line.endswith("; write each as a file, and its path here")
 
 
 def test_rows_are_checked_beside_a_column_of_the_wrong_type() -> None:
@@ -804,7 +834,7 @@ def test_a_csv_cell_that_is_no_number_is_named_with_its_line(folder: Path) -> No
     assert build_complaints(folder, "rows.csv", content) == [
         'row 2 (job "b"), column width: "wide" must be a whole number below 2^63 (rows.csv:4); correct the value',
         'row 3 (job "c"), column schedule: [0] must be a list of {start_chunk, prompt}, each with or without '
-        "kv_range, text_scales, prev_chunk_scales (rows.csv:5); correct the value",
+        'kv_range, text_scales, prev_chunk_scales (rows.csv:5); write it as [{"start_chunk": 0, "prompt": "A cat"}]',
     ]
 
 
@@ -813,9 +843,19 @@ def test_a_csv_cell_that_is_no_number_is_named_with_its_line(folder: Path) -> No
     [
         ("rows.jsonl", '{"job_id": "a"}\n{"job_id"', "is not readable as jsonl: line 2: "),
         ("rows.jsonl", '{"job_id": "a", "job_id": "b"}', "line 1: job_id is there twice"),
-        ("rows.jsonl", "[1]", "line 1: a row must be a map from column to value, but is [1]"),
+        ("rows.jsonl", "[1]", "line 1: a row must be a map from column to value, but is 1;"),
         ("rows.jsonl", b"\xff", "is not readable as jsonl: "),
-        ("rows.csv", "job_id,prompt\na,b,c\n", "line 2: 3 cells, but the header has 2"),
+        (
+            "rows.jsonl",
+            "```json\n",
+            'line 1: Expecting value: line 1 column 1 (char 0), in "```json"; a line is a whole row',
+        ),
+        ("rows.json", "[]", "holds no rows"),
+        ("rows.json", '{"videos": [{"job_id": "a"}]}', 'the rows are inside "videos"; that list must stand alone'),
+        ("rows.yaml", "rows:\n- job_id: a", 'the list inside "rows" must stand alone'),
+        ("rows.csv", "job_id,prompt\na,b,c\n", 'line 2: 3 cells, but the header has 2, "job_id, prompt"; a cell that'),
+        ("rows.tsv", "# mine, 2026\njob_id\tprompt\n", 'line 2: 1 cells, but the header has 2, "# mine, 2026"'),
+        ("rows.csv", 'job_id,prompt\na,"b\n', "line 2: a quote is never closed"),
         ("rows.csv", "job_id,job_id\na,b\n", "line 1: column job_id is there twice"),
         ("rows.yaml", "job_id: a", "the file must be a list of rows, each beginning with '- '"),
         ("rows.yaml", "- a: [", "is not readable as yaml: "),

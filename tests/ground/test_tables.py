@@ -17,6 +17,7 @@ from typing import Any
 import duckdb
 import fastparquet
 import numpy as np
+import openpyxl
 import pandas as pd
 import polars as pl
 import pyarrow as pa
@@ -456,6 +457,27 @@ def test_a_sheet_has_mixed_columns_and_other_sheets_which_are_told(tmp_path: Pat
 
     assert [(row.job_id, row.extra) for row in manifest.rows] == [("7", {"note": "3"}), ("8", {"note": "x"})]
     assert 'rows.xlsx holds several sheets: "shots" was read, not "prices".' in manifest.notes
+
+
+def test_of_a_workbook_the_first_sheet_that_shows_is_read_and_formulas_without_a_value_are_told(tmp_path: Path) -> None:
+    book = openpyxl.Workbook()
+    lists, shots = book.worksheets[0], book.create_sheet("shots")
+    lists.title, lists.sheet_state = "lists", "hidden"
+    lists.append(["calm", "wild"])
+    for row in (["job_id", "prompt", "note"], ["a", "A cat", "=1+1"]):
+        shots.append(row)
+    book.active = 1
+    book.save(tmp_path / "rows.xlsx")
+    manifest = read_manifest(tmp_path / "rows.xlsx", DEFAULTS)
+
+    assert [(row.job_id, row.extra["note"]) for row in manifest.rows] == [("a", None)]
+    assert 'rows.xlsx holds several sheets: "shots" was read, not "lists".' in manifest.notes
+    assert any("rows.xlsx has formulas without a value" in note for note in manifest.notes)
+
+
+def test_a_list_of_json_is_read_whatever_the_file_is_called() -> None:
+    rows = json.dumps([{"job_id": "a", "prompt": "A"}], indent=1).encode()
+    assert manifest_of_bytes(rows, DEFAULTS, base=README.parent, name="rows.jsonl", kind="jsonl").rows[0].job_id == "a"
 
 
 @pytest.mark.parametrize(

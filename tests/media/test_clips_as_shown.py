@@ -221,13 +221,17 @@ def test_an_interlaced_clip_is_deinterlaced_and_it_is_said(tmp_path: Path) -> No
     assert inspect_clip(path).notes[0] == "is interlaced; it is deinterlaced"
 
 
-@pytest.mark.parametrize("name", ["a.gif", "a.mov"])
+@pytest.mark.parametrize("name", ["a.gif", "a.mov", "vp8.webm", "vp9.webm"])
 def test_transparent_parts_of_a_clip_are_shown_over_white(tmp_path: Path, name: str) -> None:
     frames = [Image.new("RGBA", (32, 32)) for _ in range(5)]
     for number, frame in enumerate(frames):
         frame.paste((255, 0, 0, 255), (0, 0, 16, 16 + number))
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], disposal=2, duration=100)
     _ffmpeg("-i", tmp_path / "a.gif", "-c:v", "prores_ks", "-pix_fmt", "yuva444p10", tmp_path / "a.mov")
+    for codec, out in (("libvpx", "vp8.webm"), ("libvpx-vp9", "vp9.webm")):
+        quality = ["-crf", "4", "-b:v", "4M", "-auto-alt-ref", "0"]
+        _ffmpeg("-i", tmp_path / "a.gif", "-c:v", codec, "-pix_fmt", "yuva420p", *quality, tmp_path / out)
+    assert count_frames(tmp_path / name, fps=10, max_frames=100) == 5
     found = _first(tmp_path / name).astype(int)
     assert np.abs(found[4:12, 4:12] - [255, 0, 0]).max() <= 6
     assert (found[24:, 24:] >= 250).all()

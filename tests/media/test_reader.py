@@ -147,10 +147,12 @@ def test_memory_does_not_grow_with_the_length_of_the_clip(tmp_path: Path, ffmpeg
 def test_what_cannot_be_read_is_named_with_what_was_found(tmp_path: Path, clip: Path) -> None:
     (tmp_path / "text.png").write_text("not a picture, but a letter\n" * 10)
     (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "page.mp4").write_text("<!DOCTYPE html>\n<title>404</title>")
     (tmp_path / "folder.png").mkdir()
     for name, found in {
         "text.png": "Invalid data",
-        "empty.png": "Invalid data|End of file",
+        "empty.png": "it is empty",
+        "page.mp4": "it is a web page",
         "folder.png": "directory",
         "missing.png": "No such file",
     }.items():

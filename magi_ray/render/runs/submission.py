@@ -240,7 +240,7 @@ def _inspect(
         return medium, notes
     if not len(pixels):
         few = min(found, prefix.max_frames)
-        reason = f"has {few} frames at {fps} fps, but a prefix needs at least {FRAMES_PER_LATENT}"
+        reason = f"has {few} frame{'s' * (few != 1)} at {fps} fps, but a prefix needs at least {FRAMES_PER_LATENT}"
         raise MediaError.about(path, reason, remedy="give a longer clip, or an image")
     if found < (wanted := prefix.max_frames):
         notes.append(f"begins from {found} frames: its clip has no more at {fps} fps; {wanted} were asked for")
