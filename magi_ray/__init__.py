@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: the command line imports this package too, and needs none of it.
-    if name in ("load", "submit"):
-        from magi_ray import api
+    if name in ("api", "load", "submit"):
+        from importlib import import_module
 
-        return getattr(api, name)
+        api = import_module("magi_ray.api")
+        return api if name == "api" else getattr(api, name)
     if name == "__version__":
         from importlib.metadata import version
 

@@ -256,9 +256,9 @@ def test_a_clip_may_be_given_as_its_frames(clip: object, tmp_path: Path) -> None
         ("image", np.zeros((32, 32, 5)), r"image: float64 \[32, 32, 5\] must be \[H, W\], \[H, W, 3\] or \[3, H, W\]"),
         ("image", gradient() / 127.5 - 1, r"(?s)values from -1 to .*\(x \+ 1\) / 2"),
         ("image", gradient() * 1.0, "Divide 0 … 255 by 255"),
-        ("image", np.full((32, 32, 3), np.nan), "from nan to nan"),
+        ("image", np.full((32, 32, 3), np.nan), "not finite"),
         ("image", gradient().astype(np.int32) * 9, "from 0 to 2232"),
-        ("image", [Image.new("RGB", (8, 8))] * 2, r"\[2, 8, 8, 3\]"),
+        ("image", [Image.new("RGB", (8, 8))] * 2, r"(?s)\[2, 8, 8, 3\].*call once for each"),
         ("image", object(), "image: object"),
         ("video", gradient(), r"video: uint8 \[32, 32, 3\] must be \[T, H, W\]"),
         ("video", [np.zeros((8, 8, 3)), np.zeros((9, 8, 3))], "have different sizes"),
@@ -267,6 +267,13 @@ def test_a_clip_may_be_given_as_its_frames(clip: object, tmp_path: Path) -> None
 def test_pixels_that_mean_nothing_are_refused(model: Model, option: str, pixels: Any, says: str) -> None:
     with pytest.raises(MediaError, match=says):
         model.stream(prompt="sea", **{option: pixels})
+
+
+def test_a_video_is_continued_as_its_frames_are(model: Model) -> None:
+    first = model("sea", num_chunks=1)
+    size = {"width": 32, "height": 32, "num_chunks": 1, "seed": 3}
+    again, frames = (model("sea goes on", video=clip, **size).frames for clip in (first, first.frames))
+    assert np.array_equal(again, frames)
 
 
 def test_a_video_begins_from_the_pixels_it_is_given(model: Model) -> None:
@@ -446,7 +453,9 @@ def test_guidance_by_its_name_in_diffusers(model: Model, settings: Settings) -> 
         ({"num_frame": 24}, r"no argument num_frame\.\nDid you mean num_frames"),
         ({"strength": 0.8}, r"no argument strength"),
         ({"num_inference_steps": 9}, r"^num_inference_steps: 9 must be divisible by window_size 4"),
-        ({"num_frames": 0}, r"^num_frames: 0 is not a length"),
+        ({"num_frames": 0}, r"^num_frames: 0 is not a length\.\nGive a whole number"),
+        ({"prompt": 5}, "^prompt: 5 is no text"),
+        ({"prompt": None}, "^prompt: is missing"),
         ({"num_frames": 24, "fps": 0}, r"^fps: 0 is not between 1 and 120"),
         ({"num_frames": 2.5}, r"^num_frames: 2.5 is not a whole number"),
         ({"height": 17, "width": np.int64(33)}, r"^width: 33 .*\nheight: 17"),
@@ -461,7 +470,7 @@ def test_guidance_by_its_name_in_diffusers(model: Model, settings: Settings) -> 
 )
 def test_a_wrong_argument_is_named(model: Model, options: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
-        model("sea", **options)
+        model(**{"prompt": "sea"} | options)
 
 
 def test_a_model_goes_to_a_device(settings: Settings) -> None:
@@ -510,4 +519,9 @@ def test_load_takes_the_folder_of_a_download(tiny_weights: Path, tmp_path: Path)
 
 def test_importing_magi_ray_costs_nothing() -> None:
     code = "import sys, magi_ray; sys.exit(bool({'torch', 'ray', 'numpy', 'pyarrow', 'pydantic'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_what_the_readme_names_is_there_after_the_import() -> None:
+    code = "import magi_ray; magi_ray.api.CallOptions, magi_ray.load, magi_ray.submit, magi_ray.__version__"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

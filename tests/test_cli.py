@@ -236,6 +236,7 @@ WRONG: list[tuple[tuple[str, ...], int, str, tuple[str, ...]]] = [
     ((*RENDER[:-1], "a"), 2, "a does not end in .mp4", (*RENDER[:-1], "a.mp4")),
     ((*RENDER[:-2], "--out=./a"), 2, "a does not end in .mp4", (*RENDER[:-2], "--out=a.mp4")),
     ((*RENDER[:-1], "."), 2, ". is a folder", (*RENDER[:-1], "video.mp4")),
+    ((*RENDER[:-1], "small.toml/b/a.mp4"), 2, "small.toml/b is not a folder", RENDER),
     ((*RENDER, "--seconds", "0"), 2, "--seconds: 0.0 is not a length", ("render", "--help")),
     ((*RENDER, "--num-chunks", "0"), 2, "--num-chunks: 0 is below 1", ("render", "--help")),
     ((*RENDER, "--num-steps", "9"), 2, "--num-steps: 9 must be divisible by window_size 4; use 12",
@@ -504,7 +505,7 @@ def test_render_goes_on_when_typed_again_and_replaces_the_file_only_when_done(he
     (here / "a.mp4").unlink()
     again = run(*words, "--json")
     told = json.loads(again.stdout)
-    assert (told["out"], told["stages_rendered"], told["run_id"]) == ("a.mp4", 0, run_id_of())
+    assert (told["out"], told["stages_rendered"], told["run_id"]) == (str(here / "a.mp4"), 0, run_id_of())
     store = LocalStore(here / "magi-ray-store")
     assert (here / "a.mp4").read_bytes() == store.get(keys.video(run_id_of(), "video"))
     assert not list(here.glob(".a.mp4*"))
@@ -516,7 +517,7 @@ def test_a_render_that_was_killed_writes_its_file_when_it_is_resumed(here: Path)
         run(*RENDER, "--seconds", "1.5")
     resumed = run("resume", run_id_of(), "--local", "--json")
     assert resumed.exit_code == 0, resumed.stderr
-    assert json.loads(resumed.stdout)["out"] == "a.mp4"
+    assert json.loads(resumed.stdout)["out"] == str(here / "a.mp4")
     video = LocalStore(here / "magi-ray-store").get(keys.video(run_id_of(), "video"))
     assert (here / "a.mp4").read_bytes() == video
     (here / "a.mp4").write_bytes(b"mine again")
@@ -561,7 +562,7 @@ def test_variations_differ_in_their_seed_and_share_the_rest(here: Path) -> None:
     alone = run(*RENDER, "--image", str(IMAGE), "--num-chunks", "1", "--seed", "8", "--json")
     assert json.loads(alone.stdout)["stages_rendered"] == 0
     assert Path("a.mp4").read_bytes() == Path("a-8.mp4").read_bytes()
-    assert json.loads(run(*words, "--json").stdout)["out"] == ["a-7.mp4", "a-8.mp4"]
+    assert json.loads(run(*words, "--json").stdout)["out"] == [str(here / "a-7.mp4"), str(here / "a-8.mp4")]
 
 
 def test_a_video_of_render_has_the_shape_of_its_image(here: Path) -> None:

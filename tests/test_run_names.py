@@ -101,6 +101,22 @@ def test_a_run_is_meant_by_its_age_its_manifest_or_its_rows(here: Path, submit: 
     assert f"Run {second.run_id}:" in type_in("status", "rows@-1").stderr
 
 
+def test_a_damaged_run_is_meant_by_the_beginning_of_its_id_too(here: Path, submit: Submit) -> None:
+    run = submit("sea")
+    submit("hills", name="other.parquet")
+    store = LocalStore(here / "magi-ray-store")
+    (here / "magi-ray-store" / keys.run_record(run.run_id)).write_bytes(b"{")
+    for name in ("rows", run.run_id[:-2], run.run_id):
+        assert find_run(store, name, "magi-ray-store", verb="status") == run.run_id, name
+    assert "is damaged: of its run.json, its 1 bytes are not a whole record." in type_in("status", "rows").stderr
+
+
+def test_an_empty_store_is_told_once(here: Path, submit: Submit) -> None:
+    (here / "empty").mkdir()
+    said = type_in("status", "--store", "empty").stderr
+    assert (said.count("holds no runs"), said.count("No run there can be read")) == (1, 1)
+
+
 def test_a_name_that_may_mean_many_lists_them_with_times_and_states(here: Path, submit: Submit) -> None:
     runs = [submit("sea"), submit("hills")]
     requests.request(LocalStore(here / "magi-ray-store"), runs[0].run_id, "cancel")

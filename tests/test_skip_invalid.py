@@ -127,7 +127,7 @@ def test_rows_with_problems_are_left_out_recorded_and_told_wherever_the_run_is_l
 
     done = told("submit", *JOB, "--skip-invalid", "--local", code=4)
     assert list(done["videos"]) == ["one", "four"]
-    assert (done["state"], done["failed"], places(done["problems"])) == ("done", [], WRONG)
+    assert (done["state"], done["failed"], places(done["problems"])) == ("failed", [], WRONG)
     run_id = done["run_id"]
     assert run_id == planned["run_id"]
 
@@ -148,9 +148,11 @@ def test_rows_with_problems_are_left_out_recorded_and_told_wherever_the_run_is_l
     shutil.move("magi-ray-store", "other")
     (here / "m.parquet").unlink()
     (here / "pic.png").unlink()
-    assert places(told("status", run_id, "--store", "other")["problems"]) == WRONG
+    status = told("status", run_id, "--store", "other")
+    assert places(status["problems"]) == WRONG
     [listed] = told("list", "--store", "other")["runs"]
     assert (listed["videos"], listed["done"], listed["failed"]) == (4, 2, 2)
+    assert listed["state"] == status["state"] == "failed"
     for words in (("resume", run_id, "--local"), ("watch", run_id), ("retry", run_id, "--failed")):
         result = run(*words, "--store", "other")
         assert result.exit_code == (0 if words[0] == "retry" else 4), result.stderr

@@ -7,7 +7,7 @@ import logging
 import operator
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,8 +86,8 @@ class CallOptions(TypedDict, total=False):
     schedule: in place of a prompt, prompts over time: entries as in a manifest ({"start_chunk", "prompt"} with or
         without kv_range, text_scales, prev_chunk_scales).
     image: to begin from: a path, an s3:// address, a PIL image, an array or a tensor (see ``write_picture``).
-    video: a clip to continue: a path, an s3:// address, or its frames at the call's fps: a list of PIL images, an array
-        or a tensor (see ``write_clip``).
+    video: a clip to continue: a path, an s3:// address, or its frames at the call's fps: a Video, a list of PIL images,
+        an array or a tensor (see ``write_clip``).
     prefix_from: which end of the clip.  prefix_frames: how many frames of it, ≥ 4.
     include_prefix: whether they come first.  fit: how an image or clip of another aspect ratio is made to fit.
     num_frames, num_chunks (of 24 frames) or seconds: the length of new video, rounded up to whole chunks; after a
@@ -167,6 +167,8 @@ class Model:
         """
         if output_type not in ("pil", "np", "pt"):
             raise SettingsError(f"output_type: {output_type!r} is none of pil, np, pt.", remedy="Leave it out for pil.")
+        if not isinstance(prompt, str | Iterable | None):
+            raise SettingsError(f"prompt: {prompt!r} is no text.", remedy="Give a text, or a list of texts.")
         prompts = [prompt] if prompt is None or isinstance(prompt, str) else list(prompt)
         call = self._call(prompts, num_videos_per_prompt, options)
         videos = []
@@ -359,6 +361,8 @@ def _checked(options: CallOptions) -> CallOptions:
             given[name] = operator.index(value)  # type: ignore[literal-required]
     if not isinstance(frames := given.get("num_frames", 1), int):
         raise SettingsError(f"num_frames: {frames!r} is not a whole number.", remedy="Or give seconds.")
+    if frames < 1:
+        raise SettingsError(f"num_frames: {frames} is not a length.", remedy="Give a whole number from 1 on.")
     return given
 
 
@@ -428,6 +432,7 @@ def _row(options: CallOptions, settings: Settings, folder: Path) -> dict[str, An
         if isinstance(medium, str | Path):
             row[name] = str(Path(medium).expanduser()) if str(medium).startswith("~") else str(medium)
         elif medium is not None:
+            medium = medium.frames if isinstance(medium, Video) else medium
             row[name] = str(write(medium, folder / name))
     return row
 
@@ -447,7 +452,9 @@ def _naming_arguments(options: CallOptions) -> Iterator[None]:
                 value = "what was given"
             problems.append(replace(problem, row=0, job_id="", column=column, value=value))
         problems = list(dict.fromkeys(problems))
-        lines = [f"{problem.column}: {problem.value} {problem.rule}; {problem.remedy}" for problem in problems]
+        lines = [
+            f"{problem.column}: {f'{problem.value} {problem.rule}'.strip()}; {problem.remedy}" for problem in problems
+        ]
         raise ManifestError("\n".join(lines), problems) from exc
 
 

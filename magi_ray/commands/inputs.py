@@ -113,6 +113,8 @@ def require_place(out: Path, typed: list[str]) -> None:
     elif out.suffix.lower() != ".mp4":
         fault, remedy = f"{out} does not end in .mp4.", "Only mp4 files are written."
         place = out.with_name(f"{out.name}.mp4")
+    elif any(map(os.path.isfile, out.absolute().parents)):
+        fault, remedy, place = f"{out.parent} is not a folder.", "Write somewhere else.", Path(out.name)
     elif not out.absolute().parent.is_dir():
         fault, remedy, place = f"There is no folder {out.parent}.", "Make it, or write somewhere else.", out
         again = f"mkdir -p {shlex.quote(str(out.parent))}"

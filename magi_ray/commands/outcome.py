@@ -41,7 +41,7 @@ def report_exit(
         say_next(resume)
         sys.exit(INTERRUPTED)
     videos = {job: f"{stored.store.uri.rstrip('/')}/{keys.video(stored.run_id, job)}" for job in result.published}
-    files = [_from_here(file) for file in deliver(stored.store, stored.run_id, result.published).values()]
+    files = [str(file) for file in deliver(stored.store, stored.run_id, result.published).values()]
     if as_json:
         print_json(
             {
@@ -57,7 +57,7 @@ def report_exit(
             }
         )
     else:
-        for path in files or videos.values():
+        for path in map(_from_here, map(Path, files)) if files else videos.values():
             click.echo(path)
     _say_result(stored, result, ended.seconds)
     match result.state:

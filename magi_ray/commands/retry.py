@@ -153,8 +153,10 @@ def _with_take_back(stored: StoredRun, job_id: str, take: int, weights: Path | N
 @store_option
 @json_option
 def takes(name: str | None, job_id: str | None, store_uri: str, as_json: bool) -> None:
-    """List the takes of RUN's rows: take 1 is a row as first rendered, `retry --from-chunk` makes the next ones, `retry
-    --take` brings one back."""
+    """List the takes of RUN's rows.
+
+    Take 1 is a row as first rendered; `retry --from-chunk` makes the next ones, `retry --take` brings one back.
+    """
     from magi_ray.render.driving.inventory import stages_committed
     from magi_ray.render.plans.takes import list_takes, take_in_use
     from magi_ray.report import takes_table

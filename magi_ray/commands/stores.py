@@ -200,6 +200,9 @@ def find_run(store: Store, name: str | None, store_uri: str, *, verb: str) -> st
         return fitting[0]
     if wanted in damaged:
         return wanted
+    begun = [run_id for run_id in damaged if wanted and run_id.startswith(wanted)]
+    if not fitting and len(begun) == 1:
+        return begun[0]
     if fitting:
         fault = f"{len(fitting)} runs in {store.uri} are called {name!r}"
         raise _ambiguous(store, fault, fitting, _instead(name, fitting[-1], store_uri, verb=verb))
@@ -283,5 +286,9 @@ def _instead(name: str | None, run_id: str, store_uri: str, *, verb: str) -> str
 
 
 def _not_found(store: Store, fault: str, known: Sequence[str], store_uri: str) -> RunNotFound:
-    holds = f"It holds {', '.join(known[-CANDIDATES_SHOWN:])}." if known else "It holds no runs."
+    holds = (
+        f"It holds {', '.join(known[-CANDIDATES_SHOWN:])}."
+        if known
+        else "No run there can be read: name another store with --store."
+    )
     return RunNotFound(fault, remedy=holds, next_command=f"magi-ray list{store_flag(store_uri)}")

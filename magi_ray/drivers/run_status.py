@@ -65,25 +65,26 @@ def run_summary(store: Store, run_id: str) -> dict[str, Any]:
     record = read_record(store.get(keys.run_record(run_id)))
     try:
         manifest = parquet.ParquetFile(BufferReader(store.get(keys.run_manifest(run_id))))
-        jobs = set(manifest.read(["job_id"], use_threads=False)["job_id"].to_pylist())
+        written = manifest.read(["job_id"], use_threads=False)["job_id"].to_pylist()
         submitted, settings = float(record["created_unix"]), str(record["settings"]["name"])
     except (ObjectMissing, OSError, ArrowException, KeyError, TypeError, ValueError) as exc:
         raise ObjectDamaged("its manifest is gone" if isinstance(exc, ObjectMissing) else "it cannot be read") from exc
+    left_out = {problem["row"] for problem in record.get("problems", ())}
+    jobs = {job_id for number, job_id in enumerate(written, 1) if number not in left_out}
     found = set(store.list(keys.videos(run_id)))
     done = {job_id for job_id in jobs if {keys.video(run_id, job_id), keys.video_record(run_id, job_id)} <= found}
     if any(store.list(keys.takes(run_id))):
         plans = open_run(store, run_id).plans
         done = {job_id for job_id in done if published(store, run_id, plans[job_id]) is not None}
     driver, reported = find_driver(store, run_id), read_progress(store, run_id)
-    left_out = len({problem["row"] for problem in record.get("problems", ())})
     left, failed = len(jobs - done), len(read_failures(store, run_id, jobs - done))
     return {
         "run_id": run_id,
         "submitted": local_time(submitted),
-        "videos": len(jobs),
+        "videos": len(written),
         "done": len(done),
-        "failed": failed + left_out,
-        "state": state_of(store, run_id, driver, reported, left=left, failed=failed, left_out=left_out),
+        "failed": failed + len(left_out),
+        "state": state_of(store, run_id, driver, reported, left=left, failed=failed, left_out=len(left_out)),
         "settings": settings,
     }
 

@@ -584,11 +584,21 @@ def _problem(row: int, job_id: object, column: str, value: str, rule: str, remed
     return Problem(row=row, job_id=name, column=column, value=value, rule=rule, remedy=remedy)
 
 
+# What diffusers and others call columns of ours.
+_ELSEWHERE = {
+    "num_frames": "num_chunks or seconds",
+    "frames": "num_chunks or seconds",
+    "duration": "seconds",
+    "num_inference_steps": "num_steps",
+}
+
+
 def notes(cells: Mapping[int, Cells], unknown: Iterable[str]) -> Iterator[str]:
     """Notes on what is allowed but probably not meant. cells: by row.  unknown: the columns that magi-ray does not
     know."""
     for name in unknown:
-        close = column_meant(name) or next(iter(difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.7)), "")
+        near = difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.7)
+        close = column_meant(name) or _ELSEWHERE.get(name) or next(iter(near), "")
         if close:
             yield f"Column {name} is not one of ours and only travels into the results. Did you mean {close}?"
     for column in PREFIX_COLUMNS:

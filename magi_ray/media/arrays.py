@@ -146,7 +146,9 @@ def _channels_last(value: object, name: str, *, dimensions: int) -> Pixels:
         if last and values.size:
             return _bytes(values, name)
     layouts = "[H, W], [H, W, 3] or [3, H, W]" if dimensions == 3 else "[T, H, W], [T, H, W, 3] or [T, 3, H, W]"
-    raise _unusable(name, given, f"must be {layouts}", "A fourth channel is alpha.")
+    several = dimensions == 3 and given.ndim == 4
+    remedy = "All videos of a call begin from one picture: call once for each." if several else ""
+    raise _unusable(name, given, f"must be {layouts}", remedy or "A fourth channel is alpha.")
 
 
 def _bytes(values: Array, name: str) -> Pixels:
@@ -165,7 +167,9 @@ def _bytes(values: Array, name: str) -> Pixels:
         if low < 0 or high > 255:
             raise _unusable(name, values, f"has values from {low} to {high}", "Scale whole numbers to 0 … 255.")
         return values.astype(np.uint8)
-    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # nor NaN
+    if not np.isfinite([low, high]).all():
+        raise _unusable(name, values, "has values that are not finite", "Give floats from 0 to 1.")
+    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
         remedy = "(x + 1) / 2 brings −1 … 1 there." if -1.01 <= low < 0 and high <= 1.01 else "Divide 0 … 255 by 255."
         raise _unusable(name, values, f"has values from {low:g} to {high:g}, but floats must be 0 … 1", remedy)
     return np.round(values.clip(0, 1) * 255).astype(np.uint8)

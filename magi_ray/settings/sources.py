@@ -38,7 +38,7 @@ def preset(name: str, *, weights: Path | None = None) -> Settings:
     if weights is None:
         raise SettingsError(
             f"Preset {name} needs the folder that its networks were downloaded to.",
-            remedy='Give it with --weights DIR, or as weights = "DIR" in a job file.',
+            remedy='Give it with --weights DIR, or as weights = "DIR" in Python and in a job file.',
         )
     return _variant(name, weights)
 

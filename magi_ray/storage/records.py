@@ -116,7 +116,7 @@ def _unsealed(data: bytes, *, field: str, indent: int | None) -> dict[str, Any]:
         recorded, found = content[field], digest(body)
         written = _json(content, indent=indent)
     except (ValueError, KeyError, ObjectDamaged, RecursionError) as exc:
-        raise ObjectDamaged(f"its {len(data)} bytes are no record with a digest of its own") from exc
+        raise ObjectDamaged(f"its {len(data)} bytes are not a whole record") from exc
     if recorded != found:
         raise ObjectDamaged(f"its content has sha256 {found}, but says that it has {recorded}")
     if written != data:

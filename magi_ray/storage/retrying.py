@@ -153,7 +153,7 @@ class _Patience:
         tried_s = store.clock() - self._began
         if tried_s >= store.patience_s:
             raise StoreUnavailable(
-                f"{error.message} It was tried {self._tries} times in {tried_s:.0f} s, "
+                f"{error.message.rstrip('.')}. It was tried {self._tries} times in {tried_s:.0f} s, "
                 f"and the patience is {store.patience_s:.0f} s.",
                 remedy=error.remedy,
                 next_command=error.next_command,

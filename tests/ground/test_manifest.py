@@ -681,8 +681,9 @@ def test_metadata_of_others_stays_in_a_kept_manifest() -> None:
 
 
 def test_a_column_with_nearly_one_of_our_names_is_noted() -> None:
-    assert of(CAT | {"widht": 64, "author": "me"}).notes == (
+    assert of(CAT | {"widht": 64, "num_frames": 48, "author": "me"}).notes == (
         "Column widht is not one of ours and only travels into the results. Did you mean width?",
+        "Column num_frames is not one of ours and only travels into the results. Did you mean num_chunks or seconds?",
     )
 
 

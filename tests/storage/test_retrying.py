@@ -171,7 +171,7 @@ def test_it_waits_longer_and_longer_until_its_patience_ends_and_says_how_long_it
     assert clock.now_s == pytest.approx(120)
     tried = len(clock.pauses) + 1
     assert caught.value.message == (
-        f"a/key: 503 SlowDown It was tried {tried} times in {clock.now_s:.0f} s, and the patience is 120 s."
+        f"a/key: 503 SlowDown. It was tried {tried} times in {clock.now_s:.0f} s, and the patience is 120 s."
     )
     assert caught.value.remedy == "wait"
 

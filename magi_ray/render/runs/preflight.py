@@ -46,7 +46,8 @@ def _check_machine(settings: Settings) -> None:
     if "cuda" in wanted and not torch.cuda.is_available():
         raise SettingsError(
             "The settings compute on cuda, but torch finds no CUDA device here.",
-            remedy='Set device = "cpu" in the table [numeric] and t5_device = "cpu" in [runtime], or install CUDA.',
+            remedy='Choose the CPU: --device cpu, in Python device="cpu", in a job file device = "cpu" in the table '
+            '[numeric] and t5_device = "cpu" in [runtime]. Or install CUDA.',
         )
 
 

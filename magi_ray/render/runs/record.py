@@ -176,7 +176,7 @@ def read_content(store: Store, run_id: str, *, copied: bool = False) -> dict[str
     try:
         content = read_record(data)
     except ObjectDamaged as exc:
-        raise _damaged(store, run_id, f"of its record, {exc.message}") from exc
+        raise _damaged(store, run_id, f"of its run.json, {exc.message}") from exc
     named, kinds = content.get("run_id"), {"format": int, "created_unix": int | float, "run_id": str}
     if not all(isinstance(content.get(name), kind) for name, kind in kinds.items()):
         raise _damaged(store, run_id, "its run.json is not the record of a run")
