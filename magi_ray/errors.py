@@ -15,6 +15,7 @@ MagiRayError
 │   ├── StoreUnwritable       full, over its quota or read-only: nobody can write; ends a run (class "unwritable")
 │   └── StoreDenied           credentials or permissions                                (exit code 7)
 ├── Superseded                another driver or group has taken over                    (exit code 8)
+│   └── AlreadyRendered       another driver renders the run; this one never began
 ├── NumericError              the model gave NaN or infinity                            (class "numeric")
 ├── OutputError               a finished video is not what was planned                  (class "code")
 ├── DeviceOutOfMemory         the accelerator has too little memory                     (class "out_of_memory")
@@ -168,6 +169,9 @@ class StoreUnwritable(StoreError):
 class Superseded(MagiRayError):
     exit_code = 8
     failure_class = FailureClass.PREEMPTED
+
+
+class AlreadyRendered(Superseded): ...
 
 
 class NumericError(MagiRayError):

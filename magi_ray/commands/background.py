@@ -20,7 +20,7 @@ from magi_ray.drivers.driver_monitor import DriverMonitor, find_driver
 from magi_ray.drivers.process import DriverProcess
 from magi_ray.drivers.run_status import run_status
 from magi_ray.drivers.status_file import DriverExit, log_path, note_options, read_status, status_path
-from magi_ray.errors import MagiRayError, StoreError, Superseded
+from magi_ray.errors import AlreadyRendered, MagiRayError, StoreError
 from magi_ray.render.driving import requests
 from magi_ray.render.driving.reports import ReportedProgress, read_failures, read_progress
 from magi_ray.report import follow
@@ -178,13 +178,13 @@ def _reported(stored: StoredRun) -> ReportedProgress | None:
 
 
 def _refuse_second_driver(stored: StoredRun) -> None:
-    """Raises Superseded while a process of this machine renders the run. Only time can tell whether one on another
+    """Raises AlreadyRendered while a process of this machine renders the run. Only time can tell whether one on another
     machine still lives: the new driver waits for that."""
     driver = find_driver(stored.store, stored.run_id)
     if driver is None:
         return
     if driver.here:
-        raise Superseded(
+        raise AlreadyRendered(
             f"Run {stored.run_id} is already being rendered by {driver}.",
             remedy="Watch it, pause it first, or take it over with --take-over.",
             next_command=stored.command("watch"),

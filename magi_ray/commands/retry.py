@@ -20,7 +20,7 @@ from magi_ray.commands.options import (
 )
 from magi_ray.commands.outcome import say_left_out
 from magi_ray.commands.stores import StoredRun, open_named_run
-from magi_ray.errors import InputError, Superseded
+from magi_ray.errors import AlreadyRendered, InputError
 from magi_ray.manifest import explain
 from magi_ray.system import local_time
 
@@ -104,12 +104,12 @@ def require_row(stored: StoredRun, job_id: str) -> None:
 
 
 def _require_nobody_here(stored: StoredRun) -> None:
-    """Raises Superseded while a process of this machine renders the run: no take is added to it then."""
+    """Raises AlreadyRendered while a process of this machine renders the run: no take is added to it then."""
     from magi_ray.drivers.driver_monitor import find_driver
 
     driver = find_driver(stored.store, stored.run_id)
     if driver is not None and driver.here:
-        raise Superseded(
+        raise AlreadyRendered(
             f"Run {stored.run_id} is being rendered by {driver}.",
             remedy="Retry when it has ended, or pause it first.",
             next_command=stored.command("pause"),

@@ -24,7 +24,7 @@ from magi_ray.commands.options import (
 )
 from magi_ray.commands.plan import prepared, require_space, show_plan
 from magi_ray.commands.stores import StoredRun, open_named_run
-from magi_ray.errors import Superseded
+from magi_ray.errors import AlreadyRendered
 from magi_ray.render.driving import requests
 from magi_ray.settings import Settings
 
@@ -90,7 +90,7 @@ def submit(
             options = replace(options, weights=click.get_current_context().params["weights"])
     try:
         render_in_background(stored, options, as_json=as_json, no_wait=no_wait)
-    except Superseded:  # somebody submitted it at the same moment, or took it over
+    except AlreadyRendered:  # somebody submitted it at the same moment
         if not follow_driver(stored, DriverMonitor(store, run.run_id), as_json=as_json, no_wait=no_wait):
             raise
 

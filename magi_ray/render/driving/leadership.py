@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from magi_ray.errors import StoreError, Superseded, magi_ray_command
+from magi_ray.errors import AlreadyRendered, StoreError, Superseded, magi_ray_command
 from magi_ray.storage import keys
 from magi_ray.storage.epochs import become_driver, superseded
 from magi_ray.storage.leases import BEAT_S, TTL_S, Lease, acquire, holding, renewing
@@ -50,19 +50,23 @@ def lead(
     """Be the driver of ``run_id`` for as long as the block runs.
 
     take_over: replace a driver even if it is alive; it notices and stops. Otherwise only one that is dead, or silent
-    for long enough, is replaced, and Superseded is raised when it is alive.  name: of this process, for people.
+    for long enough, is replaced.  name: of this process, for people.  Raises AlreadyRendered when another is alive, or
+    was faster; Superseded, from the block.
     """
     key = keys.run_lease(run_id)
     if not take_over:
         found = holding(store, key, watch_s=TTL_S, system=system)
         if found is not None and found.beating:
-            raise Superseded(
+            raise AlreadyRendered(
                 f"Run {run_id} is being rendered already, by the {found.owner}.",
                 remedy="Watch it, or take its work away from it with --take-over.",
                 next_command=magi_ray_command("watch", run_id, "--store", store.uri),
             )
         take_over = found is not None  # it has been silent for long enough
-    lease = become_driver(store, run_id, system.owner(name), take_over=take_over, system=system)
+    try:
+        lease = become_driver(store, run_id, system.owner(name), take_over=take_over, system=system)
+    except Superseded as exc:
+        raise AlreadyRendered(exc.message, remedy=exc.remedy, next_command=exc.next_command) from exc
     with renewing(lease, system=system):
         yield Leadership(store, run_id, lease, system)
 
