@@ -501,6 +501,8 @@ def test_load_takes_a_preset_a_job_and_settings_of_its_own(tiny_weights: Path, t
 def test_load_of_an_unknown_name_or_folder_says_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no preset 'magi-tny'"):
         magi_ray.load("magi-tny")
+    with pytest.raises(SettingsError, match=r'needs the folder .*\n.*weights = "DIR" in Python'):
+        magi_ray.load("24B")
     with pytest.raises(SettingsError, match="holds no whole variant"):
         magi_ray.load(tmp_path)
 

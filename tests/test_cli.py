@@ -182,6 +182,7 @@ def test_the_examples_of_the_help_work_as_they_stand(here: Path) -> None:
 
 def test_nothing_typed_shows_the_help() -> None:
     result = run()
+    assert not re.search(r"\w\.\.\.$", result.stderr, re.MULTILINE), "a command's line is cut off"
     assert result.exit_code == 2
     assert "Render:" in result.stderr
     assert result.stdout == ""
