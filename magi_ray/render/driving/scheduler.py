@@ -113,7 +113,7 @@ BUDGETS: Mapping[FailureClass, int | None] = {
     FailureClass.PREEMPTED: None,
     FailureClass.INFRASTRUCTURE: 5,
     FailureClass.STORE: 5,
-    FailureClass.UNWRITABLE: 0,
+    FailureClass.UNWRITABLE: None,  # it ends the run
     FailureClass.OUT_OF_MEMORY: 1,
     FailureClass.INPUT: 0,
     FailureClass.CODE: 1,
@@ -353,9 +353,8 @@ class Scheduler:
         if state.ended:
             return
         if failure is FailureClass.UNWRITABLE:
-            # It would fail row after row, and the run's own records cannot be written either.
+            # It would fail row after row, and the run's own records cannot be written either. No row is charged.
             commands.append(EndRun(error=StoreUnwritable(event.message)))
-            return
         if task.kind is TaskKind.DENOISE:
             self._apply_redo(state)
             if not state.needs(TaskKind.DENOISE):

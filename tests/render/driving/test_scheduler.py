@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from magi_ray.errors import FailureClass, WeightsError, WorkerLost
+from magi_ray.errors import FailureClass, StoreUnwritable, WeightsError, WorkerLost
 from magi_ray.events import (
     CancelAsked,
     Event,
@@ -246,6 +246,16 @@ def test_a_row_fails_once_its_class_of_failures_has_used_up_its_budget(failure: 
     assert (row_failed.job_id, row_failed.attempts, row_failed.failure) == ("poisoned", budget + 1, failure)
     assert [task.job_id for task in tasks(commands, TaskKind.FINISH)] == ["good"]
     assert scheduler.finished
+
+
+def test_a_store_that_cannot_be_written_ends_the_run_and_charges_no_row() -> None:
+    rows = [row("a", embedded=True)]
+    scheduler, commands = begun(rows)
+    [denoise] = runs(commands)
+    heard = hear(scheduler, failed(denoise, FailureClass.UNWRITABLE))
+    assert isinstance(heard[0], EndRun)
+    assert isinstance(heard[0].error, StoreUnwritable)
+    assert not any(isinstance(command, RowFailed) for command in heard)
 
 
 def test_denoising_that_gets_further_each_time_is_never_given_up() -> None:
