@@ -445,6 +445,7 @@ def test_a_run_is_found_by_the_beginning_of_its_id_and_a_near_one_is_proposed(he
         assert (result.exit_code, next_command(result)) == (2, ["list"])
     with interrupted_at(0):
         run("render", "--job", "small.toml", "--prompt", "sea", "-o", "m.mp4")
+    (here / "m.parquet").unlink()  # or it would tell which of them is meant
     two = run("status", "m")
     assert re.search(r"2 runs in \S+ are called 'm':(\n  m-\w{10}  submitted \S+, stopped){2}", two.stderr)
     assert run(*next_command(two)).exit_code == 0

@@ -54,8 +54,11 @@ def verify(names: tuple[str, ...], store_uri: str, as_json: bool) -> None:
             store, run_ids or None, on_progress=lambda n, size: show(f"{counted(n, 'object')} read, {in_bytes(size)}")
         )
     again = magi_ray_command("verify", *names) + store_flag(store_uri)
+    # The store does not know all that is to be typed to submit a run again; this machine may.
     found.damages = [
-        replace(damage, next_command=damage.next_command or _submitted(store, damage) or again)
+        replace(damage, next_command=_submitted(store, damage) or again)
+        if damage.next_command.startswith("magi-ray submit ")
+        else damage
         for damage in found.damages
     ]
     if as_json:

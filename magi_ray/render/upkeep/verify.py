@@ -23,7 +23,7 @@ from magi_ray.media.encoder import encoder_identity, find_ffmpeg
 from magi_ray.render.artifacts.commits import segment_pre_image
 from magi_ray.render.artifacts.videos import published, read_video_record
 from magi_ray.render.plans.row_plan import RowPlan
-from magi_ray.render.runs.record import Run, all_runs, open_run, read_content, verify_command, what_is_wrong
+from magi_ray.render.runs.record import Run, all_runs, open_run, read_content, read_run, verify_command, what_is_wrong
 from magi_ray.storage import keys
 from magi_ray.storage.keys import CommitKind
 from magi_ray.storage.records import Payload, digest, measure, read_commit, read_record, unseal
@@ -35,7 +35,7 @@ class Damage:
     """One object that is not as it was committed. what: is wrong with it, with both numbers.
 
     needed_by: the rows that need it, as (run_id, job_id); job_id is '' if the whole run does.
-    remedy, next_command: how to repair it; no command where a run is to be submitted again.
+    remedy, next_command: how to repair it. For a run that is to be submitted again see ``submit_command``.
     """
 
     key: str
@@ -234,7 +234,9 @@ class _Verifier:
             yield Damage(key=where, what="is missing")
             return
         except ObjectDamaged as exc:
-            command = "" if exc.next_command == verify_command(self._store, run_id) else exc.next_command
+            command = exc.next_command
+            if command == verify_command(self._store, run_id):
+                command = submit_command(self._store, run_id)
             yield Damage(key=where, what=f"is damaged: {what_is_wrong(exc)}", remedy=exc.remedy, next_command=command)
             return
         try:
@@ -334,8 +336,7 @@ def _rows_that_need(store: Store, folders: Collection[str]) -> dict[str, list[tu
 
 
 def _repair(store: Store, key: str, needed_by: Sequence[tuple[str, str]]) -> tuple[str, str]:
-    """How to repair the object, and the command that does it; '' for submitting a run again, for which the store does
-    not know enough."""
+    """How to repair the object, and the command that does it."""
     at = "--store", store.uri
     if not needed_by:
         remedy = "No run needs it; a run that comes to need it makes it again. Garbage collection removes it."
@@ -347,7 +348,7 @@ def _repair(store: Store, key: str, needed_by: Sequence[tuple[str, str]]) -> tup
         remedy = f"Submit the manifest of run {run_id} again, with the same settings and files."
         if key.startswith(keys.MEDIA):
             remedy += f" Only the file with sha256 {key.rpartition('/')[2]} can bring this one back."
-        return remedy, ""
+        return remedy, submit_command(store, run_id)
     remedy = "Retrying the row makes it again, to the same bytes."
     return remedy, magi_ray_command("retry", run_id, "--job", job_id, *at)
 
@@ -355,3 +356,11 @@ def _repair(store: Store, key: str, needed_by: Sequence[tuple[str, str]]) -> tup
 def _folder(key: str) -> str:
     """The folder of a commit or payload; of anything else its key."""
     return key if key.startswith((keys.MEDIA, keys.RUNS)) else key.rpartition("/")[0] + "/"
+
+
+def submit_command(store: Store, run_id: str) -> str:
+    """The command that submits the run again, as far as the store knows it: without its place and options."""
+    name = "MANIFEST"
+    with suppress(InputError, StoreError):
+        name = read_run(store, run_id)[0].name
+    return magi_ray_command("submit", name, "--store", store.uri)
