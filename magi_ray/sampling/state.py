@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from magi_ray.timeline import LATENTS_PER_CHUNK, SPATIAL_FACTOR
-
-LATENT_CHANNELS = 16
+from magi_ray.timeline import LATENT_CHANNELS, LATENTS_PER_CHUNK, SPATIAL_FACTOR
 
 
 def chunk_shape(*, height: int, width: int) -> tuple[int, int, int, int, int]:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.sampling.window import chunks_under_way
-from magi_ray.timeline import LATENTS_PER_CHUNK, SPATIAL_FACTOR
+from magi_ray.timeline import LATENT_CHANNELS, LATENTS_PER_CHUNK, SPATIAL_FACTOR
 
-LATENT_CHANNELS = 16
 # H.264 with crf 18, preset medium: 0.016 to 0.047 for real clips of 144 to 720 lines (ultrafast: up to 0.12).
 BYTES_PER_PIXEL = 0.05
 # A token is some four letters of a caption.
