@@ -264,12 +264,16 @@ def holds(store: Store, key: str, sha256: str) -> bool:
         return False
 
 
+def file_sha256(path: Path) -> str:
+    """sha256 of the file's bytes, as hex. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _describe(name: str, content: bytes | Path) -> Payload:
     if isinstance(content, bytes):
         return Payload(name=name, size=len(content), sha256=hashlib.sha256(content).hexdigest())
-    with content.open("rb") as source:
-        sha256 = hashlib.file_digest(source, "sha256").hexdigest()
-        return Payload(name=name, size=source.tell(), sha256=sha256)
+    return Payload(name=name, size=content.stat().st_size, sha256=file_sha256(content))
 
 
 def _check(store: Store, commit: Commit, expected: Payload, found: Payload) -> None:

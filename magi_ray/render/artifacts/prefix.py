@@ -18,6 +18,7 @@ from magi_ray.media.sound import Sound, read_sound
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.settings import PrefixSettings
 from magi_ray.storage import keys
+from magi_ray.storage.records import file_sha256
 from magi_ray.storage.store import Store
 from magi_ray.system import temporary_folder
 from magi_ray.timeline import FRAMES_PER_LATENT
@@ -49,9 +50,7 @@ def stored_medium(store: Store, plan: RowPlan) -> Iterator[Path]:
             store.get_to_file(keys.media(media.sha256), path)
         except ObjectMissing as exc:
             raise MediaError.about(kept, f"is gone ({keys.media(media.sha256)})", remedy=_AGAIN) from exc
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != media.sha256:
+        if (found := file_sha256(path)) != media.sha256:
             raise MediaError.about(kept, f"has sha256 {found[:12]}…, not {media.sha256[:12]}…", remedy=_AGAIN)
         try:
             yield path

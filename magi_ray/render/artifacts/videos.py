@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from magi_ray.errors import ObjectDamaged, ObjectMissing
 from magi_ray.events import PublishedVideo
 from magi_ray.render.plans.row_plan import RowPlan
 from magi_ray.storage import keys
-from magi_ray.storage.records import holds, read_record, require_readable
+from magi_ray.storage.records import file_sha256, holds, read_record, require_readable
 from magi_ray.storage.store import Store
 
 FORMAT = 2  # of the record
@@ -60,10 +59,8 @@ def published_video(record: Mapping[str, Any]) -> PublishedVideo:
 
 def is_video(path: Path, record: Mapping[str, Any]) -> bool:
     """Whether the file is the video of ``record``."""
-    if not path.is_file() or path.stat().st_size != record["bytes"]:
-        return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == str(record["sha256"])
+    right_size = path.is_file() and path.stat().st_size == record["bytes"]
+    return right_size and file_sha256(path) == record["sha256"]
 
 
 def copy_video(store: Store, run_id: str, job_id: str, record: Mapping[str, Any], path: Path) -> None:

@@ -32,7 +32,7 @@ from magi_ray.render.runs.record import Run, RunRecord, all_runs, read_run, read
 from magi_ray.render.runs.weights import make_weights, weight_digests
 from magi_ray.settings import PrefixSettings, Settings
 from magi_ray.storage import keys
-from magi_ray.storage.records import holds, record_bytes
+from magi_ray.storage.records import file_sha256, holds, record_bytes
 from magi_ray.storage.store import Store
 from magi_ray.timeline import FRAMES_PER_LATENT
 
@@ -233,9 +233,7 @@ def _inspect(
     looked, begins = (inspect_image(path), "an image") if kind == "image" else (inspect_clip(path), "a clip")
     notes = [f"begins from {begins} that {note}" for note in looked.notes]
     pixels, found = read_prefix(path, kind, width=width, height=height, fps=fps, prefix=prefix)
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    medium = Media(kind=kind, sha256=sha256, latents=1, pixels=pixels_digest(pixels))
+    medium = Media(kind=kind, sha256=file_sha256(path), latents=1, pixels=pixels_digest(pixels))
     if kind == "image":
         return medium, notes
     if not len(pixels):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -21,7 +20,7 @@ from magi_ray.render.artifacts.videos import FORMAT, read_video_record
 from magi_ray.render.plans.row_plan import Media, RowPlan
 from magi_ray.render.plans.takes import BackTo
 from magi_ray.storage import keys
-from magi_ray.storage.records import Commit, digest, holds, payload_to_file, read_commit, record_bytes
+from magi_ray.storage.records import Commit, digest, file_sha256, holds, payload_to_file, read_commit, record_bytes
 from magi_ray.storage.store import Store
 from magi_ray.system import System, temporary_folder
 from magi_ray.timeline import FRAMES_PER_CHUNK
@@ -55,8 +54,7 @@ class Finisher:
             video = folder / "video.mp4"
             segments, decoding_s = self._segments(plan, folder)
             self._joiner(plan, segments, video)
-            with video.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            sha256 = file_sha256(video)
             cost = self._cost(plan, decoding_s)
             # Joining takes long. Checked again, so that a late worker all but never replaces a newer mp4.
             if self._already_published(plan):

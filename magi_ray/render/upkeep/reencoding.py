@@ -61,9 +61,8 @@ def reencoding(store: Store, run: Run, encoder: str, *, retry: Collection[str] =
 
 def _of_a_video(store: Store, run_id: str, names: Mapping[str, int]) -> str | None:
     """The encoder of a published video: earlier drivers noted it nowhere else."""
-    folder = keys.videos(run_id)
-    records = (name.removeprefix(folder).removesuffix(".json") for name in names if name.endswith(".json"))
-    record = read_video_record(store, run_id, next(records, "")) if names else None
+    job_id = next(filter(None, map(keys.job_of, names)), None)
+    record = None if job_id is None else read_video_record(store, run_id, job_id)
     return None if record is None else record.get("encoder")
 
 
