@@ -11,6 +11,7 @@ MagiRayError
 ├── StoreError                the store failed; trying again may help                   (class "store")
 │   ├── ObjectMissing         there is no object under that key
 │   ├── ObjectDamaged         the bytes do not match the digest recorded for them
+│   │   └── RunDamaged        a run's record or manifest is not as it was submitted
 │   ├── StoreUnavailable      busy, throttled, timed out or gone; the call may have landed all the same
 │   ├── StoreUnwritable       full, over its quota or read-only: nobody can write; ends a run (class "unwritable")
 │   └── StoreDenied           credentials or permissions                                (exit code 7)
@@ -153,6 +154,18 @@ class ObjectMissing(StoreError): ...
 
 
 class ObjectDamaged(StoreError): ...
+
+
+class RunDamaged(ObjectDamaged):
+    """``what``: is wrong, a clause that names neither run nor store.  resubmit: whether submitting its manifest again
+    mends it."""
+
+    def __init__(
+        self, message: str, *, what: str = "", resubmit: bool = False, remedy: str = "", next_command: str = ""
+    ) -> None:
+        super().__init__(message, remedy=remedy, next_command=next_command)
+        self.what = redact(what or message)
+        self.resubmit = resubmit
 
 
 class StoreUnavailable(StoreError): ...

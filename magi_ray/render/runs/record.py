@@ -11,7 +11,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from magi_ray.errors import ManifestError, ObjectDamaged, ObjectMissing, Problem, RunNotFound, magi_ray_command
+from magi_ray.errors import (
+    ManifestError,
+    ObjectDamaged,
+    ObjectMissing,
+    Problem,
+    RunDamaged,
+    RunNotFound,
+    magi_ray_command,
+)
 from magi_ray.manifest import Defaults, Manifest, Row, parse_manifest
 from magi_ray.render.plans.identity import Digests
 from magi_ray.render.plans.row_plan import Media, RowPlan, plan_row, plan_rows
@@ -23,7 +31,6 @@ from magi_ray.storage.records import read_record, require_readable
 from magi_ray.storage.store import Store, move_command
 
 FORMAT = 3
-_IS_DAMAGED = " is damaged: "
 
 
 class RunRecord(Frozen):
@@ -152,19 +159,14 @@ def all_runs(store: Store) -> tuple[list[str], dict[str, str]]:
             created[run_id] = read_content(store, run_id)["created_unix"]
         except ObjectMissing:
             damaged[run_id] = "its run.json is gone"
-        except ObjectDamaged as exc:
-            damaged[run_id] = what_is_wrong(exc)
+        except RunDamaged as exc:
+            damaged[run_id] = exc.what
     return sorted(created, key=lambda run_id: created[run_id]), damaged
 
 
 def _record(run_id: str, content: dict[str, Any]) -> RunRecord:
     require_readable(f"Run {run_id}", content["format"], FORMAT)
     return RunRecord.model_validate(content)
-
-
-def what_is_wrong(error: ObjectDamaged) -> str:
-    """What an error of this module says is wrong with a run, without naming run and store again."""
-    return error.message.partition(_IS_DAMAGED)[2].rstrip(".") or error.message
 
 
 def read_content(store: Store, run_id: str, *, copied: bool = False) -> dict[str, Any]:
@@ -185,23 +187,25 @@ def read_content(store: Store, run_id: str, *, copied: bool = False) -> dict[str
     return content
 
 
-def _copied(store: Store, run_id: str, named: str) -> ObjectDamaged:
+def _copied(store: Store, run_id: str, named: str) -> RunDamaged:
     here = keys.run(run_id)
     if keys.is_key(named) and not store.exists(keys.run_record(named)):
         remedy, command = "Give the folder its name back.", move_command(store, here, keys.run(named))
     else:
         remedy, command = "Move the copy out of the store, or delete it.", move_command(store, here)
     what = f"its run.json is that of run {named}: its folder was copied or renamed"
-    return ObjectDamaged(f"Run {run_id} in {store.uri}{_IS_DAMAGED}{what}.", remedy=remedy, next_command=command)
+    return RunDamaged(_told(store, run_id, what), what=what, remedy=remedy, next_command=command)
 
 
-def _damaged(store: Store, run_id: str, what: str) -> ObjectDamaged:
-    return ObjectDamaged(
-        f"Run {run_id} in {store.uri}{_IS_DAMAGED}{what}.",
+def _damaged(store: Store, run_id: str, what: str) -> RunDamaged:
+    return RunDamaged(
+        _told(store, run_id, what),
+        what=what,
+        resubmit=True,
         remedy="Submit its manifest again, with the same settings: that repairs it, and renders nothing twice.",
-        next_command=verify_command(store, run_id),
+        next_command=magi_ray_command("verify", run_id, "--store", store.uri),
     )
 
 
-def verify_command(store: Store, run_id: str) -> str:
-    return magi_ray_command("verify", run_id, "--store", store.uri)
+def _told(store: Store, run_id: str, what: str) -> str:
+    return f"Run {run_id} in {store.uri} is damaged: {what}."

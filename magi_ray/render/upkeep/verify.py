@@ -15,6 +15,7 @@ from magi_ray.errors import (
     MediaError,
     ObjectDamaged,
     ObjectMissing,
+    RunDamaged,
     RunNotFound,
     StoreError,
     magi_ray_command,
@@ -23,7 +24,7 @@ from magi_ray.media.encoder import encoder_identity, find_ffmpeg
 from magi_ray.render.artifacts.commits import segment_pre_image
 from magi_ray.render.artifacts.videos import published, read_video_record
 from magi_ray.render.plans.row_plan import RowPlan
-from magi_ray.render.runs.record import Run, all_runs, open_run, read_content, read_run, verify_command, what_is_wrong
+from magi_ray.render.runs.record import Run, all_runs, open_run, read_content, read_run
 from magi_ray.storage import keys
 from magi_ray.storage.keys import CommitKind
 from magi_ray.storage.records import Payload, digest, measure, read_commit, read_record, unseal
@@ -234,10 +235,11 @@ class _Verifier:
             yield Damage(key=where, what="is missing")
             return
         except ObjectDamaged as exc:
-            command = exc.next_command
-            if command == verify_command(self._store, run_id):
-                command = submit_command(self._store, run_id)
-            yield Damage(key=where, what=f"is damaged: {what_is_wrong(exc)}", remedy=exc.remedy, next_command=command)
+            what, command = exc.message, exc.next_command
+            if isinstance(exc, RunDamaged):
+                what = exc.what
+                command = submit_command(self._store, run_id) if exc.resubmit else command
+            yield Damage(key=where, what=f"is damaged: {what}", remedy=exc.remedy, next_command=command)
             return
         try:
             found = measure(self._store, manifest)
